@@ -764,9 +764,10 @@ def evaluate(model: nn.Module, config: RunConfig, split: str) -> dict:
     for i, text in zip(picked, texts, strict=True):
         scores.loc[i, "score"] = sentence_chrf(text.strip(), [rows[i]["answer"].strip()]).score
     model.train(was_training)
+    scored = scores["score"].dropna()
     return {
         "loss_nats": float(scores["nats"].sum() / scores["tokens"].sum()),
-        "score": float(scores["score"].mean()),
+        "score": float(scored.mean()) if len(scored) else None,
         "row_nats": scores["nats"].round(5).tolist(),
         "row_tokens": scores["tokens"].tolist(),
         "row_score": [None if math.isnan(s) else round(s, 3) for s in scores["score"]],
@@ -827,7 +828,7 @@ def energy_rank(S: Tensor, share: float) -> int:
     """
     _require(0 < share <= 1, f"share={share}: must be above 0 and at most 1, such as 0.9")
     E = energy(S)
-    return int((E < min(share, E[-1])).sum()) + 1 if E[-1] > 0 else 0
+    return int((min(share, E[-1]) > E).sum()) + 1 if E[-1] > 0 else 0
 
 
 def stable_rank(S: Tensor) -> float:
@@ -851,7 +852,7 @@ def entropy_rank(S: Tensor) -> float:
     return float(torch.special.entr(p).sum().exp()) if S.sum() > 0 else 0.0
 
 
-@functools.lru_cache(maxsize=None)
+@functools.cache
 def null_energy(shape: tuple[int, int], *, draws: int = 0, seed: int = 0) -> Tensor:
     """energy(S) of a matrix of this shape with independent entries of one variance.
 
@@ -978,7 +979,7 @@ class Result:
 
     @property
     def status(self) -> str:
-        """"finished" or "diverged"."""
+        """ "finished" or "diverged"."""
         return self.record["status"]
 
     def loss(self, split: str = "test") -> float:
@@ -987,7 +988,8 @@ class Result:
 
     def score(self, split: str = "test") -> float:
         """Metric, 0 to 100; NaN for a diverged run."""
-        return self.record["evaluation"].get(split, {}).get("score", float("nan"))
+        score = self.record["evaluation"].get(split, {}).get("score")
+        return float("nan") if score is None else score
 
     def shape(self, name: str) -> tuple[int, int]:
         """Shape of a matrix."""
@@ -1028,7 +1030,6 @@ def _commit() -> str:
         return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
     except (OSError, subprocess.CalledProcessError):
         return "unknown"
-
 
 
 def lora_layers(model: nn.Module) -> dict[str, nn.Module]:
@@ -1133,8 +1134,11 @@ def sweep(configs: Sequence[RunConfig]) -> list[Result]:
     missing = [c for c in dict.fromkeys(configs) if stored(c) is None]
     if missing:
         minutes = sum(_estimated_seconds(c) for c in missing) / 60
-        print(f"{len(configs) - len(missing)} of {len(configs)} runs are stored; about "
-              f"{minutes:.0f} min for the rest", file=sys.stderr)
+        print(
+            f"{len(configs) - len(missing)} of {len(configs)} runs are stored; about "
+            f"{minutes:.0f} min for the rest",
+            file=sys.stderr,
+        )
     jobs = [
         delayed(_measure_one)(c, f"run {i} of {len(missing)}: {c.key}")
         for i, c in enumerate(missing, start=1)
@@ -1188,7 +1192,7 @@ def _evaluate_cuts(
     dW = updates(config)
     model = load_model(config.model)
     limit = min(min(weight.shape) for weight in matrices(model).values())
-    _require(0 <= min(ranks) and max(ranks) <= limit, f"ranks={ranks}: must be 0 to {limit}")
+    _require(min(ranks) >= 0 and max(ranks) <= limit, f"ranks={ranks}: must be 0 to {limit}")
     W0 = {name: weight.detach().cpu().clone() for name, weight in matrices(model).items()}
     factors = {name: torch.linalg.svd(dW[name], full_matrices=False) for name in W0}
     parameters = dict(model.named_parameters())
@@ -1245,6 +1249,21 @@ def spectra_table(results: Sequence[Result]) -> pd.DataFrame:
             row["r90_over_null"] = row["r90"] / (int((null < 0.9).sum()) + 1)
             rows.append(row | {"min_dim": min(shape), "squared_norm": float(S.square().sum())})
     return pd.DataFrame(rows)
+
+
+def captured_energy(result: Result, rank: int) -> float:
+    """Share of the squared update of all matrices together that their cut to `rank` keeps."""
+    squares = [S.double().square() for S in result.spectra.values()]
+    return float(sum(s[:rank].sum() for s in squares) / sum(s.sum() for s in squares))
+
+
+def gain_kept(value: float, base: float, full: float) -> float:
+    """How far `value` goes from the base model's towards the full fine-tune's; NaN without a gain.
+
+    >>> gain_kept(2.0, base=5.0, full=1.0)
+    0.75
+    """
+    return (value - base) / (full - base) if full != base else float("nan")
 
 
 def bootstrap_interval(values: Sequence[float], *, draws: int = 2000) -> tuple[float, float]:
@@ -1338,21 +1357,87 @@ def save_figure(fig, name: str, *, data: pd.DataFrame, alt: str) -> None:
     )
 
 
-def label_lines(ax, ends: dict[str, tuple[float, float]], *, gap: float) -> None:
-    """Name lines at their right ends, {task: (x, y)}, pushed apart to at least `gap` in y."""
-    ordered = sorted(ends, key=lambda task: ends[task][1])
-    heights = [ends[task][1] for task in ordered]
-    for i in range(1, len(heights)):
-        heights[i] = max(heights[i], heights[i - 1] + gap)
-    shift = (sum(heights) - sum(ends[task][1] for task in ordered)) / max(len(heights), 1)
-    for task, height in zip(ordered, heights, strict=True):
+def task_grid(tasks: Sequence[str], *, height: float = 1.2):
+    """A figure with one small panel a task, titled with it; returns it and {task: ax}."""
+    import matplotlib.pyplot as plt
+
+    columns = min(5, len(tasks))
+    rows = -(-len(tasks) // columns)
+    fig, grid = plt.subplots(
+        rows,
+        columns,
+        figsize=(figure_width(), 0.4 + height * rows),
+        sharex=True,
+        sharey=True,
+        squeeze=False,
+    )
+    for ax in grid.flat[len(tasks) :]:
+        ax.set_axis_off()
+    axes = dict(zip(tasks, grid.flat, strict=False))
+    for task, ax in axes.items():
+        ax.set_title(TASKS[task].title, color=TASKS[task].color, pad=3)
+    return fig, axes
+
+
+def line_key(fig, formats: dict[str, str]) -> None:
+    """One key above all panels: {what a line is: its matplotlib format}, in grey."""
+    from matplotlib.lines import Line2D
+
+    handles = []
+    for text, fmt in formats.items():
+        marker, dash = fmt.strip("-:"), fmt.lstrip("os")
+        face = "white" if dash == ":" else "#555555"
+        handles.append(
+            Line2D([], [], color="#555555", marker=marker, linestyle=dash, mfc=face, label=text)
+        )
+    fig.legend(handles=handles, loc="outside upper center", ncols=len(handles))
+
+
+def label_lines(ax, heights: pd.Series, *, x: float, gap: float = 0.045) -> None:
+    """Name the line of each task at x, {task: y}, at the right, at least `gap` apart in y."""
+    ordered = heights.sort_values()
+    places = list(ordered)
+    for i in range(1, len(places)):
+        places[i] = max(places[i], places[i - 1] + gap)
+    shift = (sum(places) - ordered.sum()) / len(places)
+    for task, y, place in zip(ordered.index, ordered, places, strict=True):
         ax.annotate(
             TASKS[task].title,
-            ends[task],
-            xytext=(ends[task][0], height - shift),
-            textcoords="data",
+            (x, y),
+            xytext=(1.02, place - shift),
+            textcoords=("axes fraction", "data"),
             color=TASKS[task].color,
             va="center",
-            fontsize="small",
+            arrowprops={"arrowstyle": "-", "color": TASKS[task].color, "linewidth": 0.4},
             annotation_clip=False,
         )
+
+
+def label_points(ax, x: pd.Series, y: pd.Series) -> None:
+    """Name each task's point beside it, above or below its neighbours."""
+    for i, task in enumerate(y.sort_values().index):
+        up = 1 if i % 2 else -1
+        ax.annotate(
+            TASKS[task].title,
+            (x[task], y[task]),
+            xytext=(5, 5 * up),
+            textcoords="offset points",
+            color=TASKS[task].color,
+            va="bottom" if up > 0 else "top",
+            fontsize="small",
+        )
+
+
+def assert_claims(claims: dict[str, tuple[float, str]]) -> pd.DataFrame:
+    """Compare each number that the prose states with its value, {claim: (value, "stated")}.
+
+    At the paper profile a value that does not round to what is stated raises AssertionError.
+    """
+    rows = []
+    for claim, (value, text) in claims.items():
+        decimals = len(text.partition(".")[2])
+        measured = f"{value:.{decimals}f}"
+        rows.append({"claim": claim, "stated": text, "measured": measured})
+        if profile().name == "paper" and measured != text:
+            raise AssertionError(f"{claim}: the text says {text}, measured {measured}")
+    return pd.DataFrame(rows).set_index("claim")

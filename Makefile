@@ -1,0 +1,70 @@
+# Two commands: `make report` runs the whole report small, from scratch; `make test` checks it.
+
+PYTHON ?= python3
+PROFILE ?= paper
+BUILD ?= $(CURDIR)/build
+BIN := .venv/bin
+READY := .venv/ready
+NOTEBOOKS := $(sort $(wildcard notebooks/0[1-9]*.ipynb)) notebooks/00_read_the_report.ipynb
+
+export BUILD
+export OMP_WAIT_POLICY ?= active
+
+help: ## print this list
+	@grep -E '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
+
+report: export PROFILE := $(if $(filter smoke,$(PROFILE)),smoke,quick)
+report: $(READY) ## run the quick profile from scratch; notebooks, HTML, figures in build/quick
+	@mkdir -p $(BUILD)/$(PROFILE)
+	@$(MAKE) --no-print-directory notebooks TO="--output-dir $(BUILD)/$(PROFILE)"
+	@$(BIN)/jupyter nbconvert --log-level WARN --to html --output-dir $(BUILD)/$(PROFILE)/html \
+		$(BUILD)/$(PROFILE)/*.ipynb
+	@$(BIN)/python -c "import pathlib, re; [p.write_text(re.sub(r'(href=\"\w+)\.ipynb', \
+		r'\1.html', p.read_text())) for p in pathlib.Path('$(BUILD)/$(PROFILE)/html').glob('*.html')]"
+	@echo "Done. Open $(BUILD)/$(PROFILE)/html/00_read_the_report.html"
+
+paper: export PROFILE = paper
+paper: $(READY) ## run the committed notebooks in place: load what is stored, compute the rest
+	@$(MAKE) --no-print-directory notebooks TO=--inplace
+
+notebooks: # run the sequence; 00 comes last, since it sums up the others
+	@set -e; progress=$$(tty -s && tty || echo off); n=0; for notebook in $(NOTEBOOKS); do \
+		n=$$((n + 1)); echo "notebook $$n of $(words $(NOTEBOOKS)): $$notebook ($$PROFILE)"; \
+		PROGRESS=$$progress NOTEBOOK=$$(basename $$notebook .ipynb) $(BIN)/jupyter nbconvert \
+			--log-level ERROR --to notebook --execute --ExecutePreprocessor.record_timing=False \
+			$(TO) $$notebook; \
+	done
+
+test: $(READY) ## run the tests
+	@$(BIN)/python -m pytest -q
+
+lint: $(READY) ## check style and format of modules and notebooks
+	@$(BIN)/ruff check . && $(BIN)/ruff format --check .
+
+bench: $(READY) ## time a training step and the spectra against stock recipes
+	@$(BIN)/python tests/bench.py
+
+lab: $(READY) ## open JupyterLab
+	@$(BIN)/jupyter lab notebooks
+
+lock: $(READY) ## write requirements.lock from what is installed, for every platform
+	@$(BIN)/python -m pip install -q uv
+	@$(BIN)/python -m pip freeze | sed -E 's/\+[a-z0-9.]+$$//' \
+		| grep -vE '^(beautifulsoup4|soupsieve)=' > .cache/installed.txt
+	@$(BIN)/uv pip compile -q --universal --no-header --no-annotate --python-version 3.11 \
+		-c .cache/installed.txt requirements.txt | grep -vE '^(nvidia|cuda|triton)' > requirements.lock
+
+clean: ## remove what was built; the store, the cache and .venv stay
+	@rm -rf build data/*/.tmp-* .pytest_cache .ruff_cache __pycache__ tests/__pycache__
+
+$(READY): requirements.txt requirements.lock
+	@$(PYTHON) -c "import sys; v = sys.version_info; v < (3, 11) and sys.exit( \
+		'Python 3.11 or newer is needed, this is %d.%d: make PYTHON=python3.12' % v[:2])"
+	@echo "Installing into .venv (a few minutes, once)"
+	@$(PYTHON) -m venv .venv
+	@$(BIN)/python -m pip install -q --disable-pip-version-check -r requirements.txt \
+		-c requirements.lock
+	@touch $(READY)
+
+.PHONY: help report paper notebooks test lint bench lab lock clean
+.DEFAULT_GOAL := help

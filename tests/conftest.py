@@ -1,0 +1,95 @@
+"""What every test shares: the smoke profile in temporary folders, and a guard over the results."""
+
+import json
+import os
+import sys
+from pathlib import Path
+
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # tiny matrices: more threads only spin
+
+import pytest
+import torch
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
+
+import utils  # noqa: E402
+
+torch.set_num_threads(1)
+COMMITTED = tuple(str(ROOT / folder) + os.sep for folder in ("data", "figures"))
+WRITES = {
+    "open": lambda path, mode, flags: flags & (os.O_WRONLY | os.O_RDWR | os.O_CREAT),
+    "os.mkdir": lambda *_: True,
+    "os.rename": lambda *_: True,
+    "os.remove": lambda *_: True,
+    "os.rmdir": lambda *_: True,
+    "shutil.rmtree": lambda *_: True,
+}
+
+
+def _guard(event: str, arguments: tuple) -> None:
+    """Refuse to change what is committed under data/ and figures/."""
+    if event in WRITES and WRITES[event](*arguments):
+        for path in arguments:
+            if isinstance(path, str | os.PathLike) and os.path.abspath(path).startswith(COMMITTED):
+                raise AssertionError(f"a test tried to change {path}: {event}")
+
+
+sys.addaudithook(_guard)
+
+
+@pytest.fixture(autouse=True, scope="session")
+def cache(tmp_path_factory):
+    """The session's LOWRANK_CACHE and BUILD, with PROFILE=smoke and no progress bars."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("PROFILE", "smoke")
+        patch.setenv("PROGRESS", "off")
+        patch.setenv("BUILD", str(tmp_path_factory.mktemp("build")))
+        patch.setenv("LOWRANK_CACHE", str(tmp_path_factory.mktemp("cache")))
+        yield Path(os.environ["LOWRANK_CACHE"])
+
+
+@pytest.fixture
+def store(monkeypatch, tmp_path):
+    """An empty results store."""
+    monkeypatch.setenv("BUILD", str(tmp_path / "build"))
+    return utils.profile().store
+
+
+@pytest.fixture
+def config(store):
+    """A small full run of the smoke profile, in an empty store."""
+    return utils.profile().config("sentiment", steps=2, eval_rows=4)
+
+
+ANSWERS = ("red", "blue", "red", "green", "blue", "red", "green", "blue")
+
+
+@pytest.fixture
+def write_task(monkeypatch, tmp_path):
+    """A function that puts rows where the task `sentiment` is read; returns the file."""
+    monkeypatch.setattr(utils, "TASK_FOLDER", tmp_path / "tasks")
+
+    def write(rows):
+        path = tmp_path / "tasks" / "sentiment.jsonl"
+        path.parent.mkdir(exist_ok=True)
+        path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf8")
+        _forget_tasks()
+        return path
+
+    yield write
+    _forget_tasks()
+
+
+@pytest.fixture
+def small_task(write_task):
+    """Eight rows of 9 to 12 bytes in every split; the first four train."""
+    rows = [{"prompt": f"p{i}:", "answer": f" {a}"} for i, a in enumerate(ANSWERS)]
+    splits = {"train": rows[:4], "valid": rows[:2], "test": rows}
+    write_task([{"split": name} | row for name, part in splits.items() for row in part])
+    return rows
+
+
+def _forget_tasks():
+    if hasattr(utils.load_task, "cache_clear"):
+        utils.load_task.cache_clear()

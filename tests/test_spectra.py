@@ -1,0 +1,245 @@
+"""Spectra, ranks and the null, against float64 SVD, closed forms and PEFT."""
+
+import doctest
+import math
+
+import pytest
+import torch
+
+import utils
+
+SHAPES = [(48, 48), (96, 24), (24, 96), (1, 30), (30, 1), (1, 1)]
+
+
+def gaussian(*shape, seed=0):
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randn(shape, generator=generator, dtype=torch.float64)
+
+
+def planted(S, shape=(40, 30), seed=0):
+    """A matrix with the singular values S."""
+    U = torch.linalg.qr(gaussian(shape[0], len(S), seed=seed)).Q
+    V = torch.linalg.qr(gaussian(shape[1], len(S), seed=seed + 1)).Q
+    return U @ torch.diag(torch.as_tensor(S, dtype=torch.float64)) @ V.T
+
+
+def test_doctests_of_utils():
+    outcome = doctest.testmod(utils)
+    assert outcome.failed == 0
+    assert outcome.attempted >= 8
+
+
+@pytest.mark.parametrize("scale", [1.0, 1e-30, 1e30])
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_singular_values_equal_a_float64_svd(shape, scale):
+    dW = (gaussian(*shape) * scale).float()
+    S, oracle = utils.singular_values(dW), torch.linalg.svdvals(dW.double())
+    assert S.dtype == torch.float64
+    assert S.shape == oracle.shape
+    assert (S - oracle).abs().max() <= 1e-9 * oracle[0]
+
+
+@pytest.mark.parametrize("rank", [1, 8, 60])
+@pytest.mark.parametrize("shape", [(200, 100), (100, 200), (100, 100)], ids=str)
+def test_singular_values_of_a_rank_deficient_matrix(shape, rank):
+    dW = gaussian(shape[0], rank) @ gaussian(rank, shape[1], seed=1)
+    S, oracle = utils.singular_values(dW), torch.linalg.svdvals(dW)
+    assert (S - oracle).abs().max() <= 1e-9 * oracle[0]
+
+
+def test_singular_values_of_a_decaying_spectrum():
+    S = torch.logspace(0, -6, 30, dtype=torch.float64)
+    assert torch.allclose(utils.singular_values(planted(S)), S, atol=1e-9, rtol=0)
+
+
+def test_singular_values_of_a_zero_matrix():
+    assert utils.singular_values(torch.zeros(5, 3)).tolist() == [0.0, 0.0, 0.0]
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
+def test_singular_values_refuse_nan_and_inf(value):
+    dW = torch.ones(4, 3)
+    dW[1, 2] = value
+    with pytest.raises(ValueError, match="NaN or inf"):
+        utils.singular_values(dW)
+
+
+@pytest.mark.parametrize("shape", [(60, 40), (40, 60), (40, 40)], ids=str)
+def test_factor_singular_values_equal_the_svd_of_the_product(shape):
+    B, A = gaussian(shape[0], 5), gaussian(5, shape[1], seed=1)
+    oracle = torch.linalg.svdvals(B @ A)
+    S = utils.factor_singular_values(B.float(), A.float())
+    assert S.shape == (5,)
+    assert torch.allclose(S, oracle[:5], rtol=1e-6)
+
+
+def test_energy_of_a_planted_spectrum():
+    E = utils.energy(utils.singular_values(planted([3.0, 2.0, 1.0], (6, 3))))
+    assert E.tolist() == pytest.approx([9 / 14, 13 / 14, 1.0])
+
+
+def test_energy_is_one_minus_the_squared_error_of_the_cut():
+    dW = gaussian(20, 12)
+    E = utils.energy(utils.singular_values(dW))
+    errors = [(dW - utils.truncate(dW, r)).square().sum() for r in range(1, 13)]
+    assert torch.allclose(E, 1 - torch.stack(errors) / dW.square().sum())
+
+
+def test_energy_and_ranks_of_a_zero_update():
+    S = torch.zeros(4)
+    assert utils.energy(S).tolist() == [0.0] * 4
+    assert (utils.energy_rank(S, 0.9), utils.stable_rank(S), utils.entropy_rank(S)) == (0, 0, 0)
+
+
+@pytest.mark.parametrize("share", [0.1, 0.5, 0.9, 0.95, 0.99])
+@pytest.mark.parametrize("seed", range(3))
+def test_energy_rank_selects_as_peft_does(share, seed):
+    from peft.tuners.lora.conversion import _find_cutoff_index
+
+    S = utils.singular_values(gaussian(50, 40, seed=seed))
+    assert utils.energy_rank(S, share) == _find_cutoff_index(S, share)
+
+
+@pytest.mark.parametrize(
+    ("share", "rank"), [(0.25, 1), (0.2500001, 2), (0.5, 2), (0.75, 3), (0.76, 4), (1.0, 4)]
+)
+def test_energy_rank_is_the_smallest_that_reaches_the_share(share, rank):
+    assert utils.energy_rank(torch.ones(4), share) == rank
+
+
+@pytest.mark.parametrize("rank", [1, 5, 30])
+def test_energy_rank_finds_a_planted_rank(rank):
+    S = utils.singular_values(planted(torch.linspace(3, 1, rank)))
+    assert utils.energy_rank(S, 1 - 1e-9) == rank
+
+
+@pytest.mark.parametrize("share", [0.0, -0.1, 1.1, math.nan])
+def test_energy_rank_refuses_a_share_outside_0_to_1(share):
+    with pytest.raises(ValueError, match="share"):
+        utils.energy_rank(torch.ones(3), share)
+
+
+@pytest.mark.parametrize(("S", "rank"), [([2.0, 1.0, 1.0], 1.5), ([5.0], 1.0), ([7.0] * 9, 9.0)])
+def test_stable_rank_closed_form(S, rank):
+    assert utils.stable_rank(torch.tensor(S)) == pytest.approx(rank)
+
+
+@pytest.mark.parametrize("scale", [1e-12, 1.0, 1e12])
+def test_entropy_rank_closed_form(scale):
+    p = (0.5, 0.25, 0.25)
+    expected = math.exp(-sum(x * math.log(x) for x in p))
+    assert utils.entropy_rank(scale * torch.tensor(p)) == pytest.approx(expected)
+    assert utils.entropy_rank(scale * torch.tensor([1.0] * 6 + [0.0] * 3)) == pytest.approx(6)
+
+
+@pytest.mark.parametrize("shape", [(64, 64), (64, 128), (32, 256), (96, 64)], ids=str)
+def test_null_energy_closed_form_agrees_with_simulation(shape):
+    closed = utils.null_energy(shape)
+    simulated = utils.null_energy(shape, draws=8)
+    assert closed.shape == (min(shape),)
+    assert (closed - simulated).abs().max() < 0.01
+
+
+@pytest.mark.parametrize("n", [64, 256, 768])
+def test_null_energy_of_a_square_matrix_is_the_quarter_circle_law(n):
+    a = torch.linspace(0, math.pi / 2, 200_001, dtype=torch.float64)  # sigma = 2 cos(a)
+    share_of_ranks = 2 / math.pi * (a - (2 * a).sin() / 2)
+    share_of_energy = 2 / math.pi * (a - (4 * a).sin() / 4)
+    r = torch.arange(1, n + 1, dtype=torch.float64)
+    at = torch.searchsorted(share_of_ranks, r / n).clamp_max(len(a) - 1)
+    assert torch.allclose(utils.null_energy((n, n)), share_of_energy[at], atol=2e-4)
+
+
+@pytest.mark.parametrize(  # recomputed from the Marchenko-Pastur integral, checked by simulation
+    ("shape", "r90_over_min", "energy_8", "energy_64"),
+    [
+        ((4096, 4096), 0.510, 0.008, 0.058),
+        ((4096, 11008), 0.712, 0.005, 0.039),
+        ((768, 768), 0.510, 0.040, 0.269),
+        ((768, 3072), 0.761, 0.023, 0.165),
+        ((576, 1536), 0.711, 0.035, 0.241),
+        ((128, 896), 0.808, 0.109, 0.659),
+    ],
+    ids=str,
+)
+def test_null_energy_constants(shape, r90_over_min, energy_8, energy_64):
+    E = utils.null_energy(shape)
+    r90 = int((E < 0.9).sum()) + 1
+    assert r90 / min(shape) == pytest.approx(r90_over_min, abs=1.5 / min(shape) + 5e-4)
+    assert float(E[7]) == pytest.approx(energy_8, abs=1e-3)
+    assert float(E[63]) == pytest.approx(energy_64, abs=1e-3)
+
+
+def test_null_energy_ignores_the_transpose():
+    assert torch.equal(utils.null_energy((40, 90)), utils.null_energy((90, 40)))
+
+
+@pytest.mark.parametrize("r", [0, 1, 5, 12])
+@pytest.mark.parametrize("shape", [(20, 12), (12, 20)], ids=str)
+def test_truncate_is_the_best_approximation(shape, r):
+    dW = gaussian(*shape)
+    S = torch.linalg.svdvals(dW)
+    cut = utils.truncate(dW, r)
+    assert torch.linalg.matrix_rank(cut) == r
+    error = (dW - cut).square().sum()
+    assert error == pytest.approx(float(S[r:].square().sum()), abs=1e-9)
+
+
+@pytest.mark.parametrize("r", [-1, 13])
+def test_truncate_refuses_a_rank_that_the_matrix_cannot_have(r):
+    with pytest.raises(ValueError, match="r="):
+        utils.truncate(torch.ones(20, 12), r)
+
+
+def test_subspace_overlap_of_the_same_subspace_is_one():
+    A = gaussian(30, 20)
+    assert utils.subspace_overlap(A, -3 * A, 5) == pytest.approx(1)
+
+
+def test_subspace_overlap_of_orthogonal_subspaces_is_zero():
+    eye = torch.eye(8)
+    assert utils.subspace_overlap(eye[:, :3], eye[:, 3:6], 3) == pytest.approx(0, abs=1e-12)
+
+
+def test_subspace_overlap_by_chance_is_r_over_m():
+    pairs = [(gaussian(100, 40, seed=2 * i), gaussian(100, 50, seed=2 * i + 1)) for i in range(20)]
+    overlaps = [utils.subspace_overlap(A, B, 10) for A, B in pairs]
+    assert sum(overlaps) / 20 == pytest.approx(0.1, abs=0.015)
+
+
+def test_subspace_overlap_is_symmetric_and_counts_shared_directions():
+    A = planted([5.0, 4.0, 3.0, 2.0], (30, 20))
+    U = torch.linalg.svd(A).U
+    B = U[:, [0, 1, 8, 9]]  # shares two of four directions
+    B = B * torch.tensor([4.0, 3.0, 2.0, 1.0], dtype=torch.float64)
+    assert utils.subspace_overlap(A, B, 4) == pytest.approx(0.5)
+    assert utils.subspace_overlap(B, A, 4) == pytest.approx(0.5)
+
+
+@pytest.mark.parametrize("r", [0, 13])
+def test_subspace_overlap_refuses_a_rank_out_of_range(r):
+    with pytest.raises(ValueError, match="r="):
+        utils.subspace_overlap(gaussian(20, 12), gaussian(20, 15), r)
+
+
+@pytest.mark.parametrize(
+    ("name", "expected"),
+    [
+        ("model.layers.17.mlp.down_proj.weight", (17, "down_proj")),
+        ("model.embed_tokens.weight", (-1, "embed_tokens")),
+    ],
+)
+def test_layer_and_module(name, expected):
+    assert utils.layer_and_module(name) == expected
+
+
+def test_bootstrap_interval_covers_the_mean_of_normal_data():
+    values = gaussian(400)
+    low, high = utils.bootstrap_interval(values.tolist())
+    mean, error = float(values.mean()), float(values.std()) / 20
+    assert low == pytest.approx(mean - 1.96 * error, abs=0.3 * error)
+    assert high == pytest.approx(mean + 1.96 * error, abs=0.3 * error)
+
+
+def test_bootstrap_interval_leaves_out_missing_values():
+    assert utils.bootstrap_interval([2.0, None, 2.0]) == (2.0, 2.0)
