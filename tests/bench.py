@@ -1,0 +1,157 @@
+"""make bench: a training step and the spectra of one model, against stock recipes run beside them.
+
+Timings are medians on an otherwise idle machine; nothing is asserted.
+"""
+
+import dataclasses
+import statistics
+import sys
+import tempfile
+import threading
+import time
+from contextlib import contextmanager
+from pathlib import Path
+
+import psutil
+import torch
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+import utils
+
+STEPS = 14  # the first four warm up and compile
+
+
+@contextmanager
+def peak_memory():
+    """Yield a list that holds, at the end, the peak resident memory of the block in GB."""
+    peak, done = [0.0], threading.Event()
+
+    def watch():
+        while not done.wait(0.02):
+            peak[0] = max(peak[0], psutil.Process().memory_info().rss / 1e9)
+
+    watcher = threading.Thread(target=watch, daemon=True)
+    watcher.start()
+    try:
+        yield peak
+    finally:
+        done.set()
+        watcher.join()
+
+
+class Stamps(list):
+    """A progress bar that only notes the time of every step."""
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *error):
+        return False
+
+    def update(self):
+        self.append(time.perf_counter())
+
+    def seconds_per_step(self):
+        return statistics.median(b - a for a, b in zip(self[3:], self[4:], strict=False))
+
+
+def our_step(config: utils.RunConfig) -> tuple[float, float]:
+    """Seconds and peak GB of a step of the report's recipe."""
+    stamps = Stamps()
+    utils.progress, bar = lambda total, label: stamps, utils.progress
+    with peak_memory() as peak:
+        utils.train(config, utils.prepare(config))
+    utils.progress = bar
+    return stamps.seconds_per_step(), peak[0]
+
+
+def stock_step(config: utils.RunConfig) -> tuple[float, float]:
+    """Seconds and peak GB of a step of `Trainer(bf16=True)` on the same batches."""
+    from transformers import PrinterCallback, Trainer, TrainerCallback, TrainingArguments
+
+    tokenizer = utils.load_tokenizer(config.model)
+    rows = [
+        utils.encode(r, tokenizer, config.seq_len) for r in utils.load_task(config.task)["train"]
+    ]
+    stamps = Stamps()
+
+    class Clock(TrainerCallback):
+        def on_step_end(self, *args, **kwargs):
+            stamps.update()
+
+    with tempfile.TemporaryDirectory() as scratch, peak_memory() as peak:
+        arguments = TrainingArguments(
+            output_dir=scratch,
+            bf16=True,
+            max_steps=config.steps,
+            per_device_train_batch_size=config.batch_size,
+            learning_rate=config.lr,
+            seed=config.seed,
+            save_strategy="no",
+            logging_strategy="no",
+            report_to="none",
+            disable_tqdm=True,
+        )
+        trainer = Trainer(
+            model=utils.load_model(config.model),
+            args=arguments,
+            train_dataset=rows,
+            data_collator=lambda batch: utils.collate(batch, config.seq_len),
+            callbacks=[Clock()],
+        )
+        trainer.remove_callback(PrinterCallback)
+        trainer.train()
+    return stamps.seconds_per_step(), peak[0]
+
+
+def bench_training() -> None:
+    """Print both steps side by side, for short and long answers."""
+    for task in ("sentiment", "json"):
+        config = utils.PROFILES["paper"].config(task, steps=STEPS)
+        ours = our_step(config)
+        eager = our_step(dataclasses.replace(config, compile=False))
+        stock = stock_step(config)
+        rows = f"{config.batch_size} x {config.seq_len} tokens, {task}"
+        print(
+            f"training step, {rows}: stock Trainer(bf16=True) {stock[0]:.2f} s, {stock[1]:.1f} GB"
+        )
+        for name, (seconds, memory) in {"compiled": ours, "eager": eager}.items():
+            print(
+                f"  ours, {name}: {seconds:.2f} s, {memory:.1f} GB: {stock[0] / seconds:.1f}x faster"
+            )
+    print("  ours differs: embedding frozen, logits of answer tokens only, layers compiled")
+
+
+def bench_spectra() -> None:
+    """Print the time for all matrices of Gemma 3 270M and the largest error."""
+    shapes = [
+        (1024, 640),
+        (256, 640),
+        (256, 640),
+        (640, 1024),
+        (2048, 640),
+        (2048, 640),
+        (640, 2048),
+    ]
+    torch.manual_seed(0)
+    matrices = [torch.randn(shape) * 1e-4 for _ in range(18) for shape in shapes]
+    clock = time.perf_counter()
+    ours = [utils.singular_values(dW) for dW in matrices]
+    our_seconds = time.perf_counter() - clock
+    clock = time.perf_counter()
+    for dW in matrices:
+        torch.linalg.svd(dW, full_matrices=False)
+    stock_seconds = time.perf_counter() - clock
+    exact = [torch.linalg.svdvals(dW.double()) for dW in matrices]
+    error = max(float((a - b).abs().max() / b[0]) for a, b in zip(ours, exact, strict=True))
+    print(
+        f"spectra of {len(matrices)} matrices: torch.linalg.svd {stock_seconds:.1f} s, ours "
+        f"{our_seconds:.1f} s: {stock_seconds / our_seconds:.1f}x faster; largest error "
+        f"{error:.0e} of sigma_1 against float64"
+    )
+
+
+if __name__ == "__main__":
+    print(f"{torch.get_num_threads()} threads, torch {torch.__version__}")
+    bench_spectra()
+    bench_training()
