@@ -171,6 +171,14 @@ def _require(condition: bool, message: str) -> None:
         raise ValueError(message)
 
 
+KNOWN_VALUES = {
+    "method": ("base", "full", "lora"),
+    "schedule": ("linear", "cosine", "constant"),
+    "optimizer": ("adamw_torch_fused", "adamw_torch", "sgd"),
+    "dtype": ("bfloat16", "float32"),
+}
+
+
 @dataclass(frozen=True, kw_only=True)
 class RunConfig:
     """Everything that determines one run; its `key` names the run in the store.
@@ -205,10 +213,6 @@ class RunConfig:
     def __post_init__(self) -> None:
         names = sorted(TASKS)
         _require(self.task in TASKS, f"task {self.task!r} is unknown; choose one of {names}")
-        _require(
-            self.method in ("base", "full", "lora"),
-            f"method {self.method!r} is unknown; choose base, full or lora",
-        )
         trained = self.method != "base"
         _require(
             self.steps >= 1 if trained else self.steps == 0,
@@ -223,14 +227,25 @@ class RunConfig:
             self.rank >= 1 if lora else self.rank == 0,
             f"rank={self.rank}: a {self.method} run needs {'1 or more' if lora else '0'}",
         )
-        _require(not lora or self.alpha > 0, f"alpha={self.alpha}: must be above 0, such as 2 r")
+        _require(
+            not lora or 0 < self.alpha < math.inf,
+            f"alpha={self.alpha}: must be above 0, such as 32",
+        )
+        _require(
+            not self.train_embedding or self.method == "full",
+            f"train_embedding: a {self.method} run cannot train the embedding; use method='full'",
+        )
         for field in ("batch_size", "seq_len", "eval_rows"):
             value = getattr(self, field)
             _require(value >= 1, f"{field}={value}: must be at least 1")
+        _require(self.generate_rows >= 0, f"generate_rows={self.generate_rows}: must be 0 or more")
         _require(
-            self.dtype in ("bfloat16", "float32"),
-            f"dtype {self.dtype!r} is unknown; choose bfloat16 or float32",
+            0 <= self.weight_decay < math.inf,
+            f"weight_decay={self.weight_decay}: must be 0 or more",
         )
+        for field, known in KNOWN_VALUES.items():
+            value = getattr(self, field)
+            _require(value in known, f"{field} {value!r} is unknown; choose one of {known}")
 
     @property
     def identity(self) -> dict:
@@ -313,7 +328,7 @@ def _model_source(name: str) -> str:
         if not (folder / "config.json").exists():
             raise ValueError(f"{name} is not a model folder: it has no config.json")
         return str(folder)
-    if name.startswith((".", "/", "~")) or name.count("/") != 1:
+    if folder.is_absolute() or name.count("/") != 1 or folder.parent.is_dir():
         raise ValueError(f"model {name!r} is unknown; choose {GEMMA}, a folder or a hub id")
     return name
 
@@ -336,6 +351,7 @@ def load_model(name: str) -> nn.Module:
     safetensors, or a hub id.  Raises ValueError for an unknown name, missing or unexpected
     weights, and NaN or infinite ones, naming the tensor.
     """
+    from safetensors import SafetensorError
     from transformers import AutoModelForCausalLM
 
     if name == TINY:
@@ -346,7 +362,7 @@ def load_model(name: str) -> nn.Module:
             model, report = AutoModelForCausalLM.from_pretrained(
                 source, dtype=torch.float32, use_safetensors=True, output_loading_info=True
             )
-        except OSError as error:
+        except (OSError, RuntimeError, ValueError, SafetensorError) as error:
             raise ValueError(f"model {name!r} cannot be loaded: {_first_line(error)}") from error
     wrong = {k: sorted(map(str, v)) for k, v in report.items() if v}
     if wrong:
@@ -477,7 +493,6 @@ def task_sha256(task: str) -> str:
     return _file_sha256(_task_file(task))
 
 
-@functools.lru_cache
 def load_task(task: str) -> dict[str, list[dict]]:
     """The rows of a task by split; each has prompt, answer and the metric of its answer."""
     splits: dict[str, list[dict]] = {}
@@ -913,10 +928,12 @@ def save_entry(folder: Path, record: dict, tensors: dict[str, Tensor] | None = N
             file.write(_compact_json(record))
             file.flush()
             os.fsync(file.fileno())
-        if folder.exists() and load_entry(folder) is None:
-            shutil.rmtree(folder)
-        with contextlib.suppress(OSError):
+        if load_entry(folder) is None:
+            with contextlib.suppress(OSError):  # nothing there, or another process moved it aside
+                os.rename(folder, scratch / "torn")
+        with contextlib.suppress(OSError):  # another process was first: its entry stays
             os.rename(scratch, folder)
+            shutil.rmtree(folder / "torn", ignore_errors=True)
     finally:
         shutil.rmtree(scratch, ignore_errors=True)
     if load_entry(folder) is None:
@@ -941,13 +958,13 @@ def load_entry(folder: Path) -> tuple[dict, dict[str, Tensor]] | None:
         intact = stated == _digest(record) and all(
             _file_sha256(folder / name) == sha256 for name, sha256 in record["files"].items()
         )
-    except (OSError, ValueError, KeyError, AttributeError):
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
         intact = False
     if not intact:
         warnings.warn(f"{folder.name} is torn or was edited: it is computed again", stacklevel=2)
         return None
-    tensors = folder / "tensors.safetensors"
-    return record, load_file(tensors) if record["files"] else {}
+    tensors = load_file(folder / "tensors.safetensors") if record["files"] else {}
+    return record, {name: tensor.clone() for name, tensor in tensors.items()}  # not memory-mapped
 
 
 @dataclass(frozen=True)
@@ -1101,6 +1118,7 @@ def run(config: RunConfig, *, label: str = "") -> Result:
     """The result of `config`: loaded when it is stored, otherwise trained, measured and stored."""
     result = stored(config)
     if result is None:
+        _require_disk(profile().store, 0.1)
         save_entry(profile().store / "runs" / config.key, *measure(config, label or config.key))
         result = stored(config)
     return result
@@ -1115,11 +1133,13 @@ def sweep(configs: Sequence[RunConfig]) -> list[Result]:
     """
     from joblib import Parallel, delayed
 
-    missing = [c for c in dict.fromkeys(configs) if stored(c) is None]
+    _require_disk(profile().store, 0.1)
+    wanted = list(dict.fromkeys(configs))
+    missing = [c for c in wanted if stored(c) is None]
     if missing:
         minutes = sum(_estimated_seconds(c) for c in missing) / 60
         print(
-            f"{len(configs) - len(missing)} of {len(configs)} runs are stored; about "
+            f"{len(wanted) - len(missing)} of {len(wanted)} runs are stored; about "
             f"{minutes:.0f} min for the rest",
             file=sys.stderr,
         )
@@ -1148,8 +1168,10 @@ def updates(config: RunConfig) -> dict[str, Tensor]:
     """dW of every trained parameter of a full run, float32; trained again when not in the cache."""
     from safetensors.torch import load_file
 
+    _require(config.method == "full", f"{config.key}: only a full run has deltas")
     if not _delta_file(config).exists():
         measure(config, f"deltas of {config.key}")
+    _require(_delta_file(config).exists(), f"{config.key} diverged: it has no deltas")
     return load_file(_delta_file(config))
 
 
@@ -1187,7 +1209,7 @@ def _evaluate_cuts(
     """Yield (r, evaluation on the test split) of the cut model for every rank."""
     dW = updates(config)
     model = load_model(config.model)
-    limit = min(min(weight.shape) for weight in matrices(model).values())
+    limit = max(min(weight.shape) for weight in matrices(model).values())
     _require(min(ranks) >= 0 and max(ranks) <= limit, f"ranks={ranks}: must be 0 to {limit}")
     W0 = {name: weight.detach().cpu().clone() for name, weight in matrices(model).items()}
     factors = {name: torch.linalg.svd(dW[name], full_matrices=False) for name in W0}

@@ -1,0 +1,162 @@
+"""Configurations: what cannot run is refused, and what differs has another key."""
+
+import dataclasses
+import os
+import subprocess
+import sys
+
+import pytest
+
+import utils
+
+FULL = {"task": "sentiment", "model": utils.TINY, "lr": 1e-4, "steps": 6}
+LORA = FULL | {"method": "lora", "rank": 4, "alpha": 8.0}
+
+
+@pytest.mark.parametrize(
+    ("field", "changes"),
+    [
+        ("task", {"task": "poetry"}),
+        ("method", {"method": "prompt"}),
+        ("steps", {"steps": 0}),
+        ("steps", {"steps": -1}),
+        ("steps", {"method": "base"}),
+        ("lr", {"lr": 0.0}),
+        ("lr", {"lr": -1e-4}),
+        ("lr", {"lr": float("nan")}),
+        ("lr", {"lr": float("inf")}),
+        ("rank", {"rank": 4}),
+        ("rank", {**LORA, "rank": 0}),
+        ("rank", {**LORA, "rank": -1}),
+        ("alpha", {**LORA, "alpha": 0.0}),
+        ("alpha", {**LORA, "alpha": float("nan")}),
+        ("alpha", {**LORA, "alpha": float("inf")}),
+        ("batch_size", {"batch_size": 0}),
+        ("seq_len", {"seq_len": 0}),
+        ("eval_rows", {"eval_rows": 0}),
+        ("generate_rows", {"generate_rows": -1}),
+        ("dtype", {"dtype": "float16"}),
+        ("schedule", {"schedule": "sometimes"}),
+        ("optimizer", {"optimizer": "magic"}),
+        ("weight_decay", {"weight_decay": float("nan")}),
+    ],
+)
+def test_a_value_that_cannot_run_is_refused_by_name(field, changes):
+    with pytest.raises(ValueError, match=field):
+        utils.RunConfig(**(FULL | changes))
+
+
+@pytest.mark.parametrize("record", [FULL, LORA, {"task": "kjv", "method": "base"}])
+def test_a_value_that_can_run_is_accepted(record):
+    assert utils.RunConfig(**record).task == record["task"]
+
+
+CHANGES = {
+    "task": "json",
+    "model": utils.GEMMA,
+    "rank": 5,
+    "alpha": 9.0,
+    "rslora": True,
+    "lr": 2e-4,
+    "schedule": "constant",
+    "steps": 7,
+    "batch_size": 17,
+    "seq_len": 49,
+    "optimizer": "sgd",
+    "weight_decay": 0.1,
+    "train_embedding": True,
+    "seed": 1,
+    "dtype": "float32",
+    "compile": False,
+    "eval_rows": 257,
+    "generate_rows": 65,
+}
+
+
+def test_every_field_that_determines_a_run_is_tried():
+    assert {"method", *CHANGES} == {field.name for field in dataclasses.fields(utils.RunConfig)}
+
+
+@pytest.mark.parametrize("field", CHANGES)
+def test_the_key_changes_with_every_field(field):
+    assert utils.RunConfig(**LORA).key != utils.RunConfig(**(LORA | {field: CHANGES[field]})).key
+
+
+def test_the_hash_changes_with_the_method():
+    full, lora = utils.RunConfig(**FULL), utils.RunConfig(**LORA)
+    assert full.key[-12:] != lora.key[-12:]
+    assert lora.identity["method"] == "lora"
+
+
+def test_the_key_ignores_the_order_and_the_defaults():
+    record = dict(reversed(LORA.items())) | {"weight_decay": 0.0}
+    assert utils.RunConfig(**record).key == utils.RunConfig(**LORA).key
+
+
+def test_the_key_says_what_the_run_is():
+    assert utils.RunConfig(**LORA, seed=3).key.startswith("sentiment-lora-r4-s3-")
+
+
+def test_the_key_changes_with_the_bytes_of_the_task(monkeypatch, tmp_path):
+    before = utils.RunConfig(**FULL).key
+    content = (utils.TASK_FOLDER / "sentiment.jsonl").read_bytes()
+    monkeypatch.setattr(utils, "TASK_FOLDER", tmp_path)
+    (tmp_path / "sentiment.jsonl").write_bytes(content)
+    assert utils.RunConfig(**FULL).key == before
+    (tmp_path / "sentiment.jsonl").write_bytes(content.replace(b"negative", b"Negative", 1))
+    assert utils.RunConfig(**FULL).key != before
+
+
+def test_the_key_changes_with_the_measurement(monkeypatch):
+    before = utils.RunConfig(**FULL).key
+    monkeypatch.setattr(utils, "MEASUREMENT", utils.MEASUREMENT + 1)
+    assert utils.RunConfig(**FULL).key != before
+
+
+def test_the_key_changes_with_the_weights_of_a_folder(tmp_path):
+    model = utils.load_model(utils.TINY)
+    keys = []
+    for name in ("a", "b"):
+        model.save_pretrained(tmp_path / name)
+        keys.append(utils.RunConfig(**(FULL | {"model": str(tmp_path / name)})).identity)
+        model.get_input_embeddings().weight.data += 1
+    assert keys[0]["model_sha256"] != keys[1]["model_sha256"]
+
+
+@pytest.mark.parametrize("hash_seed", ["0", "1"])
+def test_the_key_is_the_same_in_every_process(hash_seed):
+    code = f"import utils; print(utils.RunConfig(**{LORA!r}).key)"
+    environment = os.environ | {"PYTHONHASHSEED": hash_seed}
+    command = [sys.executable, "-c", code]
+    done = subprocess.run(
+        command, cwd=utils.ROOT, env=environment, capture_output=True, text=True, check=True
+    )
+    assert done.stdout.strip() == utils.RunConfig(**LORA).key
+
+
+def test_an_unknown_profile_lists_the_known_ones(monkeypatch):
+    monkeypatch.setenv("PROFILE", "huge")
+    with pytest.raises(ValueError, match="huge.*smoke.*quick.*paper"):
+        utils.profile()
+
+
+def test_paper_is_the_default_profile(monkeypatch):
+    monkeypatch.delenv("PROFILE")
+    assert utils.profile().name == "paper"
+
+
+@pytest.mark.parametrize("name", utils.PROFILES)
+def test_every_run_of_a_profile_has_its_own_key(name):
+    profile = utils.PROFILES[name]
+    configs = profile.base_configs() + profile.full_configs() + profile.lora_configs()
+    runs = len(profile.tasks) * (1 + len(profile.seeds))
+    runs += len(profile.lora_tasks) * len(profile.lora_ranks) * len(profile.seeds)
+    assert len({config.key for config in configs}) == runs
+
+
+@pytest.mark.parametrize("name", ["smoke", "quick"])
+def test_only_the_paper_profile_writes_into_the_repository(name):
+    profile = utils.PROFILES[name]
+    for folder in (profile.store, profile.figures):
+        assert not folder.is_relative_to(utils.ROOT)  # BUILD is a temporary folder here
+    assert utils.PROFILES["paper"].store == utils.ROOT / "data"
