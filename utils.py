@@ -360,7 +360,11 @@ def load_model(name: str) -> nn.Module:
     with _quiet_transformers():
         try:
             model, report = AutoModelForCausalLM.from_pretrained(
-                source, dtype=torch.float32, use_safetensors=True, output_loading_info=True
+                source,
+                dtype=torch.float32,
+                use_safetensors=True,
+                output_loading_info=True,
+                ignore_mismatched_sizes=True,  # so that they are reported by name, and refused
             )
         except (OSError, RuntimeError, ValueError, SafetensorError) as error:
             raise ValueError(f"model {name!r} cannot be loaded: {_first_line(error)}") from error
@@ -608,7 +612,9 @@ def prepare(config: RunConfig) -> nn.Module:
             use_rslora=config.rslora,
             target_modules="all-linear",
         )
-        model = get_peft_model(model, lora)
+        with warnings.catch_warnings():  # PEFT 0.21 uses a name that transformers has renamed
+            warnings.filterwarnings("ignore", ".*is_gradient_checkpointing", FutureWarning)
+            model = get_peft_model(model, lora)
     if config.compile and has_compiler():
         for layer in layers:  # one small graph that all layers share, rather than a large one
             layer.compile(dynamic=False)
@@ -760,7 +766,7 @@ def evaluate(model: nn.Module, config: RunConfig, split: str) -> dict:
     model.train(was_training)
     scored = scores["score"].dropna()
     return {
-        "loss_nats": float(scores["nats"].sum() / scores["tokens"].sum()),
+        "loss_nats": float(scores["nats"].sum(skipna=False) / scores["tokens"].sum()),
         "score": float(scored.mean()) if len(scored) else None,
         "row_nats": scores["nats"].round(5).tolist(),
         "row_tokens": scores["tokens"].tolist(),

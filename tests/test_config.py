@@ -35,6 +35,7 @@ LORA = FULL | {"method": "lora", "rank": 4, "alpha": 8.0}
         ("seq_len", {"seq_len": 0}),
         ("eval_rows", {"eval_rows": 0}),
         ("generate_rows", {"generate_rows": -1}),
+        ("train_embedding", {**LORA, "train_embedding": True}),
         ("dtype", {"dtype": "float16"}),
         ("schedule", {"schedule": "sometimes"}),
         ("optimizer", {"optimizer": "magic"}),
@@ -79,7 +80,8 @@ def test_every_field_that_determines_a_run_is_tried():
 
 @pytest.mark.parametrize("field", CHANGES)
 def test_the_key_changes_with_every_field(field):
-    assert utils.RunConfig(**LORA).key != utils.RunConfig(**(LORA | {field: CHANGES[field]})).key
+    start = FULL if field == "train_embedding" else LORA
+    assert utils.RunConfig(**start).key != utils.RunConfig(**(start | {field: CHANGES[field]})).key
 
 
 def test_the_hash_changes_with_the_method():
