@@ -17,7 +17,7 @@ report: export PROFILE := $(if $(filter smoke,$(PROFILE)),smoke,quick)
 report: $(READY) ## run the quick profile from scratch; notebooks, HTML, figures in build/quick
 	@mkdir -p $(BUILD)/$(PROFILE)
 	@$(MAKE) --no-print-directory notebooks TO="--output-dir $(BUILD)/$(PROFILE)"
-	@$(BIN)/jupyter nbconvert --log-level WARN --to html --output-dir $(BUILD)/$(PROFILE)/html \
+	@$(BIN)/jupyter nbconvert --log-level ERROR --to html --output-dir $(BUILD)/$(PROFILE)/html \
 		$(BUILD)/$(PROFILE)/*.ipynb
 	@$(BIN)/python -c "import pathlib, re; [p.write_text(re.sub(r'(href=\"\w+)\.ipynb', \
 		r'\1.html', p.read_text())) for p in pathlib.Path('$(BUILD)/$(PROFILE)/html').glob('*.html')]"

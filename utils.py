@@ -211,41 +211,31 @@ class RunConfig:
     generate_rows: int = 64
 
     def __post_init__(self) -> None:
-        names = sorted(TASKS)
-        _require(self.task in TASKS, f"task {self.task!r} is unknown; choose one of {names}")
-        trained = self.method != "base"
-        _require(
-            self.steps >= 1 if trained else self.steps == 0,
-            f"steps={self.steps}: a {self.method} run needs {'at least 1' if trained else '0'}",
-        )
-        _require(
-            not trained or (self.lr > 0 and math.isfinite(self.lr)),
-            f"lr={self.lr}: the learning rate must be above 0, such as 5e-5",
-        )
-        lora = self.method == "lora"
-        _require(
-            self.rank >= 1 if lora else self.rank == 0,
-            f"rank={self.rank}: a {self.method} run needs {'1 or more' if lora else '0'}",
-        )
-        _require(
-            not lora or 0 < self.alpha < math.inf,
-            f"alpha={self.alpha}: must be above 0, such as 32",
-        )
-        _require(
-            not self.train_embedding or self.method == "full",
-            f"train_embedding: a {self.method} run cannot train the embedding; use method='full'",
-        )
+        trained, lora = self.method != "base", self.method == "lora"
+        known = KNOWN_VALUES | {"task": tuple(sorted(TASKS))}
+        rules = {
+            field: (getattr(self, field) in values, f"unknown; choose one of {', '.join(values)}")
+            for field, values in known.items()
+        }
         for field in ("batch_size", "seq_len", "eval_rows"):
-            value = getattr(self, field)
-            _require(value >= 1, f"{field}={value}: must be at least 1")
-        _require(self.generate_rows >= 0, f"generate_rows={self.generate_rows}: must be 0 or more")
-        _require(
-            0 <= self.weight_decay < math.inf,
-            f"weight_decay={self.weight_decay}: must be 0 or more",
-        )
-        for field, known in KNOWN_VALUES.items():
-            value = getattr(self, field)
-            _require(value in known, f"{field} {value!r} is unknown; choose one of {known}")
+            rules[field] = (getattr(self, field) >= 1, "must be 1 or more")
+        rules |= {
+            "steps": (
+                self.steps >= 1 if trained else self.steps == 0,
+                f"a {self.method} run needs {'1 or more' if trained else '0'}",
+            ),
+            "lr": (not trained or 0 < self.lr < math.inf, "must be above 0, such as 5e-5"),
+            "rank": (
+                self.rank >= 1 if lora else self.rank == 0,
+                f"a {self.method} run needs {'1 or more' if lora else '0'}",
+            ),
+            "alpha": (not lora or 0 < self.alpha < math.inf, "must be above 0, such as 32"),
+            "train_embedding": (not self.train_embedding or self.method == "full", "only in full"),
+            "generate_rows": (self.generate_rows >= 0, "must be 0 or more"),
+            "weight_decay": (0 <= self.weight_decay < math.inf, "must be 0 or more"),
+        }
+        for field, (holds, cure) in rules.items():
+            _require(holds, f"{field}={getattr(self, field)!r}: {cure}")
 
     @property
     def identity(self) -> dict:
