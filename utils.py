@@ -70,10 +70,10 @@ class Profile:
     seq_len: int = 48  # tokens a row, padded
     eval_rows: int = 256  # held-out rows scored
     generate_rows: int = 64  # of those, rows answered by free generation where the metric needs it
-    cut_ranks: tuple[int, ...] = (0, 1, 4, 8, 16, 64)  # 0 keeps only what is outside the matrices
+    cut_ranks: tuple[int, ...] = (0, 1, 8, 64)  # 0 keeps only what is outside the matrices
     lora_tasks: tuple[str, ...] = (*ALL_TASKS, "shuffled")
-    lora_ranks: tuple[int, ...] = (1, 8, 64)
-    embedding_tasks: tuple[str, ...] = ("sorbian",)  # also run with the embedding trained
+    lora_ranks: tuple[int, ...] = (8,)
+    embedding_tasks: tuple[str, ...] = ()  # also run with the embedding trained
     compile: bool = True
 
     @property
@@ -1446,13 +1446,14 @@ def label_points(ax, x: pd.Series, y: pd.Series) -> None:
 def assert_claims(claims: dict[str, tuple[float, str]]) -> pd.DataFrame:
     """Compare each number that the prose states with its value, {claim: (value, "stated")}.
 
-    At the paper profile a value that does not round to what is stated raises AssertionError.
+    Raises AssertionError, naming the claim, when a value does not round to what is stated.
+
+    >>> assert_claims({"a third": (1 / 3, "0.33")}).shape
+    (1, 2)
     """
     rows = []
     for claim, (value, text) in claims.items():
-        decimals = len(text.partition(".")[2])
-        measured = f"{value:.{decimals}f}"
+        measured = f"{value:.{len(text.partition('.')[2])}f}"
+        assert measured == text, f"{claim}: the text says {text}, measured {measured}"
         rows.append({"claim": claim, "stated": text, "measured": measured})
-        if profile().name == "paper" and measured != text:
-            raise AssertionError(f"{claim}: the text says {text}, measured {measured}")
     return pd.DataFrame(rows).set_index("claim")
