@@ -32,6 +32,7 @@ notebooks: # run the sequence; 00 comes last, since it sums up the others
 		n=$$((n + 1)); echo "notebook $$n of $(words $(NOTEBOOKS)): $$notebook ($$PROFILE)"; \
 		PROGRESS=$$progress NOTEBOOK=$$(basename $$notebook .ipynb) $(BIN)/jupyter nbconvert \
 			--log-level ERROR --to notebook --execute --ExecutePreprocessor.record_timing=False \
+			--ExecutePreprocessor.extra_arguments=--log-level=ERROR \
 			$(TO) $$notebook; \
 	done
 
