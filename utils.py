@@ -1429,18 +1429,33 @@ def label_lines(ax, heights: pd.Series, *, x: float, gap: float = 0.045) -> None
 
 
 def label_points(ax, x: pd.Series, y: pd.Series) -> None:
-    """Name each task's point beside it, above or below its neighbours."""
-    for i, task in enumerate(y.sort_values().index):
-        up = 1 if i % 2 else -1
+    """Name each task's point on the side where the name covers least; set the limits before."""
+    ax.figure.draw_without_rendering()
+    points = {task: ax.transData.transform((x[task], y[task])) for task in y.index}
+    points = {task: point * 72 / ax.figure.dpi for task, point in points.items()}  # in pt
+    taken = [(px - 4, py - 4, px + 4, py + 4) for px, py in points.values()]
+    for task, (px, py) in points.items():
+        width, height = 4.2 * len(TASKS[task].title), 8
+        sides = [(6, -height / 2), (-6 - width, -height / 2), (-width / 2, 4), (-width / 2, -12)]
+        boxes = [(px + dx, py + dy, px + dx + width, py + dy + height) for dx, dy in sides]
+        covered = [sum(_common_area(box, other) for other in taken) for box in boxes]
+        best = covered.index(min(covered))
+        taken.append(boxes[best])
         ax.annotate(
             TASKS[task].title,
             (x[task], y[task]),
-            xytext=(5, 5 * up),
+            xytext=sides[best],
             textcoords="offset points",
             color=TASKS[task].color,
-            va="bottom" if up > 0 else "top",
             fontsize="small",
         )
+
+
+def _common_area(a: tuple, b: tuple) -> float:
+    """Area that two boxes (left, bottom, right, top) share."""
+    width = min(a[2], b[2]) - max(a[0], b[0])
+    height = min(a[3], b[3]) - max(a[1], b[1])
+    return max(width, 0) * max(height, 0)
 
 
 def assert_claims(claims: dict[str, tuple[float, str]]) -> pd.DataFrame:
