@@ -71,9 +71,8 @@ class Profile:
     eval_rows: int = 256  # held-out rows scored
     generate_rows: int = 64  # of those, rows answered by free generation where the metric needs it
     cut_ranks: tuple[int, ...] = (0, 1, 8, 64)  # 0 keeps only what is outside the matrices
-    lora_tasks: tuple[str, ...] = (*ALL_TASKS, "shuffled")
+    lora_tasks: tuple[str, ...] = ALL_TASKS[1:-1]
     lora_ranks: tuple[int, ...] = (8,)
-    embedding_tasks: tuple[str, ...] = ()  # also run with the embedding trained
     compile: bool = True
 
     @property
@@ -131,7 +130,6 @@ PROFILES = {
         cut_ranks=(0, 1, 8, 16),
         lora_tasks=("sentiment", "facts"),
         lora_ranks=(1, 8),
-        embedding_tasks=("sentiment",),
         compile=False,
     ),
     "quick": Profile(
@@ -143,7 +141,6 @@ PROFILES = {
         cut_ranks=(0, 1, 8, 64),
         lora_tasks=("sentiment", "facts"),
         lora_ranks=(8,),
-        embedding_tasks=(),
     ),
     "paper": Profile("paper"),
 }
