@@ -904,9 +904,11 @@ def save_entry(folder: Path, record: dict, tensors: dict[str, Tensor] | None = N
     The entry is built beside its place and renamed into it.  An intact entry that another
     process has put there meanwhile stays; a torn one is replaced.
     """
+    from filelock import FileLock
     from safetensors.torch import save_file
 
     _require_disk(folder.parent, 0.1)
+    cache_folder().mkdir(parents=True, exist_ok=True)
     scratch = Path(tempfile.mkdtemp(dir=folder.parent, prefix=".tmp-"))
     scratch.chmod(0o755)
     try:
@@ -921,16 +923,12 @@ def save_entry(folder: Path, record: dict, tensors: dict[str, Tensor] | None = N
             file.write(_compact_json(record))
             file.flush()
             os.fsync(file.fileno())
-        if load_entry(folder) is None:
-            with contextlib.suppress(OSError):  # nothing there, or another process moved it aside
-                os.rename(folder, scratch / "torn")
-        with contextlib.suppress(OSError):  # another process was first: its entry stays
-            os.rename(scratch, folder)
-            shutil.rmtree(folder / "torn", ignore_errors=True)
+        with FileLock(cache_folder() / "store.lock"):
+            if load_entry(folder) is None:
+                shutil.rmtree(folder, ignore_errors=True)
+                os.rename(scratch, folder)
     finally:
         shutil.rmtree(scratch, ignore_errors=True)
-    if load_entry(folder) is None:
-        raise OSError(f"{folder.name} could not be stored in {folder.parent.name}")
 
 
 def _compact_json(record: dict) -> str:
