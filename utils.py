@@ -70,9 +70,10 @@ class Profile:
     seq_len: int = 48  # tokens a row, padded
     eval_rows: int = 256  # held-out rows scored
     generate_rows: int = 64  # of those, rows answered by free generation where the metric needs it
-    cut_ranks: tuple[int, ...] = (0, 1, 8, 64)  # 0 keeps only what is outside the matrices
-    lora_tasks: tuple[str, ...] = ALL_TASKS[1:-1]
-    lora_ranks: tuple[int, ...] = (8,)
+    cut_ranks: tuple[int, ...] = (0, 1, 2, 4, 8, 16, 32, 64, 128)  # 0: only what is no matrix
+    lora_tasks: tuple[str, ...] = (*ALL_TASKS, "shuffled")
+    lora_ranks: tuple[int, ...] = (1, 8, 64)
+    embedding_task: str = "sorbian"  # also run with the embedding trained; new words matter most
     compile: bool = True
 
     @property
@@ -116,6 +117,10 @@ class Profile:
             for task in self.lora_tasks
         ]
 
+    def embedding_config(self) -> RunConfig:
+        """Full fine-tuning of one task with the embedding trained too."""
+        return self.config(self.embedding_task, train_embedding=True)
+
 
 PROFILES = {
     "smoke": Profile(
@@ -130,6 +135,7 @@ PROFILES = {
         cut_ranks=(0, 1, 8, 16),
         lora_tasks=("sentiment", "facts"),
         lora_ranks=(1, 8),
+        embedding_task="facts",
         compile=False,
     ),
     "quick": Profile(
@@ -141,6 +147,7 @@ PROFILES = {
         cut_ranks=(0, 1, 8, 64),
         lora_tasks=("sentiment", "facts"),
         lora_ranks=(8,),
+        embedding_task="facts",
     ),
     "paper": Profile("paper"),
 }
@@ -160,7 +167,7 @@ def profile() -> Profile:
 
 # Raise by one when a change below alters what a run measures; tests/test_store.py holds the
 # fingerprint of the measuring functions and fails when they change without a decision.
-MEASUREMENT = 1
+MEASUREMENT = 2
 
 
 def _require(condition: bool, message: str) -> None:
@@ -528,10 +535,6 @@ def collate(rows: Sequence[dict], length: int) -> dict[str, Tensor]:
 # --------------------------------------------------------------------------------------
 
 
-class Diverged(Exception):
-    """The training loss became NaN or infinite."""
-
-
 def progress(total: int, description: str):
     """A progress bar over `total` steps with the time left.
 
@@ -558,18 +561,62 @@ def answer_hidden(model: nn.Module, input_ids: Tensor, labels: Tensor) -> tuple[
     return hidden[:, :-1][answer], labels[:, 1:][answer]
 
 
+class HeadCrossEntropy(torch.autograd.Function):
+    """Mean cross-entropy of `hidden @ head.T` against `target`, without the logits in memory.
+
+    hidden: (n, width), head: (vocabulary, width), target: (n,).  The vocabulary passes by in
+    slices that fit the processor's cache, twice: for the log-sum, then for the gradients, as in
+    Cut Cross-Entropy (Wijmans et al. 2024, arXiv 2411.09009).  Products in hidden's type.
+    """
+
+    SLICE = 4096  # words
+
+    @staticmethod
+    def slices(hidden: Tensor, head: Tensor, target: Tensor) -> Iterator[tuple]:
+        """Yield the start of each slice, its weights, its float32 logits, the targets in it."""
+        for start in range(0, len(head), HeadCrossEntropy.SLICE):
+            W = head[start : start + HeadCrossEntropy.SLICE].to(hidden.dtype)
+            here = ((target >= start) & (target < start + len(W))).nonzero()[:, 0]
+            yield start, W, (hidden @ W.T).float(), (here, target[here] - start)
+
+    @staticmethod
+    def forward(ctx, hidden: Tensor, head: Tensor, target: Tensor) -> Tensor:
+        """The loss; the gradients are formed along with it."""
+        picked = torch.empty(len(hidden), device=hidden.device)  # logits of the targets
+        sums = []
+        for _, _, logits, (rows, words) in HeadCrossEntropy.slices(hidden, head, target):
+            picked[rows] = logits[rows, words]
+            sums.append(logits.logsumexp(-1))
+        log_sum = torch.stack(sums).logsumexp(0)  # (n,)
+        dh = torch.zeros_like(hidden, dtype=torch.float32)
+        dW = torch.empty_like(head) if ctx.needs_input_grad[1] else None
+        for start, W, logits, (rows, words) in HeadCrossEntropy.slices(hidden, head, target):
+            p = logits.sub_(log_sum[:, None]).exp_()
+            p[rows, words] -= 1
+            p = p.div_(len(hidden)).to(hidden.dtype)
+            dh += p @ W
+            if dW is not None:
+                dW[start : start + len(W)] = p.T @ hidden
+        ctx.save_for_backward(dh.to(hidden.dtype), dW)
+        return (log_sum - picked).mean()
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, scale: Tensor) -> tuple:
+        """Gradients of hidden and, if it is trained, of head."""
+        dh, dW = ctx.saved_tensors
+        return dh * scale, None if dW is None else dW * scale, None
+
+
 def answer_loss(model: nn.Module, head: Tensor, batch: dict, *, dtype: torch.dtype) -> Tensor:
     """Mean cross-entropy of the answer tokens in nats; the head sees only their rows.
 
     head: (vocabulary, width).  A frozen head comes in the autocast type, so that the 262 k
-    rows are not converted at every step; its logits are formed 128 rows at a time.
+    rows are not converted at every step.
     """
     with torch.autocast(head.device.type, dtype, enabled=dtype != torch.float32):
         hidden, target = answer_hidden(model, **batch)
-    # outside autocast, which would convert the gradients of the logits once more
-    chunks = torch.nn.LinearCrossEntropyOptions(batch_chunk_size=128, chunking_method=None)
-    options = None if head.requires_grad else chunks
-    return F.linear_cross_entropy(hidden.to(head.dtype), head, target, options=options)
+    return HeadCrossEntropy.apply(hidden.to(dtype), head, target)
 
 
 def has_compiler() -> bool:
@@ -608,13 +655,30 @@ def prepare(config: RunConfig) -> nn.Module:
     return model
 
 
+class AnswerModel(nn.Module):
+    """A language model whose output is its mean answer loss, as Trainer wants it; notes each."""
+
+    def __init__(self, model: nn.Module, dtype: torch.dtype) -> None:
+        super().__init__()
+        self.model, self.dtype, self.losses = model, dtype, []
+        head = model.get_output_embeddings().weight
+        self.head = head if head.requires_grad else head.detach().to(dtype)
+
+    def forward(self, input_ids: Tensor, labels: Tensor) -> dict[str, Tensor]:
+        """{"loss": mean cross-entropy of the answer tokens}; both arguments (rows, length)."""
+        batch = {"input_ids": input_ids, "labels": labels}
+        loss = answer_loss(self.model, self.head, batch, dtype=self.dtype)
+        self.losses.append(loss.item())
+        return {"loss": loss}
+
+
 def train(config: RunConfig, model: nn.Module, *, label: str = "") -> list[float]:
     """Train `model` in place; return the answer loss of every step, in nats to bfloat16 accuracy.
 
-    Raises ValueError for fewer rows than a batch, and Diverged, with the losses so far in its
-    args, when a loss is NaN or infinite.
+    Stops at a loss that is NaN or infinite, which is then the last one.  Raises ValueError for
+    fewer rows than a batch.
     """
-    from transformers import PrinterCallback, Trainer, TrainerCallback, TrainingArguments
+    from transformers import PrinterCallback, Trainer, TrainerCallback
 
     tokenizer = load_tokenizer(config.model)
     rows = [encode(r, tokenizer, config.seq_len) for r in load_task(config.task)["train"]]
@@ -622,52 +686,47 @@ def train(config: RunConfig, model: nn.Module, *, label: str = "") -> list[float
         len(rows) >= config.batch_size,
         f"{config.task} has {len(rows)} training rows, fewer than batch_size={config.batch_size}",
     )
-    head = model.get_output_embeddings().weight
-    dtype = getattr(torch, config.dtype)
-    head = head if head.requires_grad else head.detach().to(dtype)
-    losses: list[float] = []
-
-    class AnswerTrainer(Trainer):
-        def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
-            loss = answer_loss(model, head, inputs, dtype=dtype)
-            losses.append(loss.item())
-            if not math.isfinite(losses[-1]):
-                raise Diverged(losses)
-            return loss
+    trained = AnswerModel(model, getattr(torch, config.dtype))
 
     class Step(TrainerCallback):
         def on_step_end(self, args, state, control, **kwargs):
             bar.update()
+            control.should_training_stop |= not math.isfinite(trained.losses[-1])
 
     with tempfile.TemporaryDirectory() as scratch, progress(config.steps, label) as bar:
-        arguments = TrainingArguments(
-            output_dir=scratch,
-            max_steps=config.steps,
-            per_device_train_batch_size=config.batch_size,
-            learning_rate=config.lr,
-            lr_scheduler_type=config.schedule,
-            weight_decay=config.weight_decay,
-            optim=config.optimizer,
-            seed=config.seed,
-            save_strategy="no",
-            logging_strategy="no",
-            report_to="none",
-            use_cpu=device().type == "cpu",
-            disable_tqdm=True,
-            remove_unused_columns=False,
-            dataloader_pin_memory=False,
-            dataloader_drop_last=True,
-        )
-        trainer = AnswerTrainer(
-            model=model,
-            args=arguments,
+        trainer = Trainer(
+            model=trained,
+            args=_training_arguments(config, scratch),
             train_dataset=rows,
             data_collator=functools.partial(collate, length=config.seq_len),
             callbacks=[Step()],
         )
         trainer.remove_callback(PrinterCallback)
         trainer.train()
-    return losses
+    return trained.losses
+
+
+def _training_arguments(config: RunConfig, scratch: str):
+    from transformers import TrainingArguments
+
+    return TrainingArguments(
+        output_dir=scratch,
+        max_steps=config.steps,
+        per_device_train_batch_size=config.batch_size,
+        learning_rate=config.lr,
+        lr_scheduler_type=config.schedule,
+        weight_decay=config.weight_decay,
+        optim=config.optimizer,
+        seed=config.seed,
+        save_strategy="no",
+        logging_strategy="no",
+        report_to="none",
+        use_cpu=device().type == "cpu",
+        disable_tqdm=True,
+        remove_unused_columns=False,
+        dataloader_pin_memory=False,
+        dataloader_drop_last=True,
+    )
 
 
 @torch.no_grad()
@@ -905,6 +964,7 @@ def save_entry(folder: Path, record: dict, tensors: dict[str, Tensor] | None = N
     process has put there meanwhile stays; a torn one is replaced.
     """
     from filelock import FileLock
+    from safetensors import SafetensorError
     from safetensors.torch import save_file
 
     _require_disk(folder.parent, 0.1)
@@ -927,6 +987,9 @@ def save_entry(folder: Path, record: dict, tensors: dict[str, Tensor] | None = N
             if load_entry(folder) is None:
                 shutil.rmtree(folder, ignore_errors=True)
                 os.rename(scratch, folder)
+    except (OSError, SafetensorError) as error:
+        cure = "make room, then run it again"
+        raise OSError(f"{folder.name} could not be written: {error}; {cure}") from error
     finally:
         shutil.rmtree(scratch, ignore_errors=True)
 
@@ -1055,48 +1118,56 @@ def measure(config: RunConfig, label: str = "") -> tuple[dict, dict[str, Tensor]
     Returns the record (configuration, status, losses, evaluation, shapes, squared norms of the
     update by part, provenance) and the spectra, {matrix: S}, float32.
     """
-    from safetensors.torch import save_file
-
     started = time.time()
     splits = [split for split in load_task(config.task) if split != "train"]
     _delta_file(config).parent.mkdir(parents=True, exist_ok=True)
     _require_disk(cache_folder(), 1.5)
     model = prepare(config)
     W0 = {n: p.detach().cpu().clone() for n, p in model.named_parameters() if p.requires_grad}
-    record = {"config": dataclasses.asdict(config), "identity": config.identity}
-    losses, status = [], "finished"
     clock = time.time()
-    if config.method != "base":
-        try:
-            losses = train(config, model, label=label)
-        except Diverged as stop:
-            losses, status = stop.args[0], "diverged"
+    losses = [] if config.method == "base" else train(config, model, label=label)
     train_seconds = time.time() - clock
-    spectra, shapes, norms, evaluation = {}, {}, {}, {}
-    if status == "finished":
+    finished, evaluation = all(map(math.isfinite, losses)), {}
+    if finished:
         evaluation = {split: evaluate(model, config, split) for split in splits}
-        if not all(math.isfinite(e["loss_nats"]) for e in evaluation.values()):
-            status, evaluation = "diverged", {}  # in its last step
-    if status == "finished":
-        if config.method == "lora":
-            for name, layer in lora_layers(model).items():
-                spectra[name], shapes[name] = _lora_spectrum(layer)
-        elif config.method == "full":
-            dW = {n: p.detach().cpu() - W0[n] for n, p in model.named_parameters() if n in W0}
-            for name in matrices(model):
-                spectra[name], shapes[name] = singular_values(dW[name]), list(dW[name].shape)
-            norms = _squared_norms(dW, spectra)
-            save_file(dW, _delta_file(config))
-    record |= {
-        "status": status,
+        finished = all(math.isfinite(e["loss_nats"]) for e in evaluation.values())
+    spectra, shapes, norms = _measure_update(config, model, W0) if finished else ({}, {}, {})
+    record = {
+        "config": dataclasses.asdict(config),
+        "identity": config.identity,
+        "status": "finished" if finished else "diverged",
         "train_loss_nats": [round(x, 5) if math.isfinite(x) else None for x in losses],
-        "evaluation": evaluation,
+        "evaluation": evaluation if finished else {},
         "shapes": shapes,
         "squared_norms": norms,
         "provenance": provenance(time.time() - started)
         | {"train_seconds": round(train_seconds, 1)},
     }
     return record, {name: S.float().cpu().contiguous() for name, S in spectra.items()}
+
+
+def _measure_update(
+    config: RunConfig, model: nn.Module, W0: dict[str, Tensor]
+) -> tuple[dict[str, Tensor], dict[str, list[int]], dict[str, float]]:
+    """S and shape of every matrix's update, and its squared norms; a full run's dW is cached."""
+    from safetensors.torch import save_file
+
+    if config.method == "base":
+        return {}, {}, {}
+    if config.method == "lora":
+        found = {name: _lora_spectrum(layer) for name, layer in lora_layers(model).items()}
+        return (
+            {n: S for n, (S, _) in found.items()},
+            {n: shape for n, (_, shape) in found.items()},
+            {},
+        )
+    dW = {n: p.detach().cpu() - W0[n] for n, p in model.named_parameters() if n in W0}
+    spectra = {name: singular_values(dW[name]) for name in matrices(model)}
+    whole = _delta_file(config)
+    part = whole.with_suffix(f".{os.getpid()}")
+    save_file(dW, part)
+    os.replace(part, whole)
+    return spectra, {n: list(dW[n].shape) for n in spectra}, _squared_norms(dW, spectra)
 
 
 def stored(config: RunConfig) -> Result | None:

@@ -7,6 +7,7 @@ import inspect
 import json
 import multiprocessing
 import os
+import resource
 import shutil
 import signal
 import subprocess
@@ -134,6 +135,23 @@ def test_a_kill_while_writing_leaves_the_old_entry_or_none(tmp_path, at, before)
         assert utils.load_entry(folder) is None
     utils.save_entry(folder, {"loss": 3.5}, TENSORS)  # the next run is not in its way
     assert utils.load_entry(folder)[0]["loss"] == (1.5 if before == "intact" else 3.5)
+
+
+@pytest.mark.parametrize("limit", [64, 4096], ids=["json", "tensors"])
+def test_a_disk_that_fills_during_a_write_leaves_what_was_there(entry, limit):
+    """A limit on the size of a file stands in for the full disk: the write stops half way."""
+    hard = resource.getrlimit(resource.RLIMIT_FSIZE)[1]
+    resource.setrlimit(resource.RLIMIT_FSIZE, (limit, hard))
+    tensors = {} if limit == 64 else {"a": torch.ones(10_000)}
+    try:
+        with pytest.raises(OSError, match=r"second could not be written.*make room"):
+            utils.save_entry(entry.parent / "second", {"text": 100 * "long "}, tensors)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (hard, hard))
+    assert [path.name for path in entry.parent.iterdir()] == ["entry"]
+    assert utils.load_entry(entry)[0]["loss"] == 1.5
+    utils.save_entry(entry.parent / "second", {"loss": 2.5}, tensors)
+    assert utils.load_entry(entry.parent / "second")[0]["loss"] == 2.5
 
 
 def write_rounds(root, barrier, torn, loss, errors):
@@ -357,7 +375,9 @@ def test_a_cut_refuses_a_rank_that_a_matrix_cannot_have(config, rank):
 
 MEASURING = [
     "answer_hidden",
+    "HeadCrossEntropy",
     "answer_loss",
+    "AnswerModel",
     "prepare",
     "train",
     "score_rows",
@@ -366,7 +386,7 @@ MEASURING = [
 ]
 MEASURING += ["singular_values", "factor_singular_values", "encode", "collate", "measure", "cut"]
 BESIDE = ("_require", "_require_disk", "_first_line", "_delta_file")  # no part of any number
-FINGERPRINT = (1, "8d2d9c0d63d61c24")  # (utils.MEASUREMENT, fingerprint())
+FINGERPRINT = (2, "520f3a4510b58091")  # (utils.MEASUREMENT, fingerprint())
 
 
 def plain(node):
@@ -382,7 +402,7 @@ def plain(node):
 def fingerprint():
     """A hash of the code that determines results: MEASURING, its private helpers, the defaults."""
     trees = {node.name: node for node in ast.parse(inspect.getsource(utils)).body
-             if isinstance(node, ast.FunctionDef)}  # fmt: skip
+             if isinstance(node, ast.FunctionDef | ast.ClassDef)}  # fmt: skip
     names, found = list(MEASURING), {}
     while names:
         name = names.pop()
