@@ -73,7 +73,7 @@ class Profile:
     cut_ranks: tuple[int, ...] = (0, 1, 2, 4, 8, 16, 32, 64, 128)  # 0: only what is no matrix
     lora_tasks: tuple[str, ...] = (*ALL_TASKS, "shuffled")
     lora_ranks: tuple[int, ...] = (1, 8, 64)
-    embedding_task: str = "sorbian"  # also run with the embedding trained; new words matter most
+    embedding_tasks: tuple[str, ...] = ("sorbian",)  # run once more with a trained embedding
     compile: bool = True
 
     @property
@@ -117,9 +117,9 @@ class Profile:
             for task in self.lora_tasks
         ]
 
-    def embedding_config(self) -> RunConfig:
-        """Full fine-tuning of one task with the embedding trained too."""
-        return self.config(self.embedding_task, train_embedding=True)
+    def embedding_configs(self) -> list[RunConfig]:
+        """Full fine-tuning with the embedding trained too."""
+        return [self.config(task, train_embedding=True) for task in self.embedding_tasks]
 
 
 PROFILES = {
@@ -135,7 +135,7 @@ PROFILES = {
         cut_ranks=(0, 1, 8, 16),
         lora_tasks=("sentiment", "facts"),
         lora_ranks=(1, 8),
-        embedding_task="facts",
+        embedding_tasks=("facts",),
         compile=False,
     ),
     "quick": Profile(
@@ -147,7 +147,7 @@ PROFILES = {
         cut_ranks=(0, 1, 8, 64),
         lora_tasks=("sentiment", "facts"),
         lora_ranks=(8,),
-        embedding_task="facts",
+        embedding_tasks=(),
     ),
     "paper": Profile("paper"),
 }
