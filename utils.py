@@ -27,7 +27,7 @@ import sysconfig
 import tempfile
 import time
 import warnings
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -175,6 +175,8 @@ def _require(condition: bool, message: str) -> None:
         raise ValueError(message)
 
 
+GROWTH_ROWS = 64  # held-out rows scored in the midst of training
+
 KNOWN_VALUES = {
     "method": ("base", "full", "lora"),
     "schedule": ("linear", "cosine", "constant"),
@@ -254,6 +256,12 @@ class RunConfig:
             "model_sha256": model_sha256(self.model),
             "measurement": MEASUREMENT,
         }
+
+    @property
+    def growth_steps(self) -> set[int]:
+        """The steps after which a full run's update is measured on the way."""
+        parts = {self.steps // 16, self.steps // 8, self.steps // 4, self.steps // 2}
+        return parts - {0} if self.method == "full" else set()
 
     @property
     def key(self) -> str:
@@ -672,11 +680,17 @@ class AnswerModel(nn.Module):
         return {"loss": loss}
 
 
-def train(config: RunConfig, model: nn.Module, *, label: str = "") -> list[float]:
+def train(
+    config: RunConfig,
+    model: nn.Module,
+    *,
+    label: str = "",
+    after_step: Callable[[int], None] = lambda step: None,
+) -> list[float]:
     """Train `model` in place; return the answer loss of every step, in nats to bfloat16 accuracy.
 
-    Stops at a loss that is NaN or infinite, which is then the last one.  Raises ValueError for
-    fewer rows than a batch.
+    Calls `after_step` with the number of steps done.  Stops at a loss that is NaN or infinite,
+    which is then the last one.  Raises ValueError for fewer rows than a batch.
     """
     from transformers import PrinterCallback, Trainer, TrainerCallback
 
@@ -691,7 +705,10 @@ def train(config: RunConfig, model: nn.Module, *, label: str = "") -> list[float
     class Step(TrainerCallback):
         def on_step_end(self, args, state, control, **kwargs):
             bar.update()
-            control.should_training_stop |= not math.isfinite(trained.losses[-1])
+            finite = math.isfinite(trained.losses[-1])
+            control.should_training_stop |= not finite
+            if finite:
+                after_step(state.global_step)
 
     with tempfile.TemporaryDirectory() as scratch, progress(config.steps, label) as bar:
         trainer = Trainer(
@@ -897,6 +914,20 @@ def entropy_rank(S: Tensor) -> float:
     """
     p = S.double() / S.double().sum()
     return float(torch.special.entr(p).sum().exp()) if S.sum() > 0 else 0.0
+
+
+def rank_measures(S: Tensor) -> dict[str, float]:
+    """The ranks of one spectrum by each definition: energy_8, r90, entropy_rank, stable_rank.
+
+    >>> rank_measures(torch.ones(16))["energy_8"]
+    0.5
+    """
+    return {
+        "energy_8": float(energy(S)[:8][-1]),
+        "r90": energy_rank(S, 0.9),
+        "entropy_rank": entropy_rank(S),
+        "stable_rank": stable_rank(S),
+    }
 
 
 @functools.cache
@@ -1116,7 +1147,7 @@ def measure(config: RunConfig, label: str = "") -> tuple[dict, dict[str, Tensor]
     """Train and measure one run; of it only a full run's deltas are kept, in the cache.
 
     Returns the record (configuration, status, losses, evaluation, shapes, squared norms of the
-    update by part, provenance) and the spectra, {matrix: S}, float32.
+    update by part, its growth, provenance) and the spectra, {matrix: S}, float32.
     """
     started = time.time()
     splits = [split for split in load_task(config.task) if split != "train"]
@@ -1124,8 +1155,16 @@ def measure(config: RunConfig, label: str = "") -> tuple[dict, dict[str, Tensor]
     _require_disk(cache_folder(), 1.5)
     model = prepare(config)
     W0 = {n: p.detach().cpu().clone() for n, p in model.named_parameters() if p.requires_grad}
+    growth: list[dict] = []
+
+    def note_growth(step: int) -> None:
+        if step in config.growth_steps:
+            growth.append({"step": step} | _growth(config, model, W0))
+
     clock = time.time()
-    losses = [] if config.method == "base" else train(config, model, label=label)
+    losses = []
+    if config.method != "base":
+        losses = train(config, model, label=label, after_step=note_growth)
     train_seconds = time.time() - clock
     finished, evaluation = all(map(math.isfinite, losses)), {}
     if finished:
@@ -1140,10 +1179,24 @@ def measure(config: RunConfig, label: str = "") -> tuple[dict, dict[str, Tensor]
         "evaluation": evaluation if finished else {},
         "shapes": shapes,
         "squared_norms": norms,
+        "growth": growth,
         "provenance": provenance(time.time() - started)
         | {"train_seconds": round(train_seconds, 1)},
     }
     return record, {name: S.float().cpu().contiguous() for name, S in spectra.items()}
+
+
+def _growth(config: RunConfig, model: nn.Module, W0: dict[str, Tensor]) -> dict:
+    """Held-out loss and, by matrix, the ranks of the update so far, in the midst of training."""
+    rows = load_task(config.task)["valid"][:GROWTH_ROWS]
+    with torch.compiler.set_stance("force_eager"):
+        scores = score_rows(model, config, rows)
+    spectra = {
+        n: singular_values(W.detach() - W0[n].to(W.device)) for n, W in matrices(model).items()
+    }
+    ranks = pd.DataFrame(rank_measures(S) for S in spectra.values()).round(4)
+    loss = float(scores["nats"].sum() / scores["tokens"].sum())
+    return {"loss_nats": loss} | ranks.to_dict("list")
 
 
 def _measure_update(
@@ -1323,8 +1376,7 @@ def spectra_table(results: Sequence[Result]) -> pd.DataFrame:
             null, k = null_energy(shape), min(8, len(S))
             row = {"task": result.config.task, "seed": result.config.seed, "name": name}
             row |= {"layer": layer, "module": module, "shape": "x".join(map(str, shape))}
-            row |= {"energy_8": float(energy(S)[k - 1]), "r90": energy_rank(S, 0.9)}
-            row |= {"entropy_rank": entropy_rank(S), "stable_rank": stable_rank(S)}
+            row |= rank_measures(S)
             row["excess_8"] = row["energy_8"] - float(null[k - 1])
             row["r90_over_null"] = row["r90"] / (int((null < 0.9).sum()) + 1)
             rows.append(row | {"min_dim": min(shape), "squared_norm": float(S.square().sum())})

@@ -384,9 +384,17 @@ MEASURING = [
     "generate",
     "evaluate",
 ]
-MEASURING += ["singular_values", "factor_singular_values", "encode", "collate", "measure", "cut"]
+MEASURING += [
+    "singular_values",
+    "rank_measures",
+    "factor_singular_values",
+    "encode",
+    "collate",
+    "measure",
+    "cut",
+]
 BESIDE = ("_require", "_require_disk", "_first_line", "_delta_file")  # no part of any number
-FINGERPRINT = (2, "520f3a4510b58091")  # (utils.MEASUREMENT, fingerprint())
+FINGERPRINT = (2, "a3463745d97dcca1")  # (utils.MEASUREMENT, fingerprint())
 
 
 def plain(node):

@@ -333,3 +333,22 @@ def test_tables_have_one_line_a_run_and_one_a_matrix(config):
     assert row["stable_rank"] == pytest.approx(float(1 / share[0]))
     assert (row["layer"], row["module"], row["shape"]) == (0, "q_proj", "32x32")
     assert row["excess_8"] == pytest.approx(row["energy_8"] - float(utils.null_energy((32, 32))[7]))
+
+
+def test_growth_is_what_a_shorter_run_ends_with(store):
+    """At a constant learning rate the first half of a run is the run of half as many steps."""
+    profile = utils.profile()
+    whole, half = (
+        utils.run(profile.config("sentiment", steps=steps, schedule="constant", eval_rows=64))
+        for steps in (8, 4)
+    )
+    assert [growth["step"] for growth in whole.record["growth"]] == [1, 2, 4]
+    found = whole.record["growth"][-1]
+    table = utils.spectra_table([half])
+    for column in ("energy_8", "r90", "entropy_rank", "stable_rank"):
+        assert found[column] == pytest.approx(table[column].tolist(), abs=1e-4)
+    assert found["loss_nats"] == pytest.approx(
+        sum(half.record["evaluation"]["valid"]["row_nats"][:64])
+        / sum(half.record["evaluation"]["valid"]["row_tokens"][:64]),
+        abs=1e-4,
+    )
