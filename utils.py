@@ -1187,7 +1187,7 @@ def measure(config: RunConfig, label: str = "") -> tuple[dict, dict[str, Tensor]
 
 
 def _growth(config: RunConfig, model: nn.Module, W0: dict[str, Tensor]) -> dict:
-    """Held-out loss and, by matrix, the ranks of the update so far, in the midst of training."""
+    """Held-out loss and the ranks of the update so far, one value a matrix, as in "shapes"."""
     rows = load_task(config.task)["valid"][:GROWTH_ROWS]
     with torch.compiler.set_stance("force_eager"):
         scores = score_rows(model, config, rows)
