@@ -930,6 +930,20 @@ def rank_measures(S: Tensor) -> dict[str, float]:
     }
 
 
+def _marchenko_pastur(c: float) -> tuple[Tensor, Tensor, Tensor]:
+    """x over the support of the law at aspect ratio c <= 1, its cumulative mass and moment.
+
+    x is the squared singular value of noise over (entry variance x long side); both sums end at 1.
+    """
+    low, high = (1 - c**0.5) ** 2, (1 + c**0.5) ** 2
+    # x = low + (high - low) sin^2(t) removes the square-root singularity at both edges
+    t = torch.linspace(0, torch.pi / 2, 20_001, dtype=torch.float64)
+    x = low + (high - low) * t.sin().square()
+    density = (t.sin() * t.cos()).square() / x.clamp_min(1e-12)
+    mass, moment = (torch.cumulative_trapezoid(y, t) for y in (density, density * x))
+    return x[1:], mass / mass[-1], moment / moment[-1]
+
+
 @functools.cache
 def null_energy(shape: tuple[int, int], *, draws: int = 0, seed: int = 0) -> Tensor:
     """energy(S) of a matrix of this shape with independent entries of one variance.
@@ -945,17 +959,24 @@ def null_energy(shape: tuple[int, int], *, draws: int = 0, seed: int = 0) -> Ten
         generator = torch.Generator().manual_seed(seed)
         noise = (torch.randn(large, small, generator=generator) for _ in range(draws))
         return torch.stack([energy(singular_values(X)) for X in noise]).mean(0)
-    c = small / large
-    low, high = (1 - c**0.5) ** 2, (1 + c**0.5) ** 2
-    # x = low + (high - low) sin^2(t) removes the square-root singularity at both edges
-    t = torch.linspace(0, torch.pi / 2, 20_001, dtype=torch.float64)
-    x = low + (high - low) * t.sin().square()
-    density = (t.sin() * t.cos()).square() / x.clamp_min(1e-12)
-    mass = torch.cumulative_trapezoid(density, t)
-    first_moment = torch.cumulative_trapezoid(density * x, t)
+    _, mass, moment = _marchenko_pastur(small / large)
     quantiles = 1 - torch.arange(1, small + 1, dtype=torch.float64) / small  # top r of n
-    held = np.interp(quantiles, mass / mass[-1], first_moment / first_moment[-1])
-    return 1 - torch.from_numpy(held)
+    return 1 - torch.from_numpy(np.interp(quantiles, mass, moment))
+
+
+def above_edge(S: Tensor, shape: tuple[int, int]) -> int:
+    """How many singular values lie above the upper edge of the Marchenko-Pastur law.
+
+    The variance of the noise is taken from the median singular value, as Gavish and Donoho
+    (2014, arXiv 1305.5870) do; 0 for dW = 0.
+
+    >>> above_edge(torch.cat([torch.tensor([9.0, 8.0]), torch.ones(62)]), (64, 64))
+    2
+    """
+    x, mass, _ = _marchenko_pastur(min(shape) / max(shape))
+    squares = S.double().square()
+    edge = squares.median() * float(x[-1]) / np.interp(0.5, mass, x)
+    return int((squares > edge).sum())
 
 
 def truncate(dW: Tensor, r: int) -> Tensor:
@@ -1302,24 +1323,35 @@ def example_update(config: RunConfig) -> tuple[str, Tensor]:
     return next(iter(load_entry(folder)[1].items()))
 
 
-def cut(config: RunConfig, ranks: Sequence[int], *, label: str = "") -> pd.DataFrame:
+CUT_PARTS = ("head", "tail", "rotated", "sign")
+
+
+def cut(
+    config: RunConfig, ranks: Sequence[int], *, part: str = "head", label: str = ""
+) -> pd.DataFrame:
     """What is left of a full run when the update of every matrix is cut to rank r.
 
-    Parameters outside the matrices keep their full update, so that r = 0 is what they do alone.
+    part "head" keeps the r leading directions.  Three controls: "tail" keeps all but these,
+    "rotated" puts their singular values along random directions, "sign" is the head of
+    sign(dW) mean|dW| (BitDelta, Liu et al. 2024).  Parameters outside the matrices keep their
+    full update, so that r = 0 is what they do alone.
     Returns one line a rank: rank, loss_nats, score, row_nats, row_score; each is stored.
     """
-    folders = {r: profile().store / "cuts" / f"{config.key}-r{r}" for r in ranks}
+    _require(part in CUT_PARTS, f"part={part!r} is unknown; choose one of {', '.join(CUT_PARTS)}")
+    stem = config.key if part == "head" else f"{config.key}-{part}"
+    folders = {r: profile().store / "cuts" / f"{stem}-r{r}" for r in ranks}
     entries = {r: load_entry(folder) for r, folder in folders.items()}
     missing = [r for r in ranks if entries[r] is None]
     if missing:
-        for r, evaluation in _evaluate_cuts(config, missing, label or f"cuts of {config.key}"):
-            save_entry(folders[r], {"run": config.key, "rank": r, "test": evaluation})
+        for r, evaluation in _evaluate_cuts(config, missing, part, label or f"cuts of {stem}"):
+            record = {"run": config.key, "part": part, "rank": r, "test": evaluation}
+            save_entry(folders[r], record)
         entries = {r: load_entry(folder) for r, folder in folders.items()}
     return pd.DataFrame([{"rank": r} | entries[r][0]["test"] for r in ranks])
 
 
 def _evaluate_cuts(
-    config: RunConfig, ranks: Sequence[int], label: str
+    config: RunConfig, ranks: Sequence[int], part: str, label: str
 ) -> Iterator[tuple[int, dict]]:
     """Yield (r, evaluation on the test split) of the cut model for every rank."""
     dW = updates(config)
@@ -1327,16 +1359,81 @@ def _evaluate_cuts(
     limit = max(min(weight.shape) for weight in matrices(model).values())
     _require(min(ranks) >= 0 and max(ranks) <= limit, f"ranks={ranks}: must be 0 to {limit}")
     W0 = {name: weight.detach().cpu().clone() for name, weight in matrices(model).items()}
-    factors = {name: torch.linalg.svd(dW[name], full_matrices=False) for name in W0}
+    generator = torch.Generator().manual_seed(0)
+    factors = {name: _cut_factors(dW[name], part, generator) for name in W0}
     parameters = dict(model.named_parameters())
     with torch.no_grad(), progress(len(ranks), label) as bar:
         for name in dW.keys() - W0.keys():
             parameters[name] += dW[name].to(parameters[name].device)
         for r in ranks:
             for name, (U, S, Vh) in factors.items():
-                parameters[name].copy_(W0[name] + (U[:, :r] * S[:r]) @ Vh[:r])
+                kept = (U[:, :r] * S[:r]) @ Vh[:r]
+                parameters[name].copy_(W0[name] + (dW[name] - kept if part == "tail" else kept))
             yield r, evaluate(model, config, "test")
             bar.update()
+
+
+def _cut_factors(
+    dW: Tensor, part: str, generator: torch.Generator
+) -> tuple[Tensor, Tensor, Tensor]:
+    """U, S, Vh of what a cut of this part works on."""
+    U, S, Vh = torch.linalg.svd(
+        dW.sign() * dW.abs().mean() if part == "sign" else dW, full_matrices=False
+    )
+    if part == "rotated":
+        frames = (torch.randn(X.shape, generator=generator) for X in (U, Vh.T))
+        U, V = (torch.linalg.qr(frame).Q for frame in frames)
+        Vh = V.T
+    return U, S, Vh
+
+
+OVERLAP_RANKS = (1, 2, 3, 4, 6, 8, 12, 16, 24, 32, 48, 64, 96, 128)
+
+
+def overlaps(first: RunConfig, second: RunConfig) -> pd.DataFrame:
+    """subspace_overlap of two full runs' updates, one line a matrix and rank; stored.
+
+    Columns: name, rank, left, right (overlaps of the singular subspaces) and left_chance,
+    right_chance (what random subspaces give).
+    """
+    folder = profile().store / "overlaps" / f"{first.key}--{second.key}"
+    entry = load_entry(folder)
+    if entry is None:
+        pair = updates(first), updates(second)
+        names = [name for name in stored(first).spectra if name in pair[1]]
+        found = {n: _overlaps(pair[0][n], pair[1][n]) for n in names}
+        save_entry(folder, {"runs": [first.key, second.key]}, found)
+        entry = load_entry(folder)
+    rows = []
+    for name, both in entry[1].items():
+        m, n = stored(first).shape(name)
+        for rank, (left, right) in zip(OVERLAP_RANKS, both.tolist(), strict=False):
+            row = {"name": name, "rank": rank, "left": left, "right": right}
+            rows.append(row | {"left_chance": rank / m, "right_chance": rank / n})
+    return pd.DataFrame(rows)
+
+
+def _overlaps(A: Tensor, B: Tensor) -> Tensor:
+    """subspace_overlap at OVERLAP_RANKS as far as the shape goes, (ranks, 2: left, right)."""
+    ranks = torch.tensor([r for r in OVERLAP_RANKS if r <= min(A.shape)])
+    (U_A, _, Vh_A), (U_B, _, Vh_B) = (torch.linalg.svd(X, full_matrices=False) for X in (A, B))
+    products = (U_A.T @ U_B).square(), (Vh_A @ Vh_B.T).square()
+    shared = [P.cumsum(0).cumsum(1).diagonal()[ranks - 1] / ranks for P in products]
+    return torch.stack(shared, dim=1)
+
+
+def reproducible_rank(overlap: pd.Series, chance: pd.Series) -> float:
+    """How many directions two runs share beyond chance; both by rank, from `overlaps`.
+
+    Of the r (overlap - chance) / (1 - chance) over all ranks r the largest: k for two updates that
+    share their k leading directions and are random beyond, 0 for random ones.
+
+    >>> one, eighth = pd.Series({8: 1.0, 16: 0.5625}), pd.Series({8: 1 / 16, 16: 1 / 8})
+    >>> reproducible_rank(one, eighth)
+    8.0
+    """
+    shared = overlap.index * (overlap - chance) / (1 - chance)
+    return float(shared.clip(lower=0).max())
 
 
 # --------------------------------------------------------------------------------------
@@ -1379,6 +1476,7 @@ def spectra_table(results: Sequence[Result]) -> pd.DataFrame:
             row |= rank_measures(S)
             row["excess_8"] = row["energy_8"] - float(null[k - 1])
             row["r90_over_null"] = row["r90"] / (int((null < 0.9).sum()) + 1)
+            row["above_edge"] = above_edge(S, shape)
             rows.append(row | {"min_dim": min(shape), "squared_norm": float(S.square().sum())})
     return pd.DataFrame(rows)
 

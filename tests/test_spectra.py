@@ -3,6 +3,7 @@
 import doctest
 import math
 
+import pandas as pd
 import pytest
 import torch
 
@@ -250,3 +251,49 @@ def test_bootstrap_interval_covers_the_mean_of_normal_data():
 
 def test_bootstrap_interval_leaves_out_missing_values():
     assert utils.bootstrap_interval([2.0, None, 2.0]) == (2.0, 2.0)
+
+
+@pytest.mark.parametrize("shape", [(400, 400), (600, 200), (200, 600)], ids=str)
+@pytest.mark.parametrize("spikes", [0, 1, 5])
+def test_above_edge_counts_planted_spikes_in_noise(shape, spikes):
+    noise = 0.01 * gaussian(*shape)
+    edge = 0.01 * (math.sqrt(shape[0]) + math.sqrt(shape[1]))
+    spiked = noise + planted([3 * edge] * spikes, shape, seed=5) if spikes else noise
+    assert spikes <= utils.above_edge(utils.singular_values(spiked), shape) <= spikes + 1
+
+
+def test_above_edge_of_a_zero_update():
+    assert utils.above_edge(torch.zeros(4), (4, 6)) == 0
+
+
+@pytest.mark.parametrize("part", utils.CUT_PARTS)
+def test_the_factors_of_a_cut(part):
+    dW = gaussian(30, 20).float()
+    U, S, Vh = utils._cut_factors(dW, part, torch.Generator().manual_seed(0))
+    whole = (U * S) @ Vh
+    oracle = dW.sign() * dW.abs().mean() if part == "sign" else dW
+    assert torch.allclose(S, torch.linalg.svdvals(oracle), rtol=1e-4)
+    assert torch.allclose(whole, oracle, atol=1e-4) == (part != "rotated")
+    assert torch.allclose(U.T @ U, torch.eye(20), atol=1e-5)
+    assert torch.allclose(Vh @ Vh.T, torch.eye(20), atol=1e-5)
+
+
+def test_overlaps_equal_subspace_overlap():
+    A, B = gaussian(40, 30), gaussian(40, 30, seed=1)
+    found = utils._overlaps(A, B)
+    ranks = [r for r in utils.OVERLAP_RANKS if r <= 30]
+    assert found[:, 0].tolist() == pytest.approx([utils.subspace_overlap(A, B, r) for r in ranks])
+    right = [utils.subspace_overlap(A.T, B.T, r) for r in ranks]
+    assert found[:, 1].tolist() == pytest.approx(right)
+
+
+@pytest.mark.parametrize("shared", [0, 4, 16])
+def test_reproducible_rank_finds_the_directions_that_two_updates_share(shared):
+    shape, common = (300, 200), planted([500.0] * shared, (300, 200), seed=9) if shared else 0
+    first, second = (common + gaussian(*shape, seed=seed) for seed in (1, 2))
+    overlap = utils._overlaps(first, second)
+    ranks = pd.Index([r for r in utils.OVERLAP_RANKS if r <= 200])
+    for side, size in enumerate(shape):
+        chance = pd.Series(ranks / size, ranks)
+        found = utils.reproducible_rank(pd.Series(overlap[:, side].numpy(), ranks), chance)
+        assert found == pytest.approx(shared, abs=1.0)

@@ -365,6 +365,34 @@ def test_lost_deltas_are_computed_again(config, cache, monkeypatch, tmp_path):
     assert utils.cut(config, [1])["loss_nats"].item() == table["loss_nats"].item()
 
 
+def test_head_and_tail_of_a_cut_meet_at_the_ends(config):
+    config = dataclasses.replace(config, lr=1e-2, dtype="float32")
+    head, tail = (utils.cut(config, [0, 32], part=part)["loss_nats"] for part in ("head", "tail"))
+    assert tail[0] == pytest.approx(utils.run(config).loss(), abs=1e-5)
+    assert tail[1] == pytest.approx(head[0], abs=1e-5)
+    assert abs(tail[0] - tail[1]) > 1e-3
+
+
+def test_parts_of_a_cut_are_stored_apart(config):
+    losses = {part: utils.cut(config, [4], part=part)["loss_nats"][0] for part in utils.CUT_PARTS}
+    assert len(set(losses.values())) == 4
+    assert losses == {part: utils.cut(config, [4], part=part)["loss_nats"][0] for part in losses}
+    with pytest.raises(ValueError, match="part='middle'.*head, tail"):
+        utils.cut(config, [4], part="middle")
+
+
+def test_overlaps_of_a_run_with_itself_and_with_another_seed(config, monkeypatch):
+    runs = [config, dataclasses.replace(config, seed=1)]
+    for run in runs:
+        utils.run(run)
+    same, other = utils.overlaps(config, config), utils.overlaps(*runs)
+    assert same["left"].tolist() == pytest.approx([1.0] * len(same), abs=1e-4)
+    assert (other["left"] < 0.999).mean() > 0.5
+    assert set(other["name"]) == set(utils.stored(config).spectra)
+    monkeypatch.setattr(utils, "updates", lambda run: pytest.fail("computed again"))
+    assert utils.overlaps(*runs).equals(other)
+
+
 @pytest.mark.parametrize("rank", [-1, 33])
 def test_a_cut_refuses_a_rank_that_a_matrix_cannot_have(config, rank):
     with pytest.raises(ValueError, match="rank"):
@@ -394,7 +422,7 @@ MEASURING += [
     "cut",
 ]
 BESIDE = ("_require", "_require_disk", "_first_line", "_delta_file")  # no part of any number
-FINGERPRINT = (2, "a3463745d97dcca1")  # (utils.MEASUREMENT, fingerprint())
+FINGERPRINT = (2, "8f7df1479a0ca3b7")  # (utils.MEASUREMENT, fingerprint())
 
 
 def plain(node):
