@@ -53,8 +53,7 @@ def cache_folder() -> Path:
 
 
 ALL_TASKS = ("pirate", "json", "kjv", "sentiment", "facts", "arithmetic", "sorbian", "code", "mix")
-FULL_RECIPE = {"lr": 1e-4}
-LORA_RECIPE = {"lr": 1e-3, "alpha": 32.0}  # ten times the learning rate, one alpha at all ranks
+LORA_ALPHA = 32.0  # one alpha at all ranks
 
 
 @dataclass(frozen=True)
@@ -73,6 +72,9 @@ class Profile:
     cut_ranks: tuple[int, ...] = (0, 1, 2, 4, 8, 16, 32, 64, 128)  # 0: only what is no matrix
     lora_tasks: tuple[str, ...] = (*ALL_TASKS, "shuffled")
     lora_ranks: tuple[int, ...] = (1, 8, 64)
+    full_lrs: tuple[float, ...] = (1e-4,)  # of each grid a task takes the best on held-out loss
+    lora_lrs: tuple[float, ...] = (1e-3,)
+    swept_ranks: tuple[int, ...] = (8,)  # LoRA ranks with a grid; those between interpolate
     embedding_tasks: tuple[str, ...] = ("sorbian",)  # run once more with a trained embedding
     compile: bool = True
 
@@ -93,33 +95,22 @@ class Profile:
         return self.folder / "figures"
 
     def config(self, task: str, method: str = "full", **changes) -> RunConfig:
-        """The configuration of one run of this profile; `changes` override single fields."""
+        """The configuration of one run of this profile; `changes` override single fields.
+
+        The learning rate is the middle one of the method's grid.
+        """
         sizes = {k: getattr(self, k) for k in ("model", "batch_size", "seq_len", "eval_rows")}
         sizes |= {"generate_rows": self.generate_rows, "compile": self.compile}
-        steps = {"steps": 0 if method == "base" else self.steps}
-        recipe = {"full": FULL_RECIPE, "lora": LORA_RECIPE, "base": {}}[method]
-        return RunConfig(task=task, method=method, **(sizes | steps | recipe | changes))
+        recipe = {
+            "base": {"steps": 0},
+            "full": {"steps": self.steps, "lr": _middle(self.full_lrs)},
+            "lora": {"steps": self.steps, "lr": _middle(self.lora_lrs), "alpha": LORA_ALPHA},
+        }[method]
+        return RunConfig(task=task, method=method, **(sizes | recipe | changes))
 
-    def base_configs(self) -> list[RunConfig]:
-        """The untuned model on every task."""
-        return [self.config(task, "base") for task in self.tasks]
 
-    def full_configs(self) -> list[RunConfig]:
-        """Full fine-tuning of every task with every seed."""
-        return [self.config(task, seed=seed) for seed in self.seeds for task in self.tasks]
-
-    def lora_configs(self) -> list[RunConfig]:
-        """LoRA at every rank, task and seed."""
-        return [
-            self.config(task, "lora", rank=rank, seed=seed)
-            for seed in self.seeds
-            for rank in self.lora_ranks
-            for task in self.lora_tasks
-        ]
-
-    def embedding_configs(self) -> list[RunConfig]:
-        """Full fine-tuning with the embedding trained too."""
-        return [self.config(task, train_embedding=True) for task in self.embedding_tasks]
+def _middle(values: Sequence[float]) -> float:
+    return sorted(values)[len(values) // 2]
 
 
 PROFILES = {
@@ -134,7 +125,11 @@ PROFILES = {
         generate_rows=2,
         cut_ranks=(0, 1, 8, 16),
         lora_tasks=("sentiment", "facts"),
-        lora_ranks=(1, 8),
+        lora_ranks=(1, 4, 8),
+        full_lrs=(1e-4, 1e-3),
+        lora_lrs=(1e-3, 1e-2),
+        swept_ranks=(1, 8),
+        seeds=(0, 1),
         embedding_tasks=("facts",),
         compile=False,
     ),
@@ -1298,6 +1293,61 @@ def _estimated_seconds(config: RunConfig) -> float:
         return 1.0 + 0.05 * config.steps
     step = {"base": 0.0, "full": 1.2, "lora": 1.0}[config.method]
     return 15 + 0.1 * config.eval_rows + step * config.steps * config.batch_size / 16
+
+
+def lr_grid(task: str, method: str = "full", *, rank: int = 0) -> list[RunConfig]:
+    """One run at each learning rate of the profile's grid, with the first seed."""
+    lrs = profile().lora_lrs if method == "lora" else profile().full_lrs
+    changes = {"rank": rank, "seed": profile().seeds[0]}
+    return [profile().config(task, method, lr=lr, **changes) for lr in lrs]
+
+
+def best_lr(results: Sequence[Result]) -> float:
+    """The learning rate of the lowest held-out loss (split "valid") among finished runs."""
+    finished = [r for r in results if r.status == "finished"]
+    names = ", ".join(r.config.key for r in results)
+    _require(bool(finished), f"every learning rate diverged: {names}; lower the grid")
+    return min(finished, key=lambda r: r.loss("valid")).config.lr
+
+
+def tuned(task: str, method: str = "full", *, rank: int = 0, **changes) -> RunConfig:
+    """The configuration at the task's best learning rate; runs the grid where it is not stored.
+
+    LoRA ranks between two `swept_ranks` take the geometric interpolation of their best rates.
+    """
+    swept = profile().swept_ranks if method == "lora" else (0,)
+    near = {rank} if rank in swept else set(swept)
+    best = {r: best_lr(sweep(lr_grid(task, method, rank=r))) for r in sorted(near)}
+    lr = best.get(rank)
+    if lr is None:
+        logs = np.interp(math.log(rank), np.log(list(best)), np.log(list(best.values())))
+        lr = float(f"{math.exp(logs):.2g}")
+    return profile().config(task, method, rank=rank, lr=lr, **changes)
+
+
+def base_configs() -> list[RunConfig]:
+    """The untuned model on every task."""
+    return [profile().config(task, "base") for task in profile().tasks]
+
+
+def full_configs() -> list[RunConfig]:
+    """Full fine-tuning of every task with every seed, at the task's best learning rate."""
+    return [tuned(task, seed=seed) for seed in profile().seeds for task in profile().tasks]
+
+
+def lora_configs() -> list[RunConfig]:
+    """LoRA at every rank, task and seed, at the best learning rate of task and rank."""
+    return [
+        tuned(task, "lora", rank=rank, seed=seed)
+        for seed in profile().seeds
+        for rank in profile().lora_ranks
+        for task in profile().lora_tasks
+    ]
+
+
+def embedding_configs() -> list[RunConfig]:
+    """Full fine-tuning with the embedding trained too, beside the same with it frozen."""
+    return [tuned(task, train_embedding=True) for task in profile().embedding_tasks]
 
 
 def updates(config: RunConfig) -> dict[str, Tensor]:

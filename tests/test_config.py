@@ -148,12 +148,48 @@ def test_paper_is_the_default_profile(monkeypatch):
 
 
 @pytest.mark.parametrize("name", utils.PROFILES)
-def test_every_run_of_a_profile_has_its_own_key(name):
-    profile = utils.PROFILES[name]
-    configs = profile.base_configs() + profile.full_configs() + profile.lora_configs()
-    runs = len(profile.tasks) * (1 + len(profile.seeds))
-    runs += len(profile.lora_tasks) * len(profile.lora_ranks) * len(profile.seeds)
+def test_every_run_of_a_profile_has_its_own_key(monkeypatch, name):
+    monkeypatch.setenv("PROFILE", name)
+    profile = utils.profile()
+    grids = [utils.lr_grid(task) for task in profile.tasks]
+    lora = [(task, rank) for task in profile.lora_tasks for rank in profile.lora_ranks]
+    grids += [utils.lr_grid(task, "lora", rank=rank) for task, rank in lora]
+    configs = utils.base_configs() + [config for grid in grids for config in grid]
+    runs = len(profile.tasks) * (1 + len(profile.full_lrs)) + len(lora) * len(profile.lora_lrs)
     assert len({config.key for config in configs}) == runs
+
+
+@pytest.fixture
+def losses(monkeypatch):
+    """A table {(rank, lr): held-out loss} that stands in for the runs of every grid."""
+    table = {}
+
+    def result(config):
+        loss = table[config.rank, config.lr]
+        finished = {"status": "finished", "evaluation": {"valid": {"loss_nats": loss}}}
+        record = {"status": "diverged", "evaluation": {}} if loss is None else finished
+        return utils.Result(config, record, {})
+
+    monkeypatch.setattr(utils, "sweep", lambda configs: [result(c) for c in configs])
+    return table
+
+
+@pytest.mark.parametrize(("low", "high", "lr"), [(1.0, 2.0, 1e-4), (2, 1, 1e-3), (3, None, 1e-4)])
+def test_a_task_takes_the_learning_rate_of_the_lowest_held_out_loss(losses, low, high, lr):
+    losses |= {(0, 1e-4): low, (0, 1e-3): high}
+    assert utils.tuned("facts", seed=3) == utils.profile().config("facts", lr=lr, seed=3)
+
+
+def test_ranks_between_swept_ones_interpolate_their_learning_rates(losses):
+    losses |= {(1, 1e-3): 1, (1, 1e-2): 2, (8, 1e-3): 2, (8, 1e-2): 1}
+    found = {rank: utils.tuned("facts", "lora", rank=rank).lr for rank in (1, 4, 8)}
+    assert found == {1: 1e-3, 4: 4.6e-3, 8: 1e-2}  # 10 ** (-3 + log(4) / log(8))
+
+
+def test_a_grid_that_diverged_as_a_whole_is_named(losses):
+    losses |= {(0, 1e-4): None, (0, 1e-3): None}
+    with pytest.raises(ValueError, match=r"every learning rate diverged: facts-full.*lower"):
+        utils.tuned("facts")
 
 
 @pytest.mark.parametrize("name", ["smoke", "quick"])

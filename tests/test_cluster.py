@@ -1,0 +1,59 @@
+"""A sweep on a dask cluster: two worker processes here, any dask cluster by the same lines."""
+
+import dataclasses
+
+import joblib
+import pytest
+import torch
+
+import utils
+
+
+@pytest.fixture
+def cluster():
+    """Two worker processes of one thread each, without network services."""
+    distributed = pytest.importorskip("distributed")
+    sizes = {"n_workers": 2, "threads_per_worker": 1, "dashboard_address": None}
+    with distributed.LocalCluster(**sizes) as cluster, distributed.Client(cluster):
+        yield cluster
+
+
+@pytest.fixture
+def configs(config):
+    return [dataclasses.replace(config, seed=seed) for seed in range(4)]
+
+
+def test_a_sweep_on_a_cluster_gives_the_same_results(cluster, configs, monkeypatch, tmp_path):
+    with joblib.parallel_config(backend="dask"):
+        together = utils.sweep(configs)
+    monkeypatch.setenv("BUILD", str(tmp_path / "alone"))
+    assert utils.stored(configs[0]) is None
+    alone = utils.sweep(configs)
+    for one, other in zip(together, alone, strict=True):
+        assert one.config == other.config
+        assert one.loss() == pytest.approx(other.loss(), rel=1e-6)
+        assert all(torch.equal(one.spectra[name], other.spectra[name]) for name in one.spectra)
+
+
+def test_a_cluster_that_dies_in_mid_sweep_loses_only_what_it_had_not_returned(
+    cluster, configs, monkeypatch
+):
+    save_entry = utils.save_entry
+
+    def save_and_lose_the_cluster(*arguments):
+        save_entry(*arguments)
+        cluster.close()
+
+    monkeypatch.setattr(utils, "save_entry", save_and_lose_the_cluster)
+    with (
+        joblib.parallel_config(backend="dask"),
+        pytest.raises(Exception, match=r"(?i)cancel|close|kill"),
+    ):
+        utils.sweep(configs)
+    kept = [config for config in configs if utils.stored(config)]
+    assert 1 <= len(kept) < len(configs)
+
+    monkeypatch.setattr(utils, "save_entry", save_entry)
+    before = {config: utils.stored(config).record for config in kept}
+    assert [result.config for result in utils.sweep(configs)] == configs
+    assert all(utils.stored(config).record == before[config] for config in kept)
