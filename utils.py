@@ -156,6 +156,24 @@ def profile() -> Profile:
     return PROFILES[name]
 
 
+def progress(total: int, description: str):
+    """A progress bar over `total` steps with the time left.
+
+    PROGRESS says where it goes: to a terminal's path (as make sets it), to nowhere ("off"),
+    or, when it is not set, to the notebook or terminal that runs the code.
+    """
+    from tqdm.auto import tqdm as interactive_bar
+    from tqdm.std import tqdm as terminal_bar
+
+    target = os.environ.get("PROGRESS")
+    if target is None:
+        return interactive_bar(total=total, desc=description, leave=False)
+    if target == "off":
+        return terminal_bar(total=total, disable=True)
+    label = " ".join(filter(None, [os.environ.get("NOTEBOOK"), description]))
+    return terminal_bar(total=total, desc=label, file=open(target, "w"), ncols=110)
+
+
 # --------------------------------------------------------------------------------------
 # Configurations
 # --------------------------------------------------------------------------------------
@@ -299,7 +317,8 @@ def _gemma_folder() -> Path:
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     _require_disk(cache_folder(), 2.0)
-    with tempfile.TemporaryDirectory(dir=cache_folder(), prefix=".convert-") as scratch:
+    scratch_folder = tempfile.TemporaryDirectory(dir=cache_folder(), prefix=".convert-")
+    with scratch_folder as scratch, progress(1, f"convert {GEMMA}, once, about a minute"):
         gguf = Path(package.assemble(Path(scratch) / "model.gguf"))
         source = {"pretrained_model_name_or_path": scratch, "gguf_file": gguf.name}
         quantised = AutoModelForCausalLM.from_pretrained(**source, dtype=torch.float32)
@@ -536,24 +555,6 @@ def collate(rows: Sequence[dict], length: int) -> dict[str, Tensor]:
 # --------------------------------------------------------------------------------------
 # Training and evaluation
 # --------------------------------------------------------------------------------------
-
-
-def progress(total: int, description: str):
-    """A progress bar over `total` steps with the time left.
-
-    PROGRESS says where it goes: to a terminal's path (as make sets it), to nowhere ("off"),
-    or, when it is not set, to the notebook or terminal that runs the code.
-    """
-    from tqdm.auto import tqdm as interactive_bar
-    from tqdm.std import tqdm as terminal_bar
-
-    target = os.environ.get("PROGRESS")
-    if target is None:
-        return interactive_bar(total=total, desc=description, leave=False)
-    if target == "off":
-        return terminal_bar(total=total, disable=True)
-    label = " ".join(filter(None, [os.environ.get("NOTEBOOK"), description]))
-    return terminal_bar(total=total, desc=label, file=open(target, "w"), ncols=110)
 
 
 def answer_hidden(model: nn.Module, input_ids: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
@@ -1184,7 +1185,10 @@ def measure(config: RunConfig, label: str = "") -> tuple[dict, dict[str, Tensor]
     train_seconds = time.time() - clock
     finished, evaluation = all(map(math.isfinite, losses)), {}
     if finished:
-        evaluation = {split: evaluate(model, config, split) for split in splits}
+        with progress(len(splits), f"{label}: score") as bar:
+            for split in splits:
+                evaluation[split] = evaluate(model, config, split)
+                bar.update()
         finished = all(math.isfinite(e["loss_nats"]) for e in evaluation.values())
     spectra, shapes, norms = _measure_update(config, model, W0) if finished else ({}, {}, {})
     record = {
@@ -1544,6 +1548,25 @@ def gain_kept(value: float, base: float, full: float) -> float:
     0.75
     """
     return (value - base) / (full - base) if full != base else float("nan")
+
+
+def needed_rank(kept: pd.Series, share: float) -> float:
+    """The rank from which on `kept`, a share of the gain by ascending rank, is `share` or more.
+
+    Read off between two ranks of the grid, linearly over log r; inf where the last falls short.
+
+    >>> needed_rank(pd.Series({1: 0.0, 4: 1.0, 16: 1.0}), 0.5)
+    2.0
+    """
+    short = kept.index[~(kept >= share)]
+    enough = kept.index[kept.index > short[-1]] if len(short) else kept.index
+    if not len(enough):
+        return math.inf
+    if not len(short) or short[-1] < 1 or math.isnan(kept[short[-1]]):
+        return float(enough[0])
+    low, high = short[-1], enough[0]
+    part = (share - kept[low]) / (kept[high] - kept[low])
+    return float(low * (high / low) ** part)
 
 
 def bootstrap_interval(values: Sequence[float], *, draws: int = 2000) -> tuple[float, float]:

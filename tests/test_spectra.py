@@ -297,3 +297,19 @@ def test_reproducible_rank_finds_the_directions_that_two_updates_share(shared):
         chance = pd.Series(ranks / size, ranks)
         found = utils.reproducible_rank(pd.Series(overlap[:, side].numpy(), ranks), chance)
         assert found == pytest.approx(shared, abs=1.0)
+
+
+@pytest.mark.parametrize(
+    ("kept", "rank"),
+    [
+        ({1: 0.2, 4: 0.9, 16: 1.0}, 8.0),  # half way over log r
+        ({1: 1.0, 4: 0.9, 16: 1.0}, 8.0),  # the last shortfall counts
+        ({1: 0.99, 4: 0.98}, 1.0),
+        ({0: 0.2, 1: 0.98}, 1.0),
+        ({1: 0.2, 4: 0.9}, math.inf),
+        ({1: math.nan, 4: 0.98}, 4.0),
+        ({1: 0.98, 4: math.nan}, math.inf),
+    ],
+)
+def test_needed_rank(kept, rank):
+    assert utils.needed_rank(pd.Series(kept), 0.95) == pytest.approx(rank)
