@@ -18,7 +18,7 @@ import torch
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import utils
 
-STEPS = 14  # the first four warm up and compile
+STEPS = 10  # the first four warm up and compile
 
 
 @contextmanager
