@@ -1722,12 +1722,16 @@ def label_points(ax, x: pd.Series, y: pd.Series) -> None:
     ax.figure.draw_without_rendering()
     points = {task: ax.transData.transform((x[task], y[task])) for task in y.index}
     points = {task: point * 72 / ax.figure.dpi for task, point in points.items()}  # in pt
-    taken = [(px - 4, py - 4, px + 4, py + 4) for px, py in points.values()]
+    taken = [(px - 5, py - 5, px + 5, py + 5) for px, py in points.values()]
+    frame = tuple(ax.get_window_extent().extents * 72 / ax.figure.dpi)
     for task, (px, py) in points.items():
         width, height = 4.2 * len(TASKS[task].title), 8
-        sides = [(6, -height / 2), (-6 - width, -height / 2), (-width / 2, 4), (-width / 2, -12)]
+        sides = [(6, -height / 2), (-6 - width, -height / 2), (-width / 2, 6), (-width / 2, -14)]
         boxes = [(px + dx, py + dy, px + dx + width, py + dy + height) for dx, dy in sides]
         covered = [sum(_common_area(box, other) for other in taken) for box in boxes]
+        covered = [
+            area - _common_area(box, frame) for area, box in zip(covered, boxes, strict=True)
+        ]
         best = covered.index(min(covered))
         taken.append(boxes[best])
         ax.annotate(
