@@ -12,6 +12,7 @@ training and evaluation; deltas and spectra; results store; figures.
 
 from __future__ import annotations
 
+import collections
 import contextlib
 import dataclasses
 import functools
@@ -19,6 +20,7 @@ import hashlib
 import json
 import math
 import os
+import pickle
 import platform
 import re
 import shutil
@@ -855,7 +857,12 @@ def singular_values(dW: Tensor) -> Tensor:
         return torch.zeros(min(dW.shape), dtype=torch.float64, device=dW.device)
     A = dW.double() / scale
     gram = A @ A.T if A.shape[0] <= A.shape[1] else A.T @ A  # (min, min)
-    return torch.linalg.eigvalsh(gram).flip(0).clamp_min(0).sqrt() * scale
+    return _root_spectrum(gram) * scale
+
+
+def _root_spectrum(gram: Tensor) -> Tensor:
+    """Singular values of a matrix, descending, from its Gram matrix."""
+    return torch.linalg.eigvalsh(gram).flip(0).clamp_min(0).sqrt()
 
 
 def factor_singular_values(B: Tensor, A: Tensor) -> Tensor:
@@ -973,6 +980,20 @@ def above_edge(S: Tensor, shape: tuple[int, int]) -> int:
     squares = S.double().square()
     edge = squares.median() * float(x[-1]) / np.interp(0.5, mass, x)
     return int((squares > edge).sum())
+
+
+def spectrum_measures(S: Tensor, shape: tuple[int, int]) -> dict[str, float]:
+    """What a spectrum says beside noise of its shape: rank_measures, and of E(r) the excess.
+
+    excess_8, _16, _64: E(r) - E_null(r), shares of sum(sigma^2); r90_over_null: r90 over that of
+    noise; above_edge; min_dim; squared_norm: sum(sigma^2).
+    """
+    E, null = energy(S), null_energy(shape)
+    row = rank_measures(S)
+    row |= {f"excess_{r}": float((E - null[: len(E)])[:r][-1]) for r in (8, 16, 64)}
+    row["r90_over_null"] = row["r90"] / (int((null < 0.9).sum()) + 1)
+    row["above_edge"] = above_edge(S, shape)
+    return row | {"min_dim": min(shape), "squared_norm": float(S.double().square().sum())}
 
 
 def truncate(dW: Tensor, r: int) -> Tensor:
@@ -1491,6 +1512,655 @@ def reproducible_rank(overlap: pd.Series, chance: pd.Series) -> float:
 
 
 # --------------------------------------------------------------------------------------
+# Checkpoint pairs and adapters
+# --------------------------------------------------------------------------------------
+
+# On disk a vocabulary matrix is known by its name, the rest by its shape.
+VOCABULARY = re.compile(r"(embed|wte|wpe|shared|lm_head|decoder|cls|score|classifier|qa_outputs)")
+FLOATS = {"F64", "F32", "F16", "BF16"}
+MANTISSA_BITS = {"F16": 10, "BF16": 7}  # stored bits; one ulp of w in [2^e, 2^(e+1)) is 2^(e-bits)
+SLICE_ENTRIES = 2**22  # of a matrix, read at once
+NEAR_ROUNDING = 0.05  # share of rounding noise in the squared update above which ranks mean little
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """A folder of weights: its headers are read, its tensors are not."""
+
+    folder: Path
+    config: dict  # its config.json
+    files: dict[str, Path]  # the file that holds each tensor
+    shapes: dict[str, tuple[int, ...]]
+    dtypes: dict[str, str]  # as safetensors names them: F32, BF16, ...
+
+    def read(self, name: str, *index: slice | int) -> Tensor:
+        """A tensor, or the part of it that `index` picks, as stored; nothing stays in memory."""
+        file = self.files[name]
+        if file.suffix == ".bin":
+            return _unpickle(file)[name][index].clone()
+        from safetensors import safe_open
+
+        with safe_open(file, "pt") as opened:
+            return opened.get_slice(name)[index] if index else opened.get_tensor(name)
+
+
+def open_checkpoint(source: str, *, allow_pickle: bool = False) -> Checkpoint:
+    """The checkpoint in a local folder, of a hub id (downloaded) or "gemma-3-270m".
+
+    Reads headers only.  Raises ValueError or FileNotFoundError that names the file, the tensor
+    and the cure for whatever cannot be compared: pickles unless `allow_pickle` (they can run code
+    when read), torn, empty or missing files, quantised weights, an adapter in place of a model.
+    """
+    adapter = (Path(source).expanduser() / "adapter_config.json").exists()
+    _require(not adapter, f"{source} is an adapter, not a model: merge it (merge_and_unload) first")
+    folder = Path(_model_source(source))
+    if not folder.is_dir():
+        folder = _download(source)
+    config = json.loads((folder / "config.json").read_text(encoding="utf8"))
+    quantised = config.get("quantization_config")
+    _require(not quantised, f"{source} is quantised: dequantise it, then compare")
+    files, shapes, dtypes = {}, {}, {}
+    for file in _weight_files(folder, allow_pickle):
+        for name, (dtype, shape) in _header(file).items():
+            _require(name not in files, f"{source}: {name} is in two files; delete the stale one")
+            files[name], dtypes[name], shapes[name] = file, dtype, shape
+    for name in [n for n in files if dtypes[n] not in FLOATS]:
+        stored_whole = dtypes[name].startswith(("F8", "I8", "U8", "F4")) and len(shapes[name]) > 1
+        _require(
+            not stored_whole or "bias" in name,  # GPT-2 keeps its causal mask as a "bias"
+            f"{source}: {name} is stored as {dtypes[name]}: dequantise it, then compare",
+        )
+        del files[name], shapes[name], dtypes[name]  # masks and positions are no weights
+    _require(bool(files), f"{source} holds no weights")
+    return Checkpoint(folder, config, files, shapes, dtypes)
+
+
+def _download(source: str) -> Path:
+    from huggingface_hub import snapshot_download
+
+    try:
+        return Path(snapshot_download(source, allow_patterns=["*.safetensors", "*.json"]))
+    except Exception as error:
+        raise ValueError(f"{source!r} cannot be downloaded: {_first_line(error)}") from error
+
+
+def _weight_files(folder: Path, allow_pickle: bool) -> list[Path]:
+    """The weight files of a folder: those that its index lists, or all; never a stray pickle."""
+    for pattern in ("*.safetensors", "*.bin") if allow_pickle else ("*.safetensors",):
+        indices = list(folder.glob(f"{pattern}.index.json"))
+        found = {file.name for file in folder.glob(pattern)} - {"training_args.bin"}
+        if indices:
+            listed = json.loads(indices[0].read_text(encoding="utf8"))["weight_map"]
+            missing = sorted(set(listed.values()) - found)
+            if missing:
+                raise FileNotFoundError(
+                    f"{folder.name}: {missing[0]} is listed in {indices[0].name} but is not there; "
+                    "fetch it again"
+                )
+            found = set(listed.values())
+        if found:
+            return [folder / name for name in sorted(found)]
+    if list(folder.glob("*.bin")):
+        raise ValueError(
+            f"{folder.name} holds pickles (.bin), which can run code when they are read: convert "
+            "it to safetensors, or pass allow_pickle=True if you trust it"
+        )
+    raise FileNotFoundError(f"{folder.name} holds no *.safetensors: save the model there")
+
+
+@functools.lru_cache(maxsize=2)
+def _unpickle(file: Path) -> dict[str, Tensor]:
+    """The tensors of a pickle, mapped rather than read; nothing but tensors is unpickled."""
+    tensors = torch.load(file, map_location="cpu", mmap=True, weights_only=True)
+    return {name: tensor for name, tensor in tensors.items() if isinstance(tensor, Tensor)}
+
+
+def _header(file: Path) -> dict[str, tuple[str, tuple[int, ...]]]:
+    """Type and shape of every tensor of a file, {name: (dtype, shape)}."""
+    from safetensors import SafetensorError, safe_open
+
+    where = f"{file.parent.name}/{file.name}"
+    with open(file, "rb") as opened:
+        start = opened.read(64)
+    _require(bool(start), f"{where} is empty (0 bytes): fetch it again")
+    lfs = start.startswith(b"version https://git-lfs")
+    _require(not lfs, f"{where} is a git-lfs pointer, not weights: run `git lfs pull`")
+    _require(start.lstrip()[:1] != b"<", f"{where} is a web page, not weights: fetch it again")
+    try:
+        if file.suffix == ".bin":
+            short = {torch.float64: "F64", torch.float32: "F32", torch.float16: "F16"}
+            short[torch.bfloat16] = "BF16"
+            tensors = _unpickle(file).items()
+            return {n: (short.get(t.dtype, str(t.dtype)), tuple(t.shape)) for n, t in tensors}
+        with safe_open(file, "pt") as opened:
+            slices = {name: opened.get_slice(name) for name in opened.keys()}  # noqa: SIM118
+            return {n: (s.get_dtype(), tuple(s.get_shape())) for n, s in slices.items()}
+    except (SafetensorError, RuntimeError, EOFError, pickle.UnpicklingError) as error:
+        raise ValueError(f"{where} is torn ({_first_line(error)}): fetch it again") from error
+
+
+@dataclass(frozen=True)
+class Pair:
+    """Base and tuned checkpoint, aligned tensor by tensor."""
+
+    base: Checkpoint
+    tuned: Checkpoint
+    names: dict[str, str]  # tensor in tuned -> the same in base
+    only_base: list[str]  # heads and poolers that one side lacks
+    only_tuned: list[str]
+
+    def matrices(self) -> dict[str, tuple[str, int | None]]:
+        """What has a spectrum, {label: (tensor in tuned, expert)}: 2-D, experts of a 3-D one."""
+        found = {}
+        for name in self.names:
+            shape = self.tuned.shapes[name]
+            if len(shape) == 2 and math.prod(shape):
+                found[name] = (name, None)
+            elif len(shape) == 3 and math.prod(shape) and "conv" not in name:
+                found |= {f"{name}[{i}]": (name, i) for i in range(shape[0])}
+        return found
+
+    def is_causal(self) -> bool:
+        """Whether the base continues text, which PEFT wants to be told."""
+        return any("CausalLM" in name for name in self.base.config.get("architectures") or [])
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        """The shape that both sides have: for a resized vocabulary, of its common rows."""
+        shapes = self.base.shapes[self.names[name]], self.tuned.shapes[name]
+        return tuple(map(min, *shapes)) if shapes[0] else ()
+
+    def parts(self, name: str, expert: int | None = None) -> Iterator[tuple[Tensor, Tensor]]:
+        """Yield W0 and W1 slice by slice along the longer side, as stored, 4 M entries each."""
+        shape = self.shape(name)
+        if len(shape) < 2 or math.prod(shape) == 0:
+            yield self.base.read(self.names[name]), self.tuned.read(name)
+            return
+        m, n = shape[-2:]
+        lead = [slice(0, size) for size in shape[:-2]] if expert is None else [expert]
+        long, step = max(m, n), max(1, SLICE_ENTRIES // (math.prod(shape[:-2]) * min(m, n)))
+        for start in range(0, long, step):
+            cut = slice(start, min(start + step, long))
+            index = (*lead, cut, slice(0, n)) if m >= n else (*lead, slice(0, m), cut)
+            yield self.base.read(self.names[name], *index), self.tuned.read(name, *index)
+
+
+def open_pair(base: str, tuned: str, *, allow_pickle: bool = False) -> Pair:
+    """Both checkpoints, aligned by name; everything that headers can tell is checked here.
+
+    One side's names may carry a prefix ("transformer."), a tied head may be missing on one side,
+    a vocabulary may have grown.  Raises ValueError naming tensor and both shapes otherwise.
+    """
+    W0, W1 = (open_checkpoint(source, allow_pickle=allow_pickle) for source in (base, tuned))
+    W0, W1 = _without_tied_heads(W0, W1), _without_tied_heads(W1, W0)
+    names = _common_names(W0.files, W1.files)
+    only_base = sorted(set(W0.files) - set(names.values()))
+    only_tuned = sorted(set(W1.files) - set(names))
+    _require(bool(names), f"{base} and {tuned} have no tensor in common: another architecture?")
+    for side, other, alone in ((base, tuned, only_base), (tuned, base, only_tuned)):
+        deep = [name for name in alone if layer_and_module(name)[0] >= 0]
+        _require(
+            not deep,
+            f"{side} has {', '.join(deep[:1])} and {other} has not ({len(deep)} such tensors): "
+            f"is {tuned} a fine-tune of {base}?",
+        )
+    pair = Pair(W0, W1, names, only_base, only_tuned)
+    for name, of_base in names.items():
+        before, after = W0.shapes[of_base], W1.shapes[name]
+        grown = len(before) == len(after) == 2 and before[1:] == after[1:]
+        _require(
+            before == after or (grown and VOCABULARY.search(name) is not None),
+            f"{name} has shape {before} in {base} ({W0.files[of_base].name}) and {after} in "
+            f"{tuned} ({W1.files[name].name}): is {tuned} a fine-tune of {base}?",
+        )
+    return pair
+
+
+def _without_tied_heads(checkpoint: Checkpoint, other: Checkpoint) -> Checkpoint:
+    """Without the head that is only another name of the embedding and that `other` leaves out."""
+    heads = [n for n in checkpoint.files if n.endswith("lm_head.weight") and n not in other.files]
+    if not heads or not other.config.get("tie_word_embeddings", True):
+        return checkpoint
+    files = {name: file for name, file in checkpoint.files.items() if name not in heads}
+    return dataclasses.replace(checkpoint, files=files)
+
+
+def _common_names(base: Iterable[str], tuned: Iterable[str]) -> dict[str, str]:
+    """{tensor in tuned: the same in base}; one side's names may carry a prefix.
+
+    >>> _common_names(["h.0.w", "lm_head.w"], ["model.h.0.w", "lm_head.w"])
+    {'model.h.0.w': 'h.0.w', 'lm_head.w': 'lm_head.w'}
+    """
+    base, tuned = dict.fromkeys(base), list(tuned)
+    prefixes = {"": None} | {f"{name.split('.')[0]}.": None for name in [*base, *tuned]}
+
+    def matched(prefix: str) -> dict[str, str]:
+        forms = {name: (name, name.removeprefix(prefix), prefix + name) for name in tuned}
+        found = {name: [form for form in three if form in base] for name, three in forms.items()}
+        return {name: present[0] for name, present in found.items() if present}
+
+    return max(map(matched, prefixes), key=len)
+
+
+def compare_checkpoints(base: str, tuned: str, *, allow_pickle: bool = False) -> pd.DataFrame:
+    """One line a matrix of tuned - base: how large the update is, and its rank by each definition.
+
+    Columns: name, layer, module, kind ("matrix", "vocabulary" or "expert"), shape, dtype_base,
+    dtype_tuned; relative_size |dW| / |W0| and changed_share of the entries; those of
+    spectrum_measures; rounding_share, what rounding to the stored type is expected to add to
+    |dW|^2, as a share of it (at most 1; too high for updates below the spacing of the type);
+    above_rounding, how many singular values stand above that noise; near_rounding, where the
+    share is over 5 % and a rank says little about the training.
+
+    attrs: "spectra" {name: S}, "rest" {tensor that is no matrix: |dW|^2}, "only_base",
+    "only_tuned", "added_rows" {tensor: rows that only tuned has}.
+    Streams: memory is bounded by 4 M entries of both and the Gram matrix of the largest small
+    side; what was measured is kept in the cache, so that a killed call goes on.  Raises as
+    open_pair does, and ValueError for NaN or infinite weights.  Warns for an identical and an
+    unrelated pair.
+    """
+    pair = open_pair(base, tuned, allow_pickle=allow_pickle)
+    folder = cache_folder() / "pairs" / _pair_digest(pair)
+    folder.mkdir(parents=True, exist_ok=True)
+    found, rows, spectra = pair.matrices(), [], {}
+    sizes = {label: math.prod(pair.shape(name)[-2:]) for label, (name, _) in found.items()}
+    with progress(sum(sizes.values()), "compare checkpoints") as bar:
+        for label, (name, expert) in found.items():
+            entry = load_entry(folder / label)
+            if entry is None:
+                save_entry(folder / label, *_compare_matrix(pair, name, expert))
+                entry = load_entry(folder / label)
+            rows.append(_pair_row(pair, label, name, entry))
+            spectra[label] = entry[1]["S"]
+            bar.update(sizes[label])
+    table = pd.DataFrame(rows)
+    others = [n for n in pair.names if n not in {name for name, _ in found.values()}]
+    table.attrs = {
+        "spectra": spectra,
+        "rest": {name: _difference(pair, name) for name in others},
+        "only_base": pair.only_base,
+        "only_tuned": pair.only_tuned,
+        "added_rows": _added_rows(pair),
+    }
+    _warn_of_strange_pairs(table, base, tuned)
+    return table
+
+
+def _pair_digest(pair: Pair) -> str:
+    """Names a pair by its files' places, sizes and times: reading them all would take longer."""
+    files = sorted({*pair.base.files.values(), *pair.tuned.files.values()})
+    stats = {str(f.resolve()): (f.stat().st_size, f.stat().st_mtime_ns) for f in files}
+    sides = [str(side.folder.resolve()) for side in (pair.base, pair.tuned)]
+    return _digest({"files": stats, "sides": sides, "version": 1})[:16]
+
+
+def _finite(part: Tensor, checkpoint: Checkpoint, name: str) -> Tensor:
+    """The part on the device, at least float32; NaN or infinite weights are an error."""
+    part = part.to(device())
+    part = part if part.dtype == torch.float64 else part.float()
+    if not torch.isfinite(part).all():
+        where = f"{checkpoint.folder.name}/{checkpoint.files[name].name}"
+        raise ValueError(f"{where}: {name} holds NaN or infinite values; repair it")
+    return part
+
+
+def _differences(pair: Pair, name: str, expert: int | None) -> Iterator[tuple[Tensor, ...]]:
+    """Yield W0, W1 and dW = W1 - W0 slice by slice, checked."""
+    for W0, W1 in pair.parts(name, expert):
+        W0, W1 = _finite(W0, pair.base, pair.names[name]), _finite(W1, pair.tuned, name)
+        yield W0, W1, W1 - W0
+
+
+def _compare_matrix(pair: Pair, name: str, expert: int | None) -> tuple[dict, dict[str, Tensor]]:
+    """Sums over one matrix, in float64, and S of its update, from one pass over its slices."""
+    m, n = pair.shape(name)[-2:]
+    gram = torch.zeros(min(m, n), min(m, n), dtype=torch.float64, device=device())
+    sums = dict.fromkeys(("base", "update", "changed", "rounding"), 0.0)
+    for W0, W1, dW in _differences(pair, name, expert):
+        sums["base"] += float(W0.double().square().sum())
+        sums["changed"] += int(torch.count_nonzero(dW))
+        sums["rounding"] += _rounding_variance(W1, pair.tuned.dtypes[name])
+        dW = (dW if m >= n else dW.T).double()
+        sums["update"] += float(dW.square().sum())
+        gram.addmm_(dW.T, dW)
+    return {"sums": sums}, {"S": _root_spectrum(gram).float().cpu()}
+
+
+def _rounding_variance(W: Tensor, dtype: str) -> float:
+    """Expected squared norm of the error of rounding W to its stored type: sum of ulp^2 / 12."""
+    if dtype not in MANTISSA_BITS:
+        return 0.0
+    exponent = torch.frexp(W).exponent.clamp_min(-13 if dtype == "F16" else -125) - 1
+    exponent -= MANTISSA_BITS[dtype]
+    return float(torch.exp2(2.0 * exponent.double())[W != 0].sum() / 12)
+
+
+def _pair_row(pair: Pair, label: str, name: str, entry: tuple[dict, dict[str, Tensor]]) -> dict:
+    """The line of compare_checkpoints for one matrix."""
+    sums, S, shape = entry[0]["sums"], entry[1]["S"], pair.shape(name)[-2:]
+    layer, module = layer_and_module(name)
+    vocabulary = layer < 0 and VOCABULARY.search(name) is not None
+    kind = "expert" if label != name else "vocabulary" if vocabulary else "matrix"
+    row = {"name": label, "layer": layer, "module": module, "kind": kind}
+    row |= {"shape": "x".join(map(str, shape)), "dtype_base": pair.base.dtypes[pair.names[name]]}
+    row["dtype_tuned"] = pair.tuned.dtypes[name]
+    row["relative_size"] = math.sqrt(sums["update"] / sums["base"]) if sums["base"] else math.inf
+    row["changed_share"] = sums["changed"] / math.prod(shape)
+    row |= spectrum_measures(S, shape)
+    share = min(1.0, sums["rounding"] / sums["update"]) if sums["update"] else 0.0
+    edge = math.sqrt(sums["rounding"]) * (shape[0] ** -0.5 + shape[1] ** -0.5)
+    row |= {"rounding_share": share, "above_rounding": int((edge < S).sum())}
+    return row | {"near_rounding": share > NEAR_ROUNDING}
+
+
+def _difference(pair: Pair, name: str) -> float:
+    """|dW|^2 of a tensor that is no matrix."""
+    return sum(float(dW.double().square().sum()) for *_, dW in _differences(pair, name, None))
+
+
+def _added_rows(pair: Pair) -> dict[str, int]:
+    """Rows of resized vocabularies that only tuned has (below zero: only base), by tensor."""
+    shapes = {
+        n: (pair.base.shapes[of_base], pair.tuned.shapes[n]) for n, of_base in pair.names.items()
+    }
+    return {n: after[0] - before[0] for n, (before, after) in shapes.items() if before != after}
+
+
+def _warn_of_strange_pairs(table: pd.DataFrame, base: str, tuned: str) -> None:
+    rest = sum(table.attrs["rest"].values())
+    if not table["squared_norm"].sum() + rest:
+        warnings.warn(f"{base} and {tuned} are identical: there is no update", stacklevel=3)
+    elif table["relative_size"].median() > 0.5:
+        warnings.warn(
+            f"the update is {table['relative_size'].median():.1f} times as large as the weights "
+            f"(median): is {base} really the base of {tuned}?",
+            stacklevel=3,
+        )
+
+
+def recommend_ranks(
+    table: pd.DataFrame, *, energy: float | None = None, budget: int | None = None
+) -> dict:
+    """Ranks for the matrices of compare_checkpoints, as arguments of PEFT's LoraConfig.
+
+    energy: every matrix gets the smallest rank that holds this share of its energy above noise,
+    sum over i of max(sigma_i^2 - noise_i^2, 0), where noise has the matrix's shape and the
+    variance that the median singular value gives (as above_edge).
+    budget: at most this many adapter parameters, r (m + n) a matrix, given out one rank at a time
+    to the matrix whose next sigma^2 is largest per parameter.  sigma falls within a matrix, so no
+    other allocation of the parameters used keeps more energy (greedy for concave gains).
+    Vocabulary and experts are left out.  Returns r (the most frequent), lora_alpha, rank_pattern,
+    alpha_pattern (both {module: rank}, so that every scale alpha / r is 1) and target_modules.
+    """
+    _require((energy is None) != (budget is None), "give either energy=0.9 or budget=1_000_000")
+    rows = table[(table["kind"] == "matrix") & (table["squared_norm"] > 0)]
+    shapes = {row["name"]: tuple(map(int, row["shape"].split("x"))) for _, row in rows.iterrows()}
+    spectra = {name: table.attrs["spectra"][name].double() for name in shapes}
+    _require(bool(shapes), "no matrix was changed: there is nothing to adapt")
+    if energy is not None:
+        _require(0 < energy <= 1, f"energy={energy}: must be above 0 and at most 1, such as 0.9")
+        ranks = {
+            n: max(1, energy_rank(_above_noise(S, shapes[n]), energy)) for n, S in spectra.items()
+        }
+    else:
+        ranks = _allocate(spectra, shapes, budget)
+    return lora_arguments(ranks)
+
+
+def _above_noise(S: Tensor, shape: tuple[int, int]) -> Tensor:
+    """The singular values without what noise of this shape and their median would give them."""
+    null = null_energy(shape).diff(prepend=torch.zeros(1, dtype=torch.float64))  # of sum = 1
+    noise = null * S.double().square().median() / null.median()
+    return (S.double().square() - noise).clamp_min(0).sqrt()
+
+
+def _allocate(
+    spectra: dict[str, Tensor], shapes: dict[str, tuple[int, int]], budget: int
+) -> dict[str, int]:
+    """Ranks by the largest sigma^2 a parameter until the next would pass the budget."""
+    gains = [(S.square() / sum(shapes[name])).tolist() for name, S in spectra.items()]
+    order = sorted(
+        ((gain, name) for name, row in zip(spectra, gains, strict=True) for gain in row),
+        reverse=True,
+    )
+    costs = np.cumsum([sum(shapes[name]) for _, name in order])
+    taken = order[: int((costs <= budget).sum())]
+    _require(
+        bool(taken), f"budget={budget}: one rank of one matrix takes {costs[0]} parameters or more"
+    )
+    return dict(collections.Counter(name for _, name in taken))
+
+
+def lora_arguments(ranks: dict[str, int]) -> dict:
+    """{matrix: rank} as LoraConfig takes it; the scale alpha / r is 1 everywhere."""
+    modules = {name.removesuffix(".weight"): r for name, r in ranks.items() if r}
+    r = collections.Counter(modules.values()).most_common(1)[0][0]
+    pattern = {module: rank for module, rank in modules.items() if rank != r}
+    same = {"lora_alpha": r, "rank_pattern": pattern, "alpha_pattern": dict(pattern)}
+    return {"r": r} | same | {"target_modules": sorted(modules)}
+
+
+def leading_factors(dW: Tensor, r: int) -> tuple[Tensor, Tensor]:
+    """B (m, r) and A (r, n) with B @ A = truncate(dW, r), in dW's type, on its device.
+
+    The factor of the small side holds the r leading eigenvectors of the float64 Gram matrix, the
+    other is dW's product with it.
+
+    >>> B, A = leading_factors(torch.tensor([[3.0, 0.0], [0.0, 4.0]]), 1)
+    >>> (B @ A).abs().tolist()
+    [[0.0, 0.0], [0.0, 4.0]]
+    """
+    X = dW if dW.shape[0] >= dW.shape[1] else dW.T  # (long, small)
+    V = (
+        torch.linalg.eigh(X.T.double() @ X.double()).eigenvectors.flip(1)[:, :r].to(dW)
+    )  # (small, r)
+    return (dW @ V, V.T) if X is dW else (V, V.T @ dW)
+
+
+def extract_adapter(
+    base: str,
+    tuned: str,
+    out: str,
+    *,
+    rank: int | None = None,
+    energy: float | None = None,
+    ranks: dict | None = None,
+    allow_pickle: bool = False,
+) -> pd.DataFrame:
+    """Write the cut of tuned - base as a PEFT adapter into the new folder `out`.
+
+    rank: one rank for all matrices (a smaller matrix gets all it has); energy: as in
+    recommend_ranks; ranks: what recommend_ranks returned.  Linear layers become LoRA factors of
+    scale 1; norms that changed go into modules_to_save; the rest cannot be part of a LoRA and is
+    dropped.  Everything is float32.
+
+    Returns one line a changed tensor: name, part ("lora", "modules_to_save", "dropped"), rank,
+    squared_norm and kept, the share of it that the adapter holds; attrs["lora"] has the arguments
+    of LoraConfig.  The folder appears whole or not at all.  Raises as open_pair does, ValueError
+    for a rank out of range and FileExistsError for a folder that is there.
+    """
+    given = sum(value is not None for value in (rank, energy, ranks))
+    _require(given == 1, "give one of rank=16, energy=0.9 and ranks=recommend_ranks(...)")
+    folder = Path(out).expanduser()
+    if folder.exists():
+        raise FileExistsError(f"{out} exists: delete it or name another folder")
+    pair = open_pair(base, tuned, allow_pickle=allow_pickle)
+    places, transposed = _adaptable(pair)
+    limit = max((min(pair.shape(name)) for name in transposed), default=0)
+    _require(rank is None or 1 <= rank <= limit, f"rank={rank}: choose one from 1 to {limit}")
+    table = compare_checkpoints(base, tuned, allow_pickle=allow_pickle)
+    norms = dict(zip(table["name"], table["squared_norm"], strict=True)) | table.attrs["rest"]
+    norms = {name: norm for name, norm in norms.items() if norm > 0}
+    if rank is not None:
+        chosen = {n: min(rank, *pair.shape(n)) for n in transposed if n in norms}
+    else:
+        ranks = ranks or recommend_ranks(table, energy=energy)
+        chosen = {n: _rank_of(ranks, n) for n in transposed if _rank_of(ranks, n)}
+    _require(bool(chosen), f"no linear layer of {tuned} gets a rank: there is nothing to write")
+    plan = AdapterPlan(pair, places, transposed, chosen, _whole_norms(places, transposed, norms))
+    return _adapter_report(plan, norms, plan.write(folder))
+
+
+def _adapter_report(
+    plan: AdapterPlan, norms: dict[str, float], kept: dict[str, float]
+) -> pd.DataFrame:
+    """The table that extract_adapter returns."""
+    parts = dict.fromkeys(plan.ranks, "lora") | dict.fromkeys(plan.saved, "modules_to_save")
+    rows = {
+        "name": list(norms),
+        "part": [parts.get(name, "dropped") for name in norms],
+        "rank": [plan.ranks.get(name, 0) for name in norms],
+        "squared_norm": list(norms.values()),
+        "kept": [kept.get(name, 0.0) for name in norms],
+    }
+    report = pd.DataFrame(rows)
+    report.attrs["lora"] = plan.arguments()
+    return report
+
+
+def _rank_of(ranks: dict, name: str) -> int:
+    """The rank that LoraConfig's arguments give a matrix; 0 for one that they leave out."""
+    module = name.removesuffix(".weight")
+    return ranks["rank_pattern"].get(module, ranks["r"]) if module in ranks["target_modules"] else 0
+
+
+def _skeleton(folder: Path) -> nn.Module:
+    """The model of a folder without memory for its weights, to know what kind each tensor is."""
+    import transformers
+
+    config = transformers.AutoConfig.from_pretrained(folder)
+    name = (config.architectures or [""])[0]
+    known = bool(name) and hasattr(transformers, name)
+    _require(known, f"{folder.name}: transformers has no {name!r}, so no adapter can be written")
+    with torch.device("meta"):
+        return getattr(transformers, name)(config)
+
+
+def _adaptable(pair: Pair) -> tuple[dict[str, str], dict[str, bool]]:
+    """What an adapter can hold: {tensor in tuned: parameter of the base model}, norms and linears.
+
+    And of the linear layers' weights, whether they are stored as (in, out), as Conv1D does.
+    """
+    from transformers.pytorch_utils import Conv1D
+
+    model = _skeleton(pair.base.folder)
+    parameters = dict(model.named_parameters(remove_duplicate=False))
+    places, transposed = {}, {}
+    for name, place in _common_names(parameters, pair.names).items():
+        module = model.get_submodule(place.rpartition(".")[0])
+        if isinstance(module, nn.Linear | Conv1D):
+            if module is not model.get_output_embeddings() and place.endswith(".weight"):
+                places[name], transposed[name] = place, isinstance(module, Conv1D)
+        elif all(p.dim() == 1 for p in module.parameters()):
+            places[name] = place
+    return places, transposed
+
+
+def _whole_norms(
+    places: dict[str, str], transposed: dict[str, bool], changed: Iterable[str]
+) -> list[str]:
+    """All tensors of the norms of which one changed: PEFT saves modules, not tensors."""
+    norms = {n: place.rpartition(".")[0] for n, place in places.items() if n not in transposed}
+    modules = {norms[name] for name in changed if name in norms}
+    return [name for name, module in norms.items() if module in modules]
+
+
+@dataclass(frozen=True)
+class AdapterPlan:
+    """What goes into an adapter, and where."""
+
+    pair: Pair
+    places: dict[str, str]  # tensor in tuned -> parameter of the base model
+    transposed: dict[str, bool]  # linear weights: stored as (in, out)?
+    ranks: dict[str, int]  # of the linear weights that get factors
+    saved: list[str]  # norms, kept whole
+
+    def arguments(self) -> dict:
+        """The arguments of LoraConfig that say where the factors go."""
+        return lora_arguments({self.places[name]: r for name, r in self.ranks.items()})
+
+    def shapes(self) -> dict[str, tuple[int, ...]]:
+        """Name in the adapter's file and shape of every tensor, in the order they are made."""
+        shapes = {}
+        for name, r in self.ranks.items():
+            rows, columns = self.pair.shape(name)[:: -1 if self.transposed[name] else 1]
+            module = f"base_model.model.{self.places[name].removesuffix('.weight')}"
+            shapes |= {f"{module}.lora_A.weight": (r, columns)}
+            shapes |= {f"{module}.lora_B.weight": (rows, r)}
+        at = {name: f"base_model.model.{self.places[name]}" for name in self.saved}
+        return shapes | {at[name]: self.pair.tuned.shapes[name] for name in self.saved}
+
+    def tensors(self, kept: dict[str, float]) -> Iterator[Tensor]:
+        """Yield the tensors; note in `kept` the share of |dW|^2 that each holds."""
+        sizes = {name: math.prod(self.pair.shape(name)) for name in self.ranks}
+        with progress(sum(sizes.values()), "extract adapter") as bar:
+            for name, r in self.ranks.items():
+                m, n = self.pair.shape(name)
+                slices = [dW for *_, dW in _differences(self.pair, name, None)]
+                dW = torch.cat(slices, 0 if m >= n else 1)
+                dW = dW.T if self.transposed[name] else dW  # (out, in)
+                B, A = leading_factors(dW, r)
+                scaled = B if dW.shape[0] >= dW.shape[1] else A  # the other is orthonormal
+                kept[name] = float(scaled.double().square().sum() / dW.double().square().sum())
+                yield A
+                yield B
+                bar.update(sizes[name])
+        for name in self.saved:
+            kept[name] = 1.0
+            yield self.pair.tuned.read(name)
+
+    def write(self, folder: Path) -> dict[str, float]:
+        """Write the folder beside its place, then rename it; return {tensor: share kept}."""
+        from peft import LoraConfig
+
+        modules = {self.places[name].rpartition(".")[0] for name in self.saved}
+        config = LoraConfig(
+            **self.arguments(),
+            task_type="CAUSAL_LM" if self.pair.is_causal() else None,
+            fan_in_fan_out=any(self.transposed[name] for name in self.ranks),
+            modules_to_save=sorted(modules) or None,
+            base_model_name_or_path=str(self.pair.base.folder),
+            inference_mode=True,
+        )
+        shapes, kept = self.shapes(), {}
+        _require_disk(folder.parent, 4e-9 * sum(map(math.prod, shapes.values())))
+        scratch = Path(tempfile.mkdtemp(dir=folder.parent, prefix=f".{folder.name}-"))
+        try:
+            config.save_pretrained(scratch)
+            file = scratch / "adapter_model.safetensors"
+            _write_safetensors(file, shapes, self.tensors(kept))
+            scratch.chmod(0o755)
+            os.rename(scratch, folder)
+        finally:
+            shutil.rmtree(scratch, ignore_errors=True)
+        return kept
+
+
+def _write_safetensors(
+    file: Path, shapes: dict[str, tuple[int, ...]], tensors: Iterable[Tensor]
+) -> None:
+    """Write float32 tensors of known shapes one by one, so that never all are in memory.
+
+    The format: the header's length (8 bytes), the header (JSON), the tensors' bytes.
+    """
+    header, start = {"__metadata__": {"format": "pt"}}, 0
+    for name, shape in shapes.items():
+        end = start + 4 * math.prod(shape)
+        header[name] = {"dtype": "F32", "shape": list(shape), "data_offsets": [start, end]}
+        start = end
+    text = json.dumps(header).encode()
+    text += b" " * (-len(text) % 8)
+    with open(file, "wb") as opened:
+        opened.write(len(text).to_bytes(8, "little") + text)
+        for shape, tensor in zip(shapes.values(), tensors, strict=True):
+            _require(
+                tuple(tensor.shape) == shape, f"a tensor is {tuple(tensor.shape)}, not {shape}"
+            )
+            opened.write(tensor.float().cpu().contiguous().numpy().tobytes())
+        opened.flush()
+        os.fsync(opened.fileno())
+
+
+# --------------------------------------------------------------------------------------
 # Tables
 # --------------------------------------------------------------------------------------
 
@@ -1514,24 +2184,15 @@ def runs_table(results: Sequence[Result]) -> pd.DataFrame:
 
 
 def spectra_table(results: Sequence[Result]) -> pd.DataFrame:
-    """One line a matrix of every run: its rank by each definition, beside its shape's null.
-
-    energy_8 and excess_8 are E(8) and E(8) - E_null(8), shares of sum(sigma^2); r90 is the rank
-    for 90 % of it, r90_over_null its ratio to that of noise.
-    """
+    """One line a matrix of every run: what spectrum_measures says of it."""
     rows = []
     for result in results:
         for name, S in result.spectra.items():
             layer, module = layer_and_module(name)
             shape = result.shape(name)
-            null, k = null_energy(shape), min(8, len(S))
             row = {"task": result.config.task, "seed": result.config.seed, "name": name}
             row |= {"layer": layer, "module": module, "shape": "x".join(map(str, shape))}
-            row |= rank_measures(S)
-            row["excess_8"] = row["energy_8"] - float(null[k - 1])
-            row["r90_over_null"] = row["r90"] / (int((null < 0.9).sum()) + 1)
-            row["above_edge"] = above_edge(S, shape)
-            rows.append(row | {"min_dim": min(shape), "squared_norm": float(S.square().sum())})
+            rows.append(row | spectrum_measures(S, shape))
     return pd.DataFrame(rows)
 
 
