@@ -42,6 +42,18 @@ test: $(READY) ## run the tests
 lint: $(READY) ## check style and format of modules and notebooks
 	@$(BIN)/ruff check . && $(BIN)/ruff format --check .
 
+inspect: export PROFILE = inspect
+inspect: $(READY) ## BASE=… TUNED=… [TASK=…] [OUT=…]: spectra, ranks and adapter of your own models
+	@test -n "$(BASE)" -a -n "$(TUNED)" || { \
+		echo "Say which: make inspect BASE=folder TUNED=folder [TASK=sentiment or rows.jsonl]"; exit 2; }
+	@mkdir -p $(BUILD)/inspect && rm -rf $(BUILD)/inspect/figures
+	@BASE="$(BASE)" TUNED="$(TUNED)" TASK="$(TASK)" OUT="$(OUT)" PROGRESS=$$(tty -s && tty || echo off) \
+		$(BIN)/jupyter nbconvert --log-level ERROR --to html --execute --no-input \
+		--TagRemovePreprocessor.enabled=True --TagRemovePreprocessor.remove_cell_tags=report-only \
+		--output-dir $(BUILD)/inspect notebooks/08_inspect_your_checkpoints.ipynb
+	@cat $(BUILD)/inspect/verdict.txt
+	@echo "Open $(BUILD)/inspect/08_inspect_your_checkpoints.html"
+
 bench: $(READY) ## time a training step and the spectra against stock recipes
 	@$(BIN)/python tests/bench.py
 
@@ -67,5 +79,5 @@ $(READY): requirements.txt requirements.lock
 		-c requirements.lock
 	@touch $(READY)
 
-.PHONY: help report paper notebooks test lint bench lab lock clean
+.PHONY: help report paper notebooks test lint inspect bench lab lock clean
 .DEFAULT_GOAL := help

@@ -147,6 +147,7 @@ PROFILES = {
         embedding_tasks=(),
     ),
     "paper": Profile("paper"),
+    "inspect": Profile("inspect"),  # where notebook 8 puts what it finds of the reader's models
 }
 
 
@@ -217,6 +218,7 @@ class RunConfig:
     rank: int = 0
     alpha: float = 0.0
     rslora: bool = False
+    rank_pattern: tuple[tuple[str, int], ...] = ()  # LoRA ranks that differ from `rank`, by module
     lr: float = 0.0
     schedule: str = "linear"  # decay to zero, without warm-up
     steps: int = 0
@@ -233,7 +235,8 @@ class RunConfig:
 
     def __post_init__(self) -> None:
         trained, lora = self.method != "base", self.method == "lora"
-        known = KNOWN_VALUES | {"task": tuple(sorted(TASKS))}
+        own = self.task.endswith(".jsonl") and Path(self.task).expanduser().exists()
+        known = KNOWN_VALUES | ({} if own else {"task": (*sorted(TASKS), "a file.jsonl")})
         rules = {
             field: (getattr(self, field) in values, f"unknown; choose one of {', '.join(values)}")
             for field, values in known.items()
@@ -251,6 +254,7 @@ class RunConfig:
                 f"a {self.method} run needs {'1 or more' if lora else '0'}",
             ),
             "alpha": (not lora or 0 < self.alpha < math.inf, "must be above 0, such as 32"),
+            "rank_pattern": (lora or not self.rank_pattern, "only in lora"),
             "train_embedding": (not self.train_embedding or self.method == "full", "only in full"),
             "generate_rows": (self.generate_rows >= 0, "must be 0 or more"),
             "weight_decay": (0 <= self.weight_decay < math.inf, "must be 0 or more"),
@@ -281,7 +285,7 @@ class RunConfig:
     @property
     def key(self) -> str:
         """The run's name: readable parts, then 12 hex digits of the hash of its identity."""
-        parts = [self.task, self.method] + ([f"r{self.rank}"] if self.rank else [])
+        parts = [Path(self.task).stem, self.method] + ([f"r{self.rank}"] if self.rank else [])
         return "-".join([*parts, f"s{self.seed}", _digest(self.identity)[:12]])
 
 
@@ -454,12 +458,17 @@ def _require_disk(folder: Path, gigabytes: float) -> None:
 
 
 def matrices(model: nn.Module) -> dict[str, nn.Parameter]:
-    """The weight matrices under study, by parameter name: every linear layer but the head."""
+    """The weight matrices under study, by parameter name: every linear layer but the head.
+
+    GPT-2's Conv1D is a linear layer too; it stores its matrix as (in, out).
+    """
+    from transformers.pytorch_utils import Conv1D
+
     head = model.get_output_embeddings()
     return {
         f"{name}.weight": module.weight
         for name, module in model.named_modules()
-        if isinstance(module, nn.Linear) and module is not head
+        if isinstance(module, nn.Linear | Conv1D) and module is not head
     }
 
 
@@ -504,6 +513,8 @@ TASKS = {
 
 
 def _task_file(task: str) -> Path:
+    if task.endswith(".jsonl"):
+        return Path(task).expanduser()
     path = TASK_FOLDER / f"{task}.jsonl"
     if not path.exists():
         raise FileNotFoundError(f"data/tasks/{path.name} is missing: run 01_build_tasks.ipynb")
@@ -516,12 +527,19 @@ def task_sha256(task: str) -> str:
 
 
 def load_task(task: str) -> dict[str, list[dict]]:
-    """The rows of a task by split; each has prompt, answer and the metric of its answer."""
+    """The rows of a task by split; each has prompt, answer and the metric of its answer.
+
+    task: one of TASKS, or a JSON-lines file with prompt and answer in each line, scored by exact
+    match; its rows are the split "test" unless they name another.
+    """
     splits: dict[str, list[dict]] = {}
     with open(_task_file(task), encoding="utf8") as lines:
         for row in map(json.loads, lines):
-            row["metric"] = TASKS[row.get("task", task)].metric
-            splits.setdefault(row["split"], []).append(row)
+            lacks = sorted({"prompt", "answer"} - row.keys())
+            _require(not lacks, f"{task}: a row lacks {', '.join(lacks)}: {row}")
+            known = TASKS.get(row.get("task", task))
+            row["metric"] = known.metric if known else "exact"
+            splits.setdefault(row.get("split", "test"), []).append(row)
     return splits
 
 
@@ -650,6 +668,7 @@ def prepare(config: RunConfig) -> nn.Module:
             r=config.rank,
             lora_alpha=config.alpha,
             use_rslora=config.rslora,
+            rank_pattern=dict(config.rank_pattern),
             target_modules="all-linear",
         )
         with warnings.catch_warnings():  # PEFT 0.21 uses a name that transformers has renamed
@@ -885,6 +904,16 @@ def energy(S: Tensor) -> Tensor:
     squares = S.double().square()
     total = squares.sum()
     return squares.cumsum(0) / total if total > 0 else torch.zeros_like(squares)
+
+
+def common_energy(spectra: Iterable[Tensor], r: int) -> float:
+    """E(r) of several matrices together: what their cuts to rank r keep of the sum of sigma^2.
+
+    >>> common_energy([torch.tensor([2.0, 1.0]), torch.tensor([1.0])], 1)
+    0.8333333333333334
+    """
+    squares = [S.double().square() for S in spectra]
+    return float(sum(s[:r].sum() for s in squares) / sum(s.sum() for s in squares))
 
 
 def energy_rank(S: Tensor, share: float) -> int:
@@ -1398,6 +1427,19 @@ def example_update(config: RunConfig) -> tuple[str, Tensor]:
     return next(iter(load_entry(folder)[1].items()))
 
 
+def save_model(config: RunConfig, folder: Path, *, dtype: str = "float32") -> None:
+    """Write the model of a full or base run as a folder that from_pretrained loads."""
+    dW = updates(config) if config.method == "full" else {}
+    model = load_model(config.model)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if name in dW:
+                parameter += dW[name].to(parameter.device)
+    with _quiet_transformers():
+        model.to(getattr(torch, dtype)).save_pretrained(folder)
+        load_tokenizer(config.model).save_pretrained(folder)
+
+
 CUT_PARTS = ("head", "tail", "rotated", "sign")
 
 
@@ -1418,21 +1460,35 @@ def cut(
     entries = {r: load_entry(folder) for r, folder in folders.items()}
     missing = [r for r in ranks if entries[r] is None]
     if missing:
-        for r, evaluation in _evaluate_cuts(config, missing, part, label or f"cuts of {stem}"):
+        cuts = _evaluate_cuts(config, updates(config), missing, part, label or f"cuts of {stem}")
+        for r, evaluation in cuts:
             record = {"run": config.key, "part": part, "rank": r, "test": evaluation}
             save_entry(folders[r], record)
         entries = {r: load_entry(folder) for r, folder in folders.items()}
     return pd.DataFrame([{"rank": r} | entries[r][0]["test"] for r in ranks])
 
 
+def cut_by_matrix(config: RunConfig, ranks: dict[str, int]) -> dict:
+    """Evaluation of a full run whose matrices are cut to ranks of their own, {matrix: rank}."""
+    folder = profile().store / "cuts" / f"{config.key}-by-matrix-{_digest(ranks)[:12]}"
+    if load_entry(folder) is None:
+        _, found = next(_evaluate_cuts(config, updates(config), [ranks], "head", "cut by matrix"))
+        save_entry(folder, {"run": config.key, "ranks": ranks, "test": found})
+    return load_entry(folder)[0]["test"]
+
+
 def _evaluate_cuts(
-    config: RunConfig, ranks: Sequence[int], part: str, label: str
-) -> Iterator[tuple[int, dict]]:
-    """Yield (r, evaluation on the test split) of the cut model for every rank."""
-    dW = updates(config)
+    config: RunConfig,
+    dW: dict[str, Tensor],
+    ranks: Sequence[int | dict[str, int]],
+    part: str,
+    label: str,
+) -> Iterator[tuple[int | dict[str, int], dict]]:
+    """Yield (r, evaluation on the test split) of config's model with the cut of dW added."""
     model = load_model(config.model)
     limit = max(min(weight.shape) for weight in matrices(model).values())
-    _require(min(ranks) >= 0 and max(ranks) <= limit, f"ranks={ranks}: must be 0 to {limit}")
+    given = [r for each in ranks for r in (each.values() if isinstance(each, dict) else [each])]
+    _require(min(given) >= 0 and max(given) <= limit, f"ranks={given}: must be 0 to {limit}")
     W0 = {name: weight.detach().cpu().clone() for name, weight in matrices(model).items()}
     generator = torch.Generator().manual_seed(0)
     factors = {name: _cut_factors(dW[name], part, generator) for name in W0}
@@ -1442,7 +1498,8 @@ def _evaluate_cuts(
             parameters[name] += dW[name].to(parameters[name].device)
         for r in ranks:
             for name, (U, S, Vh) in factors.items():
-                kept = (U[:, :r] * S[:r]) @ Vh[:r]
+                k = r.get(name, 0) if isinstance(r, dict) else r
+                kept = (U[:, :k] * S[:k]) @ Vh[:k]
                 parameters[name].copy_(W0[name] + (dW[name] - kept if part == "tail" else kept))
             yield r, evaluate(model, config, "test")
             bar.update()
@@ -1939,6 +1996,36 @@ def lora_arguments(ranks: dict[str, int]) -> dict:
     return {"r": r} | same | {"target_modules": sorted(modules)}
 
 
+def verdict(table: pd.DataFrame, lora: dict) -> list[str]:
+    """Three sentences on a pair: how low-rank, which ranks (from recommend_ranks), how sure."""
+    rows = table[(table["kind"] == "matrix") & (table["squared_norm"] > 0)]
+    ranks = {name: rank_of(lora, name) for name in rows["name"]}
+    squares = [table.attrs["spectra"][name].double().square() for name in rows["name"]]
+    held = [
+        float(sum(s[:r].sum() for s in squares) / sum(s.sum() for s in squares)) for r in (8, 64)
+    ]
+    sizes = [tuple(map(int, shape.split("x"))) for shape in rows["shape"]]
+    parameters = sum(r * sum(shape) for r, shape in zip(ranks.values(), sizes, strict=True))
+    more = sorted((name for name in ranks if ranks[name] > lora["r"]), key=ranks.get)
+    parts = table.groupby("kind")["squared_norm"].sum()
+    outside = {"rest": sum(table.attrs["rest"].values())} | parts.drop("matrix").to_dict()
+    total = parts.sum() + outside["rest"]
+    near, types = int(rows["near_rounding"].sum()), sorted(set(rows["dtype_tuned"]))
+    return [
+        f"Of the squared update of {len(rows)} matrices rank 8 keeps {held[0]:.0%} and rank 64 "
+        f"{held[1]:.0%}; 90 % take a rank of {rows['r90'].median():.0f} (median), "
+        f"{rows['r90_over_null'].median():.2f} of what noise takes. Outside the matrices: "
+        + ", ".join(f"{name} {norm / total:.1%}" for name, norm in outside.items())
+        + ".",
+        f"Ranks by the rule: {lora['r']} for most, {min(ranks.values())} to {max(ranks.values())}, "
+        f"{parameters / 1e6:.1f} M parameters; {len(more)} matrices need more than {lora['r']}"
+        + (f", most of all {more[-1]}." if more else "."),
+        f"Stored as {', '.join(types)}: the update is {rows['relative_size'].median():.1e} of the "
+        f"weights (median); {near} of {len(rows)} matrices are near rounding"
+        + (", and their ranks say little about the training." if near else "."),
+    ]
+
+
 def leading_factors(dW: Tensor, r: int) -> tuple[Tensor, Tensor]:
     """B (m, r) and A (r, n) with B @ A = truncate(dW, r), in dW's type, on its device.
 
@@ -1994,7 +2081,7 @@ def extract_adapter(
         chosen = {n: min(rank, *pair.shape(n)) for n in transposed if n in norms}
     else:
         ranks = ranks or recommend_ranks(table, energy=energy)
-        chosen = {n: _rank_of(ranks, n) for n in transposed if _rank_of(ranks, n)}
+        chosen = {n: rank_of(ranks, n) for n in transposed if rank_of(ranks, n)}
     _require(bool(chosen), f"no linear layer of {tuned} gets a rank: there is nothing to write")
     plan = AdapterPlan(pair, places, transposed, chosen, _whole_norms(places, transposed, norms))
     return _adapter_report(plan, norms, plan.write(folder))
@@ -2017,7 +2104,7 @@ def _adapter_report(
     return report
 
 
-def _rank_of(ranks: dict, name: str) -> int:
+def rank_of(ranks: dict, name: str) -> int:
     """The rank that LoraConfig's arguments give a matrix; 0 for one that they leave out."""
     module = name.removesuffix(".weight")
     return ranks["rank_pattern"].get(module, ranks["r"]) if module in ranks["target_modules"] else 0
@@ -2160,6 +2247,47 @@ def _write_safetensors(
         os.fsync(opened.fileno())
 
 
+def score_pair(base: str, tuned: str, task: str, ranks: Sequence[int]) -> pd.DataFrame:
+    """What a task loses when tuned - base is cut: base, tuned, and the cut at every rank.
+
+    task: as load_task takes it; its test rows are scored.  As in `cut`, what is outside the
+    matrices keeps its full update.  Both models are held in memory.
+    Returns one line a model: model ("base", "cut" or "tuned"), rank of the cut, loss_nats, score.
+    """
+    rows, tokenizer = load_task(task)["test"], load_tokenizer(base)
+    length = max(len(encode(row, tokenizer, sys.maxsize)["input_ids"]) for row in rows)
+    config = RunConfig(task=task, method="base", model=base, seq_len=length, eval_rows=len(rows))
+    models = {"base": load_model(base), "tuned": load_model(tuned)}
+    W0, W1 = (dict(model.named_parameters()) for model in models.values())
+    strange = [n for n in W0 if n not in W1 or W0[n].shape != W1[n].shape]
+    _require(not strange, f"{base} and {tuned} differ in {strange[:1]}: they cannot be scored")
+    dW = {name: (W1[name] - W0[name]).detach().cpu() for name in W0}
+    ends = {name: evaluate(model, config, "test") for name, model in models.items()}
+    del models, W0, W1
+    cuts = _evaluate_cuts(config, dW, ranks, "head", "score cuts")
+    found = [("base", 0, ends["base"]), *(("cut", r, cut) for r, cut in cuts)]
+    found += [("tuned", None, ends["tuned"])]
+    columns = ("loss_nats", "score")
+    return pd.DataFrame(
+        {"model": model, "rank": r} | {column: scored[column] for column in columns}
+        for model, r, scored in found
+    )
+
+
+def keep_table(name: str, compute: Callable[[], pd.DataFrame]) -> pd.DataFrame:
+    """The table `name` of the store, with the spectra in its attrs; computed when it is missing."""
+    folder = profile().store / "tables" / name
+    if load_entry(folder) is None:
+        table = compute()
+        attrs = {key: value for key, value in table.attrs.items() if key != "spectra"}
+        record = {"columns": table.to_dict("list"), "attrs": attrs}
+        save_entry(folder, record, table.attrs.get("spectra"))
+    record, spectra = load_entry(folder)
+    table = pd.DataFrame(record["columns"])
+    table.attrs = record["attrs"] | ({"spectra": spectra} if spectra else {})
+    return table
+
+
 # --------------------------------------------------------------------------------------
 # Tables
 # --------------------------------------------------------------------------------------
@@ -2198,8 +2326,7 @@ def spectra_table(results: Sequence[Result]) -> pd.DataFrame:
 
 def captured_energy(result: Result, rank: int) -> float:
     """Share of the squared update of all matrices together that their cut to `rank` keeps."""
-    squares = [S.double().square() for S in result.spectra.values()]
-    return float(sum(s[:rank].sum() for s in squares) / sum(s.sum() for s in squares))
+    return common_energy(result.spectra.values(), rank)
 
 
 def gain_kept(value: float, base: float, full: float) -> float:

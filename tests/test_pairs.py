@@ -1,5 +1,6 @@
 """Checkpoint pairs: planted updates come back, adapters merge to the cut, bad input has a name."""
 
+import dataclasses
 import json
 import shutil
 
@@ -470,7 +471,7 @@ def test_a_budget_is_spent_best():
     table = table.assign(kind="matrix", squared_norm=1.0)
     table.attrs["spectra"] = {name: torch.tensor(S) for name, S in spectra.items()}
     lora = utils.recommend_ranks(table, budget=budget)
-    got = {n: utils._rank_of(lora, n) for n in spectra}
+    got = {n: utils.rank_of(lora, n) for n in spectra}
 
     def kept(ranks):
         return sum(sum(s**2 for s in spectra[n][:r]) for n, r in ranks.items())
@@ -581,3 +582,94 @@ def test_a_smaller_matrix_gets_all_it_has(save, tmp_path):
     report = utils.extract_adapter(*save(), str(tmp_path / "out"), rank=20).set_index("name")
     assert report.loc["model.layers.0.self_attn.k_proj.weight", "rank"] == 16
     assert report.loc[Q, "rank"] == 20
+
+
+# Scores and words
+
+
+@pytest.fixture
+def tiny_pair(store, tmp_path):
+    """Base and tuned folder of a small run of the smoke profile, and its configuration."""
+    config = utils.profile().config("facts", steps=4, lr=1e-2)
+    base = dataclasses.replace(config, method="base", lr=0.0, steps=0)
+    utils.run(config)
+    for name, which in {"base": base, "tuned": config}.items():
+        utils.save_model(which, tmp_path / name)
+    return str(tmp_path / "base"), str(tmp_path / "tuned"), config
+
+
+def test_saved_models_give_the_spectra_of_the_run(tiny_pair):
+    base, tuned, config = tiny_pair
+    table = utils.compare_checkpoints(base, tuned)
+    spectra = utils.stored(config).spectra
+    assert set(spectra) == set(table.loc[table["kind"] == "matrix", "name"])
+    for name, S in spectra.items():
+        torch.testing.assert_close(table.attrs["spectra"][name], S, rtol=1e-3, atol=1e-6)
+
+
+def test_scores_of_a_pair_are_those_of_the_run(tiny_pair):
+    base, tuned, config = tiny_pair
+    rows = [
+        {"prompt": r["prompt"], "answer": r["answer"]} for r in utils.load_task("facts")["test"]
+    ]
+    own = utils.Path(base).parent / "own.jsonl"
+    own.write_text("".join(json.dumps(row) + "\n" for row in rows[: config.eval_rows]))
+    scores = utils.score_pair(base, tuned, str(own), [1, 32]).set_index("model")
+    tuned_loss = utils.run(config).loss()
+    assert scores.loc["tuned", "loss_nats"] == pytest.approx(tuned_loss, rel=1e-3)
+    assert scores.loc["base", "loss_nats"] > tuned_loss
+    one, all_of_it = scores.loc["cut", "loss_nats"]
+    assert all_of_it == pytest.approx(tuned_loss, rel=1e-3)
+    assert one == pytest.approx(utils.cut(config, [1])["loss_nats"][0], rel=1e-3)
+
+
+def test_an_own_task_needs_prompt_and_answer(tmp_path):
+    path = tmp_path / "own.jsonl"
+    path.write_text('{"prompt": "a"}\n')
+    with pytest.raises(ValueError, match="a row lacks answer"):
+        utils.load_task(str(path))
+    with pytest.raises(ValueError, match="nowhere.jsonl"):
+        utils.RunConfig(task="nowhere.jsonl", method="base")
+
+
+def test_a_cut_by_matrix_is_the_cut_where_all_ranks_are_one(tiny_pair):
+    config = tiny_pair[2]
+    names = utils.stored(config).spectra
+    uniform = utils.cut(config, [2])["loss_nats"][0]
+    assert utils.cut_by_matrix(config, dict.fromkeys(names, 2))["loss_nats"] == uniform
+    ranks = dict.fromkeys(names, 2) | {next(iter(names)): 0}
+    assert utils.cut_by_matrix(config, ranks)["loss_nats"] != uniform
+
+
+def test_a_lora_takes_ranks_by_matrix(store):
+    config = utils.profile().config("facts", "lora", rank=2, steps=1)
+    config = dataclasses.replace(config, rank_pattern=(("model.layers.0.mlp.up_proj", 5),))
+    spectra = utils.run(config).spectra
+    lengths = {name: len(S) for name, S in spectra.items()}
+    assert lengths.pop("model.layers.0.mlp.up_proj.weight") == 5
+    assert set(lengths.values()) == {2}
+
+
+def test_a_kept_table_is_computed_once(store):
+    calls = []
+
+    def compute():
+        calls.append(1)
+        table = utils.pd.DataFrame({"name": ["a"], "r90": [3]})
+        table.attrs = {"spectra": {"a": torch.ones(3)}, "rest": {"norm": 0.5}}
+        return table
+
+    first, second = utils.keep_table("t", compute), utils.keep_table("t", compute)
+    assert calls == [1] and first.equals(second) and second.attrs["rest"] == {"norm": 0.5}
+    assert torch.equal(second.attrs["spectra"]["a"], torch.ones(3))
+
+
+def test_the_verdict_names_the_matrix_that_needs_most(save):
+    base, tuned = save()
+    edit(tuned, lambda t: plant(t[Q], torch.Generator().manual_seed(5), sigma=torch.ones(9) / 50))
+    table = utils.compare_checkpoints(base, tuned)
+    lines = utils.verdict(table, utils.recommend_ranks(table, energy=0.99))
+    assert len(lines) == 3
+    assert "14 matrices" in lines[0] and "rank 64 100%" in lines[0]
+    assert f"most of all {Q}" in lines[1]
+    assert "F32" in lines[2] and "0 of 14 matrices are near rounding." in lines[2]
