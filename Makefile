@@ -7,6 +7,8 @@ BIN := .venv/bin
 READY := .venv/ready
 NOTEBOOKS := $(sort $(wildcard notebooks/0[1-9]*.ipynb)) notebooks/00_read_the_report.ipynb
 
+path = $(if $(wildcard $1),$(abspath $1),$1)# what is there as an absolute path
+
 export BUILD
 export OMP_WAIT_POLICY ?= active
 
@@ -47,15 +49,16 @@ inspect: $(READY) ## BASE=… TUNED=… [TASK=…] [OUT=…]: spectra, ranks and
 	@test -n "$(BASE)" -a -n "$(TUNED)" || { \
 		echo "Say which: make inspect BASE=folder TUNED=folder [TASK=sentiment or rows.jsonl]"; exit 2; }
 	@mkdir -p $(BUILD)/inspect && rm -rf $(BUILD)/inspect/figures
-	@BASE="$(BASE)" TUNED="$(TUNED)" TASK="$(TASK)" OUT="$(OUT)" PROGRESS=$$(tty -s && tty || echo off) \
+	@BASE="$(call path,$(BASE))" TUNED="$(call path,$(TUNED))" TASK="$(call path,$(TASK))" \
+		OUT="$(if $(OUT),$(abspath $(OUT)))" PROGRESS=$$(tty -s && tty || echo off) \
 		$(BIN)/jupyter nbconvert --log-level ERROR --to html --execute --no-input \
 		--TagRemovePreprocessor.enabled=True --TagRemovePreprocessor.remove_cell_tags=report-only \
 		--output-dir $(BUILD)/inspect notebooks/08_inspect_your_checkpoints.ipynb
 	@cat $(BUILD)/inspect/verdict.txt
 	@echo "Open $(BUILD)/inspect/08_inspect_your_checkpoints.html"
 
-bench: $(READY) ## time a training step and the spectra against stock recipes
-	@$(BIN)/python tests/bench.py
+bench: $(READY) ## time training, spectra and pairs against stock recipes [ONLY=pairs]
+	@$(BIN)/python tests/bench.py $(ONLY)
 
 lab: $(READY) ## open JupyterLab
 	@$(BIN)/jupyter lab notebooks

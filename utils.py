@@ -1877,8 +1877,9 @@ def _compare_matrix(pair: Pair, name: str, expert: int | None) -> tuple[dict, di
         sums["changed"] += int(torch.count_nonzero(dW))
         sums["rounding"] += _rounding_variance(W1, pair.tuned.dtypes[name])
         dW = (dW if m >= n else dW.T).double()
-        sums["update"] += float(dW.square().sum())
-        gram.addmm_(dW.T, dW)
+        if sums["changed"]:
+            sums["update"] += float(dW.square().sum())
+            gram.addmm_(dW.T, dW)
     return {"sums": sums}, {"S": _root_spectrum(gram).float().cpu()}
 
 
@@ -2026,21 +2027,40 @@ def verdict(table: pd.DataFrame, lora: dict) -> list[str]:
     ]
 
 
-def leading_factors(dW: Tensor, r: int) -> tuple[Tensor, Tensor]:
-    """B (m, r) and A (r, n) with B @ A = truncate(dW, r), in dW's type, on its device.
+def leading_factors(dW: Tensor, r: int, *, best: float = math.inf) -> tuple[Tensor, Tensor]:
+    """B (m, r) and A (r, n) whose product is the best rank-r approximation of dW, in its type.
 
-    The factor of the small side holds the r leading eigenvectors of the float64 Gram matrix, the
-    other is dW's product with it.
+    The factor of the small side is orthonormal, the other is dW's product with it.  It holds the
+    r leading eigenvectors of the float64 Gram matrix: B @ A = truncate(dW, r).  With `best`, the
+    known sum of the r largest sigma^2, a few block power iterations (Halko, Martinsson and Tropp
+    2011) come first and are taken if what they hold falls short of it by 2e-5 at most.
 
     >>> B, A = leading_factors(torch.tensor([[3.0, 0.0], [0.0, 4.0]]), 1)
     >>> (B @ A).abs().tolist()
     [[0.0, 0.0], [0.0, 4.0]]
     """
     X = dW if dW.shape[0] >= dW.shape[1] else dW.T  # (long, small)
-    V = (
-        torch.linalg.eigh(X.T.double() @ X.double()).eigenvectors.flip(1)[:, :r].to(dW)
-    )  # (small, r)
+    V = _power_iterations(X, r, best)
+    if V is None:
+        vectors = torch.linalg.eigh(X.T.double() @ X.double()).eigenvectors  # ascending
+        V = vectors.flip(1)[:, :r].to(dW)  # (small, r)
     return (dW @ V, V.T) if X is dW else (V, V.T @ dW)
+
+
+def _power_iterations(X: Tensor, r: int, best: float) -> Tensor | None:
+    """Orthonormal V (small, r) with |X V|^2 >= (1 - 2e-5) best, or None where four do not do."""
+    k = r + 32
+    if 4 * k > X.shape[1] or math.isinf(best):
+        return None  # not cheaper than all eigenvectors, or not to be told when it is enough
+    generator = torch.Generator().manual_seed(0)
+    V = torch.linalg.qr(torch.randn(X.shape[1], k, generator=generator)).Q.to(X)
+    for _ in range(4):
+        Y = X @ V  # (long, k)
+        values, rotation = torch.linalg.eigh((Y.T @ Y).double())  # ascending
+        if values[-r:].sum() >= (1 - 2e-5) * best:
+            return V @ rotation.flip(1)[:, :r].to(X)
+        V = torch.linalg.qr(X.T @ Y).Q
+    return None
 
 
 def extract_adapter(
@@ -2061,9 +2081,10 @@ def extract_adapter(
     dropped.  Everything is float32.
 
     Returns one line a changed tensor: name, part ("lora", "modules_to_save", "dropped"), rank,
-    squared_norm and kept, the share of it that the adapter holds; attrs["lora"] has the arguments
-    of LoraConfig.  The folder appears whole or not at all.  Raises as open_pair does, ValueError
-    for a rank out of range and FileExistsError for a folder that is there.
+    squared_norm, kept, the share of it that the adapter holds, and best, the most that its rank
+    can hold; attrs["lora"] has the arguments of LoraConfig.  The folder appears whole or not at
+    all.  Raises as open_pair does, ValueError for a rank out of range and FileExistsError for a
+    folder that is there.
     """
     given = sum(value is not None for value in (rank, energy, ranks))
     _require(given == 1, "give one of rank=16, energy=0.9 and ranks=recommend_ranks(...)")
@@ -2083,7 +2104,12 @@ def extract_adapter(
         ranks = ranks or recommend_ranks(table, energy=energy)
         chosen = {n: rank_of(ranks, n) for n in transposed if rank_of(ranks, n)}
     _require(bool(chosen), f"no linear layer of {tuned} gets a rank: there is nothing to write")
-    plan = AdapterPlan(pair, places, transposed, chosen, _whole_norms(places, transposed, norms))
+    best = {
+        n: float(table.attrs["spectra"][n][:r].double().square().sum()) for n, r in chosen.items()
+    }
+    plan = AdapterPlan(
+        pair, places, transposed, chosen, best, _whole_norms(places, transposed, norms)
+    )
     return _adapter_report(plan, norms, plan.write(folder))
 
 
@@ -2092,14 +2118,17 @@ def _adapter_report(
 ) -> pd.DataFrame:
     """The table that extract_adapter returns."""
     parts = dict.fromkeys(plan.ranks, "lora") | dict.fromkeys(plan.saved, "modules_to_save")
-    rows = {
-        "name": list(norms),
-        "part": [parts.get(name, "dropped") for name in norms],
-        "rank": [plan.ranks.get(name, 0) for name in norms],
-        "squared_norm": list(norms.values()),
-        "kept": [kept.get(name, 0.0) for name in norms],
-    }
-    report = pd.DataFrame(rows)
+    report = pd.DataFrame(
+        {
+            "name": name,
+            "part": parts.get(name, "dropped"),
+            "rank": plan.ranks.get(name, 0),
+            "squared_norm": norm,
+            "kept": kept.get(name, 0.0),
+            "best": plan.best[name] / norm if name in plan.best else float(name in kept),
+        }
+        for name, norm in norms.items()
+    )
     report.attrs["lora"] = plan.arguments()
     return report
 
@@ -2159,6 +2188,7 @@ class AdapterPlan:
     places: dict[str, str]  # tensor in tuned -> parameter of the base model
     transposed: dict[str, bool]  # linear weights: stored as (in, out)?
     ranks: dict[str, int]  # of the linear weights that get factors
+    best: dict[str, float]  # the sum of their `rank` largest sigma^2
     saved: list[str]  # norms, kept whole
 
     def arguments(self) -> dict:
@@ -2185,7 +2215,7 @@ class AdapterPlan:
                 slices = [dW for *_, dW in _differences(self.pair, name, None)]
                 dW = torch.cat(slices, 0 if m >= n else 1)
                 dW = dW.T if self.transposed[name] else dW  # (out, in)
-                B, A = leading_factors(dW, r)
+                B, A = leading_factors(dW, r, best=self.best[name])
                 scaled = B if dW.shape[0] >= dW.shape[1] else A  # the other is orthonormal
                 kept[name] = float(scaled.double().square().sum() / dW.double().square().sum())
                 yield A

@@ -1,17 +1,21 @@
-"""make bench: a training step and the spectra of one model, against stock recipes run beside them.
+"""make bench: what the report computes, against stock recipes run beside it.
 
-Timings are medians on an otherwise idle machine; nothing is asserted.
+A training step, the spectra of one model, and checkpoint pairs.  Timings need an otherwise idle
+machine; nothing is asserted.  `make bench ONLY=pairs` runs one part (spectra, training, pairs).
 """
 
+import contextlib
 import dataclasses
+import json
 import statistics
+import subprocess
 import sys
 import tempfile
 import threading
 import time
-from contextlib import contextmanager
 from pathlib import Path
 
+import pandas as pd
 import psutil
 import torch
 
@@ -21,7 +25,7 @@ import utils
 STEPS = 10  # the first four warm up and compile
 
 
-@contextmanager
+@contextlib.contextmanager
 def peak_memory():
     """Yield a list that holds, at the end, the peak resident memory of the block in GB."""
     peak, done = [0.0], threading.Event()
@@ -147,7 +151,155 @@ def bench_spectra() -> None:
     )
 
 
+PAIRS = {  # of these shapes; random weights with planted updates, written on the fly
+    "Gemma 3 270M, float32": (
+        "Gemma3ForCausalLM",
+        torch.float32,
+        {
+            "hidden_size": 640,
+            "intermediate_size": 2048,
+            "num_hidden_layers": 18,
+            "num_attention_heads": 4,
+            "num_key_value_heads": 1,
+            "head_dim": 256,
+            "vocab_size": 262144,
+        },
+    ),
+    "1.5 B parameters, bfloat16, sharded": (
+        "Qwen2ForCausalLM",
+        torch.bfloat16,
+        {
+            "hidden_size": 1536,
+            "intermediate_size": 8960,
+            "num_hidden_layers": 28,
+            "num_attention_heads": 12,
+            "num_key_value_heads": 2,
+            "vocab_size": 151936,
+            "tie_word_embeddings": True,
+        },
+    ),
+}
+ADAPTER_RANK = 128
+MERGEKIT = "mergekit==0.1.5"  # compared with, in an environment of its own; never a dependency
+
+PLAIN_SCRIPT = """
+import sys, torch
+from transformers import AutoModelForCausalLM
+base, tuned = (AutoModelForCausalLM.from_pretrained(f, dtype=torch.float32) for f in sys.argv[1:])
+W0 = dict(base.named_parameters())
+for name, W1 in tuned.named_parameters():
+    if W1.dim() == 2 and "embed" not in name:
+        U, S, Vh = torch.linalg.svd((W1 - W0[name]).detach(), full_matrices=False)
+"""
+
+
+def write_pair(folder: Path, model_class: str, dtype: torch.dtype, sizes: dict) -> None:
+    """Base and tuned folders, one shard a layer: a planted rank-32 update and a small noise."""
+    import transformers
+    from safetensors.torch import save_file
+
+    architecture = getattr(transformers, model_class)
+    config = architecture.config_class(**sizes)
+    config.architectures, config.dtype = [model_class], str(dtype).removeprefix("torch.")
+    with torch.device("meta"):
+        shapes = {n: p.shape for n, p in architecture(config).named_parameters()}
+    groups: dict[int, list[str]] = {}
+    for name in shapes:
+        groups.setdefault(utils.layer_and_module(name)[0], []).append(name)
+    index: dict[str, str] = {}
+    for side in ("base", "tuned"):
+        (folder / side).mkdir(parents=True)
+        config.save_pretrained(folder / side)
+    for group, names in groups.items():
+        shard = f"model-{group + 2:05d}-of-{len(groups):05d}.safetensors"
+        index |= dict.fromkeys(names, shard)
+        before = {n: torch.randn(shapes[n]).mul_(0.02).to(dtype) for n in names}
+        save_file(before, folder / "base" / shard, metadata={"format": "pt"})
+        after = {n: planted(W.float()).to(dtype) if group >= 0 else W for n, W in before.items()}
+        save_file(after, folder / "tuned" / shard, metadata={"format": "pt"})
+    for side in ("base", "tuned"):
+        text = json.dumps({"metadata": {}, "weight_map": index})
+        (folder / side / "model.safetensors.index.json").write_text(text)
+
+
+def planted(W: torch.Tensor) -> torch.Tensor:
+    """W with an update of a twentieth of its size: 32 directions, sigma ~ 1 / i, a tenth noise."""
+    if W.dim() < 2:
+        return W
+    m, n = W.shape
+    U = torch.randn(m, 32) / m**0.5 / torch.arange(1, 33)
+    update = U @ torch.randn(32, n) / n**0.5
+    noise = torch.randn(m, n)
+    update = update / update.norm() + 0.1 * noise / noise.norm()
+    return W + 0.05 * W.norm() * update
+
+
+def timed(command: list[str]) -> tuple[float, float]:
+    """Seconds and peak resident GB of a command and its children; stops the bench if it fails."""
+    start, peak = time.perf_counter(), 0.0
+    process = psutil.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
+    drained = threading.Thread(target=process.stdout.read, daemon=True)
+    drained.start()
+    while process.poll() is None:
+        with contextlib.suppress(psutil.Error):
+            family = [process, *process.children(recursive=True)]
+            peak = max(peak, sum(p.memory_info().rss for p in family) / 1e9)
+        time.sleep(0.05)
+    if process.returncode:
+        sys.exit(f"{' '.join(command[:3])} ... failed with {process.returncode}")
+    return time.perf_counter() - start, peak
+
+
+def mergekit() -> str:
+    """The path of mergekit-extract-lora, installed beside the cache on first use."""
+    home = utils.cache_folder() / "mergekit"
+    if not (home / "bin" / "mergekit-extract-lora").exists():
+        subprocess.run([sys.executable, "-m", "venv", home], check=True)
+        subprocess.run([home / "bin" / "pip", "install", "-q", MERGEKIT], check=True)
+    return str(home / "bin" / "mergekit-extract-lora")
+
+
+def bench_pairs() -> None:
+    """Print time and memory of spectra and adapter of generated pairs, ours and two others'."""
+    tool = mergekit()
+    for title, pair in PAIRS.items():
+        with tempfile.TemporaryDirectory(dir=utils.cache_folder()) as scratch:
+            torch.manual_seed(0)
+            write_pair(Path(scratch), *pair)
+            folders = {side: f"{scratch}/{side}" for side in ("base", "tuned")}
+            one_pair(title, tool, scratch, **folders)
+
+
+def one_pair(title: str, tool: str, scratch: str, base: str, tuned: str) -> None:
+    """Print one pair's times: each program runs in a process of its own, one after the other."""
+    call = "import sys; sys.path.insert(0, '.'); import utils; "
+    ours = {
+        "spectra": f"{call}utils.compare_checkpoints('{base}', '{tuned}')",
+        "adapter": f"{call}t = utils.extract_adapter('{base}', '{tuned}', '{scratch}/ours', "
+        f"rank={ADAPTER_RANK}); t.to_csv('{scratch}/ours.csv')",
+    }
+    print(f"pair, {title}:", flush=True)
+    commands = {name: [sys.executable, "-c", code] for name, code in ours.items()}
+    commands["mergekit"] = [tool, "--model", tuned, "--base-model", base, "--out-path"]
+    commands["mergekit"] += [f"{scratch}/theirs", "--max-rank", str(ADAPTER_RANK)]
+    commands["mergekit"] += ["--no-embed-lora", "--exclude-regex", "embed|lm_head"]
+    commands["plain"] = [sys.executable, "-c", PLAIN_SCRIPT, base, tuned]
+    found = {}
+    for name, command in commands.items():
+        found[name] = seconds, memory = timed(command)
+        print(f"  {name}: {seconds:.0f} s, {memory:.1f} GB", flush=True)
+    for name in ("spectra", "adapter"):
+        ratios = [found[other][0] / found[name][0] for other in ("mergekit", "plain")]
+        print(f"  {name}: {ratios[0]:.1f}x faster than mergekit, {ratios[1]:.1f}x than plain SVD")
+    report = pd.read_csv(f"{scratch}/ours.csv").query("part == 'lora'")
+    shortfall = (report["best"] - report["kept"]).max()
+    print(f"  the adapter holds {report['kept'].mean():.4f} of the update, at most {shortfall:.0e} "
+          f"below the best of rank {ADAPTER_RANK}")  # fmt: skip
+
+
+PARTS = {"spectra": bench_spectra, "training": bench_training, "pairs": bench_pairs}
+
 if __name__ == "__main__":
     print(f"{torch.get_num_threads()} threads, torch {torch.__version__}")
-    bench_spectra()
-    bench_training()
+    for part in sys.argv[1:] or PARTS:
+        PARTS[part]()
