@@ -73,7 +73,7 @@ class Profile:
     generate_rows: int = 64  # of those, rows answered by free generation where the metric needs it
     cut_ranks: tuple[int, ...] = (0, 1, 8, 64)  # 0 keeps only what is outside the matrices
     lora_tasks: tuple[str, ...] = (*ALL_TASKS, "shuffled")
-    lora_ranks: tuple[int, ...] = (1, 8)
+    lora_ranks: tuple[int, ...] = (1, 8, 64)
     full_lrs: tuple[float, ...] = (1e-4,)  # of each grid a task takes the best on held-out loss
     lora_lrs: tuple[float, ...] = (1e-3,)
     swept_ranks: tuple[int, ...] = (8,)  # LoRA ranks with a grid; those between interpolate
