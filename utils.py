@@ -2000,29 +2000,24 @@ def lora_arguments(ranks: dict[str, int]) -> dict:
 def verdict(table: pd.DataFrame, lora: dict) -> list[str]:
     """Three sentences on a pair: how low-rank, which ranks (from recommend_ranks), how sure."""
     rows = table[(table["kind"] == "matrix") & (table["squared_norm"] > 0)]
-    ranks = {name: rank_of(lora, name) for name in rows["name"]}
-    squares = [table.attrs["spectra"][name].double().square() for name in rows["name"]]
-    held = [
-        float(sum(s[:r].sum() for s in squares) / sum(s.sum() for s in squares)) for r in (8, 64)
-    ]
-    sizes = [tuple(map(int, shape.split("x"))) for shape in rows["shape"]]
-    parameters = sum(r * sum(shape) for r, shape in zip(ranks.values(), sizes, strict=True))
-    more = sorted((name for name in ranks if ranks[name] > lora["r"]), key=ranks.get)
-    parts = table.groupby("kind")["squared_norm"].sum()
-    outside = {"rest": sum(table.attrs["rest"].values())} | parts.drop("matrix").to_dict()
-    total = parts.sum() + outside["rest"]
-    near, types = int(rows["near_rounding"].sum()), sorted(set(rows["dtype_tuned"]))
+    spectra = [table.attrs["spectra"][name] for name in rows["name"]]
+    held = ", ".join(f"rank {r} keeps {common_energy(spectra, r):.0%}" for r in (8, 64, 128))
+    parts = table.groupby("kind")["squared_norm"].sum().to_dict()
+    parts["norms and biases"] = sum(table.attrs["rest"].values())
+    shares = [f"{k} {x / sum(parts.values()):.1%}" for k, x in parts.items() if k != "matrix"]
+    ranks = pd.Series({name: rank_of(lora, name) for name in rows["name"]})
+    sides = rows.set_index("name")["shape"].str.split("x").map(lambda x: sum(map(int, x)))
+    more = ranks[ranks > ranks.median()].sort_values()
+    near, types = int(rows["near_rounding"].sum()), ", ".join(sorted(set(rows["dtype_tuned"])))
     return [
-        f"Of the squared update of {len(rows)} matrices rank 8 keeps {held[0]:.0%} and rank 64 "
-        f"{held[1]:.0%}; 90 % take a rank of {rows['r90'].median():.0f} (median), "
-        f"{rows['r90_over_null'].median():.2f} of what noise takes. Outside the matrices: "
-        + ", ".join(f"{name} {norm / total:.1%}" for name, norm in outside.items())
-        + ".",
-        f"Ranks by the rule: {lora['r']} for most, {min(ranks.values())} to {max(ranks.values())}, "
-        f"{parameters / 1e6:.1f} M parameters; {len(more)} matrices need more than {lora['r']}"
-        + (f", most of all {more[-1]}." if more else "."),
-        f"Stored as {', '.join(types)}: the update is {rows['relative_size'].median():.1e} of the "
-        f"weights (median); {near} of {len(rows)} matrices are near rounding"
+        f"Of the squared update of {len(rows)} matrices {held}. For 90 % a matrix needs rank "
+        f"{rows['r90'].median():.0f} (median), {rows['r90_over_null'].median():.2f} of what noise "
+        f"of its shape needs. Outside these matrices: {', '.join(shares)}.",
+        f"Ranks by the rule: {ranks.min()} to {ranks.max()}, median {ranks.median():.0f}, "
+        f"{(ranks * sides).sum() / 1e6:.1f} M parameters; {len(more)} matrices need more than the "
+        f"median" + (f", most of all {more.index[-1]}." if len(more) else "."),
+        f"Stored as {types}: the update is {rows['relative_size'].median():.1%} of the weights "
+        f"(median); {near} of {len(rows)} matrices are near rounding"
         + (", and their ranks say little about the training." if near else "."),
     ]
 

@@ -670,6 +670,6 @@ def test_the_verdict_names_the_matrix_that_needs_most(save):
     table = utils.compare_checkpoints(base, tuned)
     lines = utils.verdict(table, utils.recommend_ranks(table, energy=0.99))
     assert len(lines) == 3
-    assert "14 matrices" in lines[0] and "rank 64 100%" in lines[0]
+    assert "14 matrices" in lines[0] and "rank 64 keeps 100%" in lines[0]
     assert f"most of all {Q}" in lines[1]
     assert "F32" in lines[2] and "0 of 14 matrices are near rounding." in lines[2]
