@@ -5,6 +5,7 @@ PROFILE ?= paper
 BUILD ?= $(CURDIR)/build
 BIN := .venv/bin
 READY := .venv/ready
+SITE := $(BIN)/python notebooks/site/build.py
 NOTEBOOKS := $(sort $(wildcard notebooks/0[1-9]*.ipynb)) notebooks/00_read_the_report.ipynb
 
 path = $(if $(wildcard $1),$(abspath $1),$1)# what is there as an absolute path
@@ -19,10 +20,7 @@ report: export PROFILE := $(if $(filter smoke,$(PROFILE)),smoke,quick)
 report: $(READY) ## run the quick profile from scratch; notebooks, HTML, figures in build/quick
 	@mkdir -p $(BUILD)/$(PROFILE)
 	@$(MAKE) --no-print-directory notebooks TO="--output-dir $(BUILD)/$(PROFILE)"
-	@$(BIN)/jupyter nbconvert --log-level ERROR --to html --output-dir $(BUILD)/$(PROFILE)/html \
-		$(BUILD)/$(PROFILE)/*.ipynb
-	@$(BIN)/python -c "import pathlib, re; [p.write_text(re.sub(r'(href=\"\w+)\.ipynb', \
-		r'\1.html', p.read_text())) for p in pathlib.Path('$(BUILD)/$(PROFILE)/html').glob('*.html')]"
+	@$(SITE) $(BUILD)/$(PROFILE) $(BUILD)/$(PROFILE)/figures $(BUILD)/$(PROFILE)/html
 	@echo "Done. Open $(BUILD)/$(PROFILE)/html/00_read_the_report.html"
 
 paper: export PROFILE = paper
@@ -43,6 +41,14 @@ test: $(READY) ## run the tests
 
 lint: $(READY) ## check style and format of modules and notebooks
 	@$(BIN)/ruff check . && $(BIN)/ruff format --check .
+
+html: $(READY) ## build the report as a static site in build/html, from what is committed
+	@$(SITE) notebooks figures $(BUILD)/html
+	@echo "Done. Open $(BUILD)/html/index.html"
+
+test-browser: $(READY) ## test the site in headless Chromium (Debian: apt-get install chromium)
+	@$(BIN)/python -m pip install -q --disable-pip-version-check -r requirements-browser.txt
+	@$(BIN)/python -m pytest -q tests/browser_site.py
 
 inspect: export PROFILE = inspect
 inspect: $(READY) ## BASE=… TUNED=… [TASK=…] [OUT=…]: spectra, ranks and adapter of your own models
@@ -82,5 +88,5 @@ $(READY): requirements.txt requirements.lock
 		-c requirements.lock
 	@touch $(READY)
 
-.PHONY: help report paper notebooks test lint inspect bench lab lock clean
+.PHONY: help report paper notebooks test lint html test-browser inspect bench lab lock clean
 .DEFAULT_GOAL := help

@@ -219,7 +219,7 @@ def test_a_damaged_run_is_computed_again(config, name):
 
 def test_a_record_holds_what_a_reader_needs(config):
     record = utils.run(config).record
-    assert record["config"] == dataclasses.asdict(config)
+    assert record["config"] == json.loads(json.dumps(dataclasses.asdict(config)))
     assert record["identity"]["task_sha256"] == utils.task_sha256("sentiment")
     assert {"torch", "transformers", "peft", "device", "commit"} <= record["provenance"].keys()
     assert len(record["train_loss_nats"]) == config.steps

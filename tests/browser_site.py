@@ -1,0 +1,144 @@
+"""make test-browser: the built site in headless Chromium, as a reader meets it.
+
+Screenshots of every page, light and dark, wide and narrow, land in build/screenshots for a human.
+"""
+
+import re
+import shutil
+import subprocess
+import sys
+
+import pytest
+from axe_playwright_python.sync_playwright import Axe
+from playwright.sync_api import sync_playwright
+
+sys.path.insert(0, str(__import__("pathlib").Path(__file__).resolve().parent.parent))
+import utils  # noqa: E402
+
+CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser")
+SHOTS = utils.ROOT / "build" / "screenshots"
+WIDE, NARROW = {"width": 1280, "height": 900}, {"width": 360, "height": 740}
+PAGES = ["index.html"] + [
+    f"{path.stem}.html" for path in sorted((utils.ROOT / "notebooks").glob("*.ipynb"))
+]
+
+
+@pytest.fixture(scope="session")
+def site(tmp_path_factory):
+    """The site of the committed notebooks."""
+    out = tmp_path_factory.mktemp("site") / "html"
+    folders = [utils.ROOT / "notebooks", utils.ROOT / "figures", out]
+    command = [sys.executable, utils.ROOT / "notebooks" / "site" / "build.py", *folders]
+    subprocess.run([str(part) for part in command], check=True)
+    SHOTS.mkdir(parents=True, exist_ok=True)
+    return out
+
+
+@pytest.fixture(scope="session")
+def browser():
+    """Debian's Chromium."""
+    assert CHROMIUM, "no chromium on this machine: apt-get install chromium"
+    with sync_playwright() as playwright:
+        opened = playwright.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox"])
+        yield opened
+        opened.close()
+
+
+@pytest.fixture
+def open_page(site, browser):
+    """A function that opens a page; afterwards nothing may have failed or left the disk."""
+    contexts, problems = [], []
+
+    def go(name, *, viewport=WIDE, scheme="light"):
+        context = browser.new_context(viewport=viewport, color_scheme=scheme)
+        contexts.append(context)
+        page = context.new_page()
+        page.on("console", lambda m: m.type in ("error", "warning") and problems.append(m.text))
+        page.on("pageerror", lambda error: problems.append(str(error)))
+        page.on("requestfailed", lambda request: problems.append(f"failed: {request.url}"))
+        page.on("request", lambda r: r.url.startswith(("file:", "data:")) or problems.append(r.url))
+        page.goto((site / name).as_uri())
+        return page
+
+    yield go
+    for context in contexts:
+        context.close()
+    assert problems == []
+
+
+@pytest.mark.parametrize("scheme", ["light", "dark"])
+@pytest.mark.parametrize("name", PAGES)
+def test_a_page_has_no_serious_accessibility_violation(open_page, name, scheme):
+    page = open_page(name, scheme=scheme)
+    page.screenshot(path=SHOTS / f"{name.removesuffix('.html')}-{scheme}.png", full_page=True)
+    page.locator("#unfold").click() if page.locator("#unfold").is_visible() else None
+    found = Axe().run(page).response["violations"]
+    serious = [v for v in found if v["impact"] in ("serious", "critical")]
+    assert [(v["id"], v["nodes"][0]["html"][:200]) for v in serious] == []
+
+
+@pytest.mark.parametrize("name", PAGES)
+def test_a_page_fits_a_phone(open_page, name):
+    page = open_page(name, viewport=NARROW)
+    page.screenshot(path=SHOTS / f"{name.removesuffix('.html')}-phone.png", full_page=True)
+    assert page.evaluate("document.documentElement.scrollWidth") <= NARROW["width"]
+
+
+@pytest.mark.parametrize("name", PAGES)
+def test_images_load_and_say_what_they_show(open_page, name):
+    for image in open_page(name).locator("img").all():
+        assert image.evaluate("image => image.complete && image.naturalWidth > 0")
+        assert len(image.get_attribute("alt")) > 40
+
+
+@pytest.mark.parametrize("name", PAGES)
+def test_links_lead_to_pages_of_the_site_or_the_web(open_page, site, name):
+    page = open_page(name)
+    for link in page.locator("a[href]").all():
+        href = link.get_attribute("href")
+        assert href.startswith("#") or "://" in href or (site / href).exists(), href
+
+
+def test_formulas_are_drawn(open_page):
+    page = open_page("03_measure_spectra.html")
+    assert page.locator("math[display=block] mfrac").count() >= 1
+    assert page.locator("math").first.bounding_box()["height"] > 15
+    assert not re.search(r"\$\$|\\frac", page.locator("main").inner_text())
+
+
+def test_code_is_folded_and_opens_with_one_click(open_page):
+    page = open_page("03_measure_spectra.html")
+    code = page.locator("details.code pre").first
+    assert not code.is_visible()
+    page.locator("details.code summary").first.click()
+    assert code.is_visible()
+    page.locator("#unfold").click()
+    assert page.locator("details.code:not([open])").count() == 0
+
+
+def test_previous_and_next_walk_through_all_pages(open_page):
+    page = open_page("index.html")
+    walked = [page.url.rpartition("/")[2]]
+    while page.locator("nav.around a[rel=next]").count():
+        page.locator("nav.around a[rel=next]").click()
+        walked.append(page.url.rpartition("/")[2])
+    assert walked == PAGES
+
+
+def test_print_shows_text_and_figures_only(open_page):
+    page = open_page("03_measure_spectra.html")
+    page.emulate_media(media="print")
+    assert not page.locator("nav.contents").is_visible()
+    assert page.locator("img.figure").first.is_visible()
+
+
+def test_an_interrupted_build_leaves_the_last_site(site, tmp_path):
+    shutil.copytree(site, tmp_path / "html")
+    broken = tmp_path / "notebooks"
+    broken.mkdir()
+    (broken / "00_broken.ipynb").write_text("{")
+    command = [sys.executable, str(utils.ROOT / "notebooks" / "site" / "build.py"), str(broken)]
+    done = subprocess.run([*command, str(utils.ROOT / "figures"), str(tmp_path / "html")])
+    assert done.returncode
+    assert (tmp_path / "html" / "index.html").read_text() == (site / "index.html").read_text()
+    assert [path.name for path in tmp_path.iterdir() if path.name.startswith(".")] == []
