@@ -7,7 +7,8 @@ A run fine-tunes a language model on one task and takes the update of every weig
     energy(S)[r - 1]                  share of sum(S**2) that the best rank-r approximation keeps
 
 Sections, each built on those above it: paths and profiles; configurations; models; tasks;
-training and evaluation; deltas and spectra; results store; figures.
+training and evaluation; deltas and spectra; results store; checkpoint pairs and adapters;
+tables; figures.
 """
 
 from __future__ import annotations
@@ -674,7 +675,8 @@ def prepare(config: RunConfig) -> nn.Module:
         with warnings.catch_warnings():  # PEFT 0.21 uses a name that transformers has renamed
             warnings.filterwarnings("ignore", ".*is_gradient_checkpointing", FutureWarning)
             model = get_peft_model(model, lora)
-    if config.compile and has_compiler():
+    if config.compile and has_compiler() and not config.rank_pattern:
+        torch._dynamo.config.recompile_limit = 64  # one graph for every LoRA rank of a long sweep
         for layer in layers:  # one small graph that all layers share, rather than a large one
             layer.compile(dynamic=False)
     return model
