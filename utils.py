@@ -1017,11 +1017,12 @@ def spectrum_measures(S: Tensor, shape: tuple[int, int]) -> dict[str, float]:
     """What a spectrum says beside noise of its shape: rank_measures, and of E(r) the excess.
 
     excess_8, _16, _64: E(r) - E_null(r), shares of sum(sigma^2); r90_over_null: r90 over that of
-    noise; above_edge; min_dim; squared_norm: sum(sigma^2).
+    noise; above_edge; min_dim; squared_norm: sum(sigma^2).  All but min_dim are 0 for dW = 0.
     """
     E, null = energy(S), null_energy(shape)
     row = rank_measures(S)
-    row |= {f"excess_{r}": float((E - null[: len(E)])[:r][-1]) for r in (8, 16, 64)}
+    excess = (E - null[: len(E)]) * bool(E[-1])
+    row |= {f"excess_{r}": float(excess[:r][-1]) for r in (8, 16, 64)}
     row["r90_over_null"] = row["r90"] / (int((null < 0.9).sum()) + 1)
     row["above_edge"] = above_edge(S, shape)
     return row | {"min_dim": min(shape), "squared_norm": float(S.double().square().sum())}

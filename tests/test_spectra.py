@@ -266,6 +266,12 @@ def test_above_edge_of_a_zero_update():
     assert utils.above_edge(torch.zeros(4), (4, 6)) == 0
 
 
+def test_without_an_update_every_measure_is_zero():
+    measures = utils.spectrum_measures(torch.zeros(4), (4, 6))
+    assert measures.pop("min_dim") == 4
+    assert set(measures.values()) == {0}
+
+
 @pytest.mark.parametrize("part", utils.CUT_PARTS)
 def test_the_factors_of_a_cut(part):
     dW = gaussian(30, 20).float()
