@@ -1161,14 +1161,16 @@ def provenance(seconds: float) -> dict:
         "torch": torch.__version__,
         "transformers": transformers.__version__,
         "peft": peft.__version__,
-        "device": torch.cuda.get_device_name() if torch.cuda.is_available() else _cpu_name(),
+        "device": _device_name(),
         "threads": torch.get_num_threads(),
         "compiler": has_compiler(),
         "commit": _commit(),
     }
 
 
-def _cpu_name() -> str:
+def _device_name() -> str:
+    if torch.cuda.is_available():
+        return torch.cuda.get_device_name()
     with contextlib.suppress(OSError, AttributeError):
         return re.search(r"model name\s*: (.*)", Path("/proc/cpuinfo").read_text()).group(1)
     return platform.machine()
@@ -1408,12 +1410,25 @@ def embedding_configs() -> list[RunConfig]:
 
 
 def updates(config: RunConfig) -> dict[str, Tensor]:
-    """dW of every trained parameter of a full run, float32; trained again when not in the cache."""
+    """dW of every trained parameter of a full run, float32; trained again when not in the cache.
+
+    Another processor rounds otherwise, and training amplifies it: warns where what was trained
+    again is not the update that was stored.
+    """
     from safetensors.torch import load_file
 
     _require(config.method == "full", f"{config.key}: only a full run has deltas")
     if not _delta_file(config).exists():
-        measure(config, f"deltas of {config.key}")
+        _, spectra = measure(config, f"deltas of {config.key}")
+        before = stored(config).spectra if stored(config) else spectra
+        gaps = [float((before[n] - S).abs().max() / S[0]) for n, S in spectra.items()]
+        if max(gaps, default=0) > 0:
+            warnings.warn(
+                f"{config.key} was trained again, and its singular values differ from those "
+                f"stored by up to {max(gaps):.1%} of the largest: it is another run of the same "
+                "configuration, whose cuts do not belong on one curve with stored ones",
+                stacklevel=2,
+            )
     _require(_delta_file(config).exists(), f"{config.key} diverged: it has no deltas")
     return load_file(_delta_file(config))
 
@@ -1465,8 +1480,8 @@ def cut(
     if missing:
         cuts = _evaluate_cuts(config, updates(config), missing, part, label or f"cuts of {stem}")
         for r, evaluation in cuts:
-            record = {"run": config.key, "part": part, "rank": r, "test": evaluation}
-            save_entry(folders[r], record)
+            record = {"run": config.key, "part": part, "rank": r, "device": _device_name()}
+            save_entry(folders[r], record | {"test": evaluation})
         entries = {r: load_entry(folder) for r, folder in folders.items()}
     return pd.DataFrame([{"rank": r} | entries[r][0]["test"] for r in ranks])
 
@@ -1476,7 +1491,8 @@ def cut_by_matrix(config: RunConfig, ranks: dict[str, int]) -> dict:
     folder = profile().store / "cuts" / f"{config.key}-by-matrix-{_digest(ranks)[:12]}"
     if load_entry(folder) is None:
         _, found = next(_evaluate_cuts(config, updates(config), [ranks], "head", "cut by matrix"))
-        save_entry(folder, {"run": config.key, "ranks": ranks, "test": found})
+        record = {"run": config.key, "ranks": ranks, "device": _device_name(), "test": found}
+        save_entry(folder, record)
     return load_entry(folder)[0]["test"]
 
 

@@ -422,7 +422,7 @@ MEASURING += [
     "cut",
 ]
 BESIDE = ("_require", "_require_disk", "_first_line", "_delta_file")  # no part of any number
-FINGERPRINT = (2, "2f8bdcd55cddb489")  # (utils.MEASUREMENT, fingerprint())
+FINGERPRINT = (2, "2eae8b0937a7b205")  # (utils.MEASUREMENT, fingerprint())
 
 
 def plain(node):
