@@ -1486,6 +1486,14 @@ def cut(
     return pd.DataFrame([{"rank": r} | entries[r][0]["test"] for r in ranks])
 
 
+def stored_cuts(config: RunConfig) -> pd.DataFrame:
+    """One line a cut of the run that is stored: rank, loss_nats, score; nothing is computed."""
+    folders = (profile().store / "cuts").glob(f"{config.key}-r*")
+    records = [entry[0] for folder in folders if (entry := load_entry(folder))]
+    rows = [{"rank": record["rank"]} | record["test"] for record in records]
+    return pd.DataFrame(rows, columns=["rank", "loss_nats", "score"]).sort_values("rank")
+
+
 def cut_by_matrix(config: RunConfig, ranks: dict[str, int]) -> dict:
     """Evaluation of a full run whose matrices are cut to ranks of their own, {matrix: rank}."""
     folder = profile().store / "cuts" / f"{config.key}-by-matrix-{_digest(ranks)[:12]}"

@@ -3,6 +3,7 @@
 Screenshots of every page, light and dark, wide and narrow, land in build/screenshots for a human.
 """
 
+import json
 import re
 import shutil
 import subprocess
@@ -114,6 +115,54 @@ def test_code_is_folded_and_opens_with_one_click(open_page):
     assert code.is_visible()
     page.locator("#unfold").click()
     assert page.locator("details.code:not([open])").count() == 0
+
+
+def slide(page, label, place):
+    """Move a slider of the explorer to its n-th value."""
+    slider = page.get_by_label(label, exact=True)
+    slider.evaluate(
+        "(input, value) => { input.value = value; input.dispatchEvent(new Event('input')); }", place
+    )
+
+
+def test_the_explorer_shows_the_numbers_of_the_store(open_page):
+    page = open_page("09_explore_spectra.html")
+    ranks = json.loads(page.locator("#explorer-data").text_content())["ranks"]
+    page.get_by_label("first task").select_option("json")
+    page.get_by_label("module", exact=True).select_option("v_proj")
+    slide(page, "layer", 3)
+    slide(page, "rank", ranks.index(64))
+    panel = page.locator("section.panel").first
+    result = utils.stored(utils.tuned("json"))
+    table = utils.spectra_table([result]).set_index(["layer", "module"])
+    name = table.loc[(3, "v_proj"), "name"]
+    E = float(utils.energy(result.spectra[name])[63])
+    null = float(utils.null_energy(result.shape(name))[63])
+    assert panel.locator(".number").inner_text() == f"E(64) = {E:.2f}, noise {null:.2f}"
+    shown = [float(box.get_attribute("data-value")) for box in panel.locator("[data-value]").all()]
+    assert sum(shown) / len(shown) == pytest.approx(table["excess_64"].mean(), abs=1e-3)
+    cut = utils.stored_cuts(result.config).set_index("rank").loc[64]
+    assert f"{cut['loss_nats']:.2f} nats" in panel.locator(".cut").inner_text()
+    assert f"score {cut['score']:.1f} (" in panel.locator(".cut").inner_text()
+
+
+def test_the_explorer_says_what_was_not_measured(open_page):
+    page = open_page("09_explore_spectra.html")
+    slide(page, "rank", 0)
+    slide(page, "rank", 18)
+    text = page.locator("section.panel .cut").first.inner_text()
+    assert text == 'Cut to rank 640: not measured. utils.cut(utils.tuned("facts"), [640])'
+
+
+def test_the_explorer_answers_at_once(open_page):
+    page = open_page("09_explore_spectra.html")
+    took = page.evaluate("""() => {
+        const slider = document.getElementById("explorer-rank"), start = performance.now();
+        for (let i = 0; i < 10; i++) { slider.value = i; slider.dispatchEvent(new Event("input")); }
+        document.body.getBoundingClientRect();
+        return (performance.now() - start) / 10;
+    }""")
+    assert took < 300  # ms
 
 
 def test_previous_and_next_walk_through_all_pages(open_page):

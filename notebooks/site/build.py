@@ -107,10 +107,13 @@ def build(notebooks: Path, figures: Path, out: Path) -> None:
     environment = jinja2.Environment(loader=jinja2.FileSystemLoader(HERE), autoescape=False)
     frame = environment.get_template("page.html.j2")
     bodies = {"index.html": readme_page(out)}
+    explorer = (HERE / "explorer.js").read_text(encoding="utf8")
     exporter = HTMLExporter(template_name="basic")
     for file, notebook in read.items():
         html, _ = exporter.from_notebook_node(with_figure_files(notebook, figures, out))
-        bodies[f"{file.stem}.html"] = finished(html)
+        bodies[f"{file.stem}.html"] = body = finished(html)
+        if 'id="explorer-data"' in body:  # notebook 9 holds the data, the script draws them
+            bodies[f"{file.stem}.html"] += f"<script>\n{explorer}</script>"
     for place, (name, title) in enumerate(contents):
         around = {"before": contents[place - 1] if place else None}
         around["after"] = contents[place + 1] if place + 1 < len(contents) else None
