@@ -125,7 +125,8 @@ def slide(page, label, place):
     )
 
 
-def test_the_explorer_shows_the_numbers_of_the_store(open_page):
+def test_the_explorer_shows_the_numbers_of_the_store(open_page, monkeypatch):
+    monkeypatch.setenv("PROFILE", "paper")
     page = open_page("09_explore_spectra.html")
     ranks = json.loads(page.locator("#explorer-data").text_content())["ranks"]
     page.get_by_label("first task").select_option("json")
