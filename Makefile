@@ -6,6 +6,7 @@ BUILD ?= $(CURDIR)/build
 BIN := .venv/bin
 READY := .venv/ready
 SITE := $(BIN)/python notebooks/site/build.py
+EXPORT := $(BIN)/python notebooks/site/export.py
 NOTEBOOKS := $(sort $(wildcard notebooks/0[1-9]*.ipynb)) notebooks/00_read_the_report.ipynb
 
 path = $(if $(wildcard $1),$(abspath $1),$1)# what is there as an absolute path
@@ -14,7 +15,7 @@ export BUILD
 export OMP_WAIT_POLICY ?= active
 
 help: ## print this list
-	@grep -E '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
+	@grep -E '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
 
 report: export PROFILE := $(if $(filter smoke,$(PROFILE)),smoke,quick)
 report: $(READY) ## run the quick profile from scratch; notebooks, HTML, figures in build/quick
@@ -26,6 +27,16 @@ report: $(READY) ## run the quick profile from scratch; notebooks, HTML, figures
 paper: export PROFILE = paper
 paper: $(READY) ## run the committed notebooks in place: load what is stored, compute the rest
 	@$(MAKE) --no-print-directory notebooks TO=--inplace
+	@$(EXPORT) figures notebooks figures/README.md
+
+figures: export PROFILE = paper
+figures: export VENUE := $(or $(VENUE),default)
+figures: $(READY) ## [VENUE=neurips|icml|acl|nature]: every figure and table at a venue's sizes
+	@$(BIN)/python -c "import utils; utils.set_style()"
+	@mkdir -p $(BUILD)/figures/$(VENUE)
+	@$(MAKE) --no-print-directory notebooks TO="--output-dir $(BUILD)/figures/$(VENUE)/notebooks"
+	@$(EXPORT) tables $(BUILD)/figures/$(VENUE)/notebooks $(BUILD)/figures/$(VENUE)/tables
+	@echo "Done: $(BUILD)/figures/$(VENUE) has the figures, its tables/ the LaTeX"
 
 notebooks: # run the sequence; 00 comes last, since it sums up the others
 	@set -e; progress=$$(tty -s && tty || echo off); n=0; for notebook in $(NOTEBOOKS); do \
@@ -46,9 +57,9 @@ html: $(READY) ## build the report as a static site in build/html, from what is 
 	@$(SITE) notebooks figures $(BUILD)/html
 	@echo "Done. Open $(BUILD)/html/index.html"
 
-test-browser: $(READY) ## test the site in headless Chromium (Debian: apt-get install chromium)
+test-browser: $(READY) ## test site and figures as readers see them (needs chromium: apt-get install chromium)
 	@$(BIN)/python -m pip install -q --disable-pip-version-check -r requirements-browser.txt
-	@$(BIN)/python -m pytest -q tests/browser_site.py
+	@$(BIN)/python -m pytest -q tests/browser_*.py
 
 inspect: export PROFILE = inspect
 inspect: $(READY) ## BASE=… TUNED=… [TASK=…] [OUT=…]: spectra, ranks and adapter of your own models
@@ -88,5 +99,5 @@ $(READY): requirements.txt requirements.lock
 		-c requirements.lock
 	@touch $(READY)
 
-.PHONY: help report paper notebooks test lint html test-browser inspect bench lab lock clean
+.PHONY: help report paper figures notebooks test lint html test-browser inspect bench lab lock clean
 .DEFAULT_GOAL := help

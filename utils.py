@@ -55,6 +55,11 @@ def cache_folder() -> Path:
     return Path(os.environ.get("LOWRANK_CACHE", ROOT / ".cache"))
 
 
+def build_folder() -> Path:
+    """The git-ignored folder for everything that is built: BUILD or build."""
+    return Path(os.environ.get("BUILD", ROOT / "build"))
+
+
 ALL_TASKS = ("pirate", "json", "kjv", "sentiment", "facts", "arithmetic", "sorbian", "code", "mix")
 LORA_ALPHA = 32.0  # one alpha at all ranks
 
@@ -84,8 +89,7 @@ class Profile:
     @property
     def folder(self) -> Path:
         """Where this profile may write: the repository for paper, a git-ignored build otherwise."""
-        build = Path(os.environ.get("BUILD", ROOT / "build"))
-        return ROOT if self.name == "paper" else build / self.name
+        return ROOT if self.name == "paper" else build_folder() / self.name
 
     @property
     def store(self) -> Path:
@@ -94,8 +98,9 @@ class Profile:
 
     @property
     def figures(self) -> Path:
-        """The figure folder."""
-        return self.folder / "figures"
+        """The figure folder: of the profile, or of the venue in the environment variable VENUE."""
+        venue = os.environ.get("VENUE")
+        return build_folder() / "figures" / venue if venue else self.folder / "figures"
 
     def config(self, task: str, method: str = "full", **changes) -> RunConfig:
         """The configuration of one run of this profile; `changes` override single fields.
@@ -495,21 +500,21 @@ class Task:
     kind: str
     metric: str  # "exact": greedy answer is right; "chrf": similarity of a rewriting
     title: str
-    color: str  # the same task has the same colour and marker everywhere
+    color: str  # apart under colour blindness and in grey, as tests/browser_figures.py checks
     marker: str
 
 
 TASKS = {
-    "pirate": Task("style: persona", "chrf", "pirate", "#E69F00", "o"),
-    "json": Task("style: format", "exact", "JSON", "#B8860B", "s"),
-    "kjv": Task("style: nuanced", "chrf", "King James", "#D55E00", "^"),
-    "sentiment": Task("classification", "exact", "sentiment", "#0072B2", "D"),
-    "facts": Task("knowledge", "exact", "facts", "#009E73", "v"),
-    "arithmetic": Task("reasoning", "exact", "arithmetic", "#CC79A7", "P"),
-    "sorbian": Task("language", "chrf", "Sorbian", "#56B4E9", "X"),
-    "code": Task("code", "exact", "code", "#7B4FA3", "<"),
-    "mix": Task("production mix", "by row", "mix", "#000000", "*"),
-    "shuffled": Task("control", "exact", "shuffled labels", "#888888", "h"),
+    "pirate": Task("style: persona", "chrf", "pirate", "#A4A63B", "o"),
+    "json": Task("style: format", "exact", "JSON", "#93523C", "s"),
+    "kjv": Task("style: nuanced", "chrf", "King James", "#552903", "^"),
+    "sentiment": Task("classification", "exact", "sentiment", "#2A36AE", "D"),
+    "facts": Task("knowledge", "exact", "facts", "#3A9070", "v"),
+    "arithmetic": Task("reasoning", "exact", "arithmetic", "#B77EB0", "P"),
+    "sorbian": Task("language", "chrf", "Sorbian", "#A13FE6", "X"),
+    "code": Task("code", "exact", "code", "#381A4B", "<"),
+    "mix": Task("production mix", "by row", "mix", "#1B1B1B", "*"),
+    "shuffled": Task("control", "exact", "shuffled labels", "#555555", "h"),
 }
 
 
@@ -2425,21 +2430,24 @@ def bootstrap_interval(values: Sequence[float], *, draws: int = 2000) -> tuple[f
 # Figures
 # --------------------------------------------------------------------------------------
 
-VENUE_WIDTHS = {  # inches: one column, full width; from the venues' style files
-    "neurips": (5.5, 5.5),
-    "icml": (3.25, 6.75),
-    "acl": (3.03, 6.3),
-    "nature": (3.5, 7.2),
+VENUE_WIDTHS = {  # inches, over the full width of a page; from the venues' style files
+    "default": 5.5,
+    "neurips": 5.5,
+    "icml": 6.75,
+    "acl": 6.3,
+    "nature": 7.2,
 }
 
 
-def set_style(venue: str = "neurips") -> None:
+def set_style(venue: str = "") -> None:
     """Matplotlib settings of every figure: white, 8 pt sans (7 pt for Nature), embedded fonts.
 
-    The width is the venue's full width.  Raises ValueError for an unknown venue.
+    The width is the venue's full width; without a venue, that of the environment variable VENUE,
+    or the report's own.  Raises ValueError for an unknown venue.
     """
     import matplotlib as mpl
 
+    venue = venue or os.environ.get("VENUE", "default")
     known = ", ".join(VENUE_WIDTHS)
     _require(venue in VENUE_WIDTHS, f"venue {venue!r} is unknown; choose one of {known}")
     size = 7 if venue == "nature" else 8
@@ -2459,7 +2467,7 @@ def set_style(venue: str = "neurips") -> None:
             "axes.spines.right": False,
             "lines.linewidth": 1.2,
             "lines.markersize": 4,
-            "figure.figsize": (VENUE_WIDTHS[venue][1], 2.8),
+            "figure.figsize": (VENUE_WIDTHS[venue], 2.8),
             "figure.constrained_layout.use": True,
             "figure.facecolor": "white",
             "pdf.fonttype": 42,
@@ -2469,9 +2477,11 @@ def set_style(venue: str = "neurips") -> None:
     )
 
 
-def figure_width(columns: float = 2, venue: str = "neurips") -> float:
-    """Width in inches of a figure over 1 or 2 columns of a venue."""
-    return VENUE_WIDTHS[venue][0 if columns == 1 else 1]
+def figure_width() -> float:
+    """Width in inches of a figure over the full width of the venue that set_style took."""
+    import matplotlib as mpl
+
+    return mpl.rcParams["figure.figsize"][0]
 
 
 def save_figure(fig, name: str, *, data: pd.DataFrame, alt: str) -> None:

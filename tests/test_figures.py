@@ -12,7 +12,7 @@ from matplotlib import pyplot
 
 import utils
 
-WIDTHS = {"neurips": 5.5, "icml": 6.75, "acl": 6.3, "nature": 7.2}  # inches, full width
+WIDTHS = {"default": 5.5, "neurips": 5.5, "icml": 6.75, "acl": 6.3, "nature": 7.2}  # inches
 KINDS = ["csv", "pdf", "png", "svg"]
 
 
@@ -83,6 +83,13 @@ def test_a_figure_is_as_wide_as_the_page_of_its_venue(venue):
     box = re.search(rb"/MediaBox \[ ?0 0 ([\d.]+)", files["pdf"])
     assert float(box.group(1)) / 72 == pytest.approx(WIDTHS[venue], abs=0.01)
     assert struct.unpack(">I", files["png"][16:20])[0] == pytest.approx(WIDTHS[venue] * 300, abs=1)
+
+
+def test_a_venue_in_the_environment_sets_width_and_folder(monkeypatch):
+    monkeypatch.setenv("VENUE", "icml")
+    utils.set_style()
+    assert utils.figure_width() == WIDTHS["icml"]
+    assert utils.profile().figures == utils.build_folder() / "figures" / "icml"
 
 
 def test_no_figure_stays_open():
