@@ -1026,7 +1026,7 @@ def spectrum_measures(S: Tensor, shape: tuple[int, int]) -> dict[str, float]:
     """
     E, null = energy(S), null_energy(shape)
     row = rank_measures(S)
-    excess = (E - null[: len(E)]) * bool(E[-1])
+    excess = E - null[: len(E)] if E[-1] > 0 else E
     row |= {f"excess_{r}": float(excess[:r][-1]) for r in (8, 16, 64)}
     row["r90_over_null"] = row["r90"] / (int((null < 0.9).sum()) + 1)
     row["above_edge"] = above_edge(S, shape)
