@@ -570,7 +570,7 @@ def test_an_adapter_is_written_whole_or_not_at_all(save, tmp_path, monkeypatch):
     out.parent.mkdir()
     original = utils.leading_factors
 
-    def fail(*arguments):
+    def fail(*arguments, **options):
         calls.append(arguments)
         if len(calls) == 3:
             raise OSError(28, "No space left on device")
