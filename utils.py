@@ -1837,15 +1837,13 @@ def compare_checkpoints(base: str, tuned: str, *, allow_pickle: bool = False) ->
     dtype_tuned; relative_size |dW| / |W0| and changed_share of the entries; those of
     spectrum_measures; rounding_share, what rounding to the stored type is expected to add to
     |dW|^2, as a share of it (at most 1; too high for updates below the spacing of the type);
-    above_rounding, how many singular values stand above that noise; near_rounding, where the
-    share is over 5 % and a rank says little about the training.
+    above_rounding, how many singular values exceed that noise; near_rounding, a share over 5 %.
 
     attrs: "spectra" {name: S}, "rest" {tensor that is no matrix: |dW|^2}, "only_base",
     "only_tuned", "added_rows" {tensor: rows that only tuned has}.
-    Streams: memory is bounded by 4 M entries of both and the Gram matrix of the largest small
-    side; what was measured is kept in the cache, so that a killed call goes on.  Raises as
-    open_pair does, and ValueError for NaN or infinite weights.  Warns for an identical and an
-    unrelated pair.
+    Memory is bounded by 4 M entries of both and the Gram matrix of the largest small side; what
+    was measured is kept, so that a killed call goes on.  Raises as open_pair does and for NaN or
+    infinite weights; warns for an identical and an unrelated pair.
     """
     pair = open_pair(base, tuned, allow_pickle=allow_pickle)
     folder = cache_folder() / "pairs" / _pair_digest(pair)

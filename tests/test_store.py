@@ -13,6 +13,7 @@ import signal
 import subprocess
 import sys
 import textwrap
+import warnings
 from types import SimpleNamespace
 
 import joblib
@@ -363,6 +364,20 @@ def test_lost_deltas_are_computed_again(config, cache, monkeypatch, tmp_path):
     lost.unlink()
     monkeypatch.setenv("BUILD", str(tmp_path / "other"))
     assert utils.cut(config, [1])["loss_nats"].item() == table["loss_nats"].item()
+
+
+def test_an_update_trained_again_elsewhere_is_told_from_the_stored_one(config, cache, monkeypatch):
+    first = utils.run(config)
+    (lost,) = cache.rglob(f"{config.key}*")
+    lost.unlink()
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", UserWarning)
+        utils.updates(config)  # the same machine: the same update
+    lost.unlink()
+    other = dataclasses.replace(first, spectra={n: 1.1 * S for n, S in first.spectra.items()})
+    monkeypatch.setattr(utils, "stored", lambda config: other)
+    with pytest.warns(UserWarning, match=f"{config.key} was trained again.*10.0%"):
+        utils.updates(config)
 
 
 def test_head_and_tail_of_a_cut_meet_at_the_ends(config):
