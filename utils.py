@@ -718,12 +718,7 @@ def train(
     """
     from transformers import PrinterCallback, Trainer, TrainerCallback
 
-    tokenizer = load_tokenizer(config.model)
-    rows = [encode(r, tokenizer, config.seq_len) for r in load_task(config.task)["train"]]
-    _require(
-        len(rows) >= config.batch_size,
-        f"{config.task} has {len(rows)} training rows, fewer than batch_size={config.batch_size}",
-    )
+    rows = _training_rows(config)
     trained = AnswerModel(model, getattr(torch, config.dtype))
 
     class Step(TrainerCallback):
@@ -745,6 +740,16 @@ def train(
         trainer.remove_callback(PrinterCallback)
         trainer.train()
     return trained.losses
+
+
+def _training_rows(config: RunConfig) -> list[dict[str, list[int]]]:
+    tokenizer = load_tokenizer(config.model)
+    rows = [encode(r, tokenizer, config.seq_len) for r in load_task(config.task)["train"]]
+    _require(
+        len(rows) >= config.batch_size,
+        f"{config.task} has {len(rows)} training rows, fewer than batch_size={config.batch_size}",
+    )
+    return rows
 
 
 def _training_arguments(config: RunConfig, scratch: str):
@@ -1227,7 +1232,6 @@ def measure(config: RunConfig, label: str = "") -> tuple[dict, dict[str, Tensor]
     update by part, its growth, provenance) and the spectra, {matrix: S}, float32.
     """
     started = time.time()
-    splits = [split for split in load_task(config.task) if split != "train"]
     _delta_file(config).parent.mkdir(parents=True, exist_ok=True)
     _require_disk(cache_folder(), 1.5)
     model = prepare(config)
@@ -1243,13 +1247,9 @@ def measure(config: RunConfig, label: str = "") -> tuple[dict, dict[str, Tensor]
     if config.method != "base":
         losses = train(config, model, label=label, after_step=note_growth)
     train_seconds = time.time() - clock
-    finished, evaluation = all(map(math.isfinite, losses)), {}
-    if finished:
-        with progress(len(splits), f"{label}: score") as bar:
-            for split in splits:
-                evaluation[split] = evaluate(model, config, split)
-                bar.update()
-        finished = all(math.isfinite(e["loss_nats"]) for e in evaluation.values())
+    finished = all(map(math.isfinite, losses))
+    evaluation = _evaluate_splits(config, model, label) if finished else {}
+    finished &= all(math.isfinite(e["loss_nats"]) for e in evaluation.values())
     spectra, shapes, norms = _measure_update(config, model, W0) if finished else ({}, {}, {})
     record = {
         "config": dataclasses.asdict(config),
@@ -1264,6 +1264,16 @@ def measure(config: RunConfig, label: str = "") -> tuple[dict, dict[str, Tensor]
         | {"train_seconds": round(train_seconds, 1)},
     }
     return record, {name: S.float().cpu().contiguous() for name, S in spectra.items()}
+
+
+def _evaluate_splits(config: RunConfig, model: nn.Module, label: str) -> dict[str, dict]:
+    """evaluate() on every held-out split."""
+    splits, found = [split for split in load_task(config.task) if split != "train"], {}
+    with progress(len(splits), f"{label}: score") as bar:
+        for split in splits:
+            found[split] = evaluate(model, config, split)
+            bar.update()
+    return found
 
 
 def _growth(config: RunConfig, model: nn.Module, W0: dict[str, Tensor]) -> dict:
@@ -2100,42 +2110,40 @@ def extract_adapter(
 ) -> pd.DataFrame:
     """Write the cut of tuned - base as a PEFT adapter into the new folder `out`.
 
-    rank: one rank for all matrices (a smaller matrix gets all it has); energy: as in
-    recommend_ranks; ranks: what recommend_ranks returned.  Linear layers become LoRA factors of
-    scale 1; norms that changed go into modules_to_save; the rest cannot be part of a LoRA and is
-    dropped.  Everything is float32.
+    rank: one for all matrices (a smaller matrix gets all it has); energy: as in recommend_ranks;
+    ranks: what that returned.  Linear layers become LoRA factors of scale 1; norms that changed go
+    into modules_to_save; the rest cannot be part of a LoRA and is dropped.  All is float32.
 
     Returns one line a changed tensor: name, part ("lora", "modules_to_save", "dropped"), rank,
-    squared_norm, kept, the share of it that the adapter holds, and best, the most that its rank
-    can hold; attrs["lora"] has the arguments of LoraConfig.  The folder appears whole or not at
-    all.  Raises as open_pair does, ValueError for a rank out of range and FileExistsError for a
-    folder that is there.
+    squared_norm, kept (the share of it that the adapter holds) and best (the most that its rank
+    can hold); attrs["lora"] has the arguments of LoraConfig.  The folder appears whole or not at
+    all.  Raises as open_pair, ValueError for a bad rank, FileExistsError for a folder in the way.
     """
     given = sum(value is not None for value in (rank, energy, ranks))
     _require(given == 1, "give one of rank=16, energy=0.9 and ranks=recommend_ranks(...)")
-    folder = Path(out).expanduser()
-    if folder.exists():
+    if Path(out).expanduser().exists():
         raise FileExistsError(f"{out} exists: delete it or name another folder")
     pair = open_pair(base, tuned, allow_pickle=allow_pickle)
     places, transposed = _adaptable(pair)
     limit = max((min(pair.shape(name)) for name in transposed), default=0)
     _require(rank is None or 1 <= rank <= limit, f"rank={rank}: choose one from 1 to {limit}")
     table = compare_checkpoints(base, tuned, allow_pickle=allow_pickle)
-    norms = dict(zip(table["name"], table["squared_norm"], strict=True)) | table.attrs["rest"]
+    norms = table.set_index("name")["squared_norm"].to_dict() | table.attrs["rest"]
     norms = {name: norm for name, norm in norms.items() if norm > 0}
-    if rank is not None:
-        chosen = {n: min(rank, *pair.shape(n)) for n in transposed if n in norms}
-    else:
+    if rank is None:
         ranks = ranks or recommend_ranks(table, energy=energy)
-        chosen = {n: rank_of(ranks, n) for n in transposed if rank_of(ranks, n)}
+    chosen = {n: rank_of(ranks, n) if ranks else min(rank, *pair.shape(n)) for n in transposed}
+    chosen = {name: r for name, r in chosen.items() if r and name in norms}
     _require(bool(chosen), f"no linear layer of {tuned} gets a rank: there is nothing to write")
-    best = {
-        n: float(table.attrs["spectra"][n][:r].double().square().sum()) for n, r in chosen.items()
-    }
-    plan = AdapterPlan(
-        pair, places, transposed, chosen, best, _whole_norms(places, transposed, norms)
-    )
-    return _adapter_report(plan, norms, plan.write(folder))
+    saved = _whole_norms(places, transposed, norms)
+    plan = AdapterPlan(pair, places, transposed, chosen, _head_norms(table, chosen), saved)
+    return _adapter_report(plan, norms, plan.write(Path(out).expanduser()))
+
+
+def _head_norms(table: pd.DataFrame, ranks: dict[str, int]) -> dict[str, float]:
+    """The squared norm of each matrix's head, {name: sum of sigma^2 up to its rank}."""
+    spectra = table.attrs["spectra"]
+    return {name: float(spectra[name][:r].double().square().sum()) for name, r in ranks.items()}
 
 
 def _adapter_report(
