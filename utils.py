@@ -144,9 +144,10 @@ PROFILES = {
     "quick": Profile(
         "quick",
         tasks=("sentiment", "pirate", "facts", "json"),
-        steps=40,
+        steps=32,
+        batch_size=8,
         eval_rows=64,
-        generate_rows=16,
+        generate_rows=8,
         cut_ranks=(0, 1, 8, 64),
         lora_tasks=("facts",),
         lora_ranks=(8,),
