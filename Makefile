@@ -7,7 +7,8 @@ BIN := .venv/bin
 READY := .venv/ready
 SITE := $(BIN)/python notebooks/site/build.py
 EXPORT := $(BIN)/python notebooks/site/export.py
-NOTEBOOKS := $(sort $(wildcard notebooks/0[1-9]*.ipynb)) notebooks/00_read_the_report.ipynb
+LAST := notebooks/00_read_the_report.ipynb
+NOTEBOOKS := $(sort $(filter-out $(LAST),$(wildcard notebooks/*.ipynb))) $(LAST)
 
 path = $(if $(wildcard $1),$(abspath $1),$1)# what is there as an absolute path
 

@@ -80,9 +80,9 @@ class Profile:
     cut_ranks: tuple[int, ...] = (0, 1, 8, 64)  # 0 keeps only what is outside the matrices
     lora_tasks: tuple[str, ...] = (*ALL_TASKS, "shuffled")
     lora_ranks: tuple[int, ...] = (1, 8, 64)
-    full_lrs: tuple[float, ...] = (1e-4,)  # of each grid a task takes the best on held-out loss
+    full_lrs: tuple[float, ...] = (1e-4,)  # a task takes the best on held-out loss, by lr_search
     lora_lrs: tuple[float, ...] = (1e-3,)
-    swept_ranks: tuple[int, ...] = (8,)  # LoRA ranks with a grid; those between interpolate
+    swept_ranks: tuple[int, ...] = (8,)  # LoRA ranks with a search; those between interpolate
     embedding_tasks: tuple[str, ...] = ("sorbian",)  # run once more with a trained embedding
     compile: bool = True
 
@@ -105,7 +105,7 @@ class Profile:
     def config(self, task: str, method: str = "full", **changes) -> RunConfig:
         """The configuration of one run of this profile; `changes` override single fields.
 
-        The learning rate is the middle one of the method's grid.
+        The learning rate is the middle one of the method's.
         """
         sizes = {k: getattr(self, k) for k in ("model", "batch_size", "seq_len", "eval_rows")}
         sizes |= {"generate_rows": self.generate_rows, "compile": self.compile}
@@ -144,7 +144,7 @@ PROFILES = {
     "quick": Profile(
         "quick",
         tasks=("sentiment", "pirate", "facts", "json"),
-        steps=32,
+        steps=24,
         batch_size=8,
         eval_rows=64,
         generate_rows=8,
@@ -152,6 +152,7 @@ PROFILES = {
         lora_tasks=("facts",),
         lora_ranks=(8,),
         embedding_tasks=(),
+        compile=False,  # takes longer than it saves on so few steps
     ),
     "paper": Profile("paper"),
     "inspect": Profile("inspect"),  # where notebook 8 puts what it finds of the reader's models
@@ -1370,11 +1371,22 @@ def _estimated_seconds(config: RunConfig) -> float:
     return 15 + 0.1 * config.eval_rows + step * config.steps * config.batch_size / 16
 
 
-def lr_grid(task: str, method: str = "full", *, rank: int = 0) -> list[RunConfig]:
-    """One run at each learning rate of the profile's grid, with the first seed."""
-    lrs = profile().lora_lrs if method == "lora" else profile().full_lrs
-    changes = {"rank": rank, "seed": profile().seeds[0]}
-    return [profile().config(task, method, lr=lr, **changes) for lr in lrs]
+def lr_search(task: str, method: str = "full", *, rank: int = 0) -> list[Result]:
+    """The runs that choose a task's learning rate, by ascending rate, all with the first seed.
+
+    Starts in the middle of the profile's rates and climbs: it ends when both neighbours of the
+    best rate are run and no better, or where the profile has no neighbour.
+    """
+    rates = sorted(profile().lora_lrs if method == "lora" else profile().full_lrs)
+    found, best, around = {}, len(rates) // 2, None
+    while best != around:
+        around = best
+        near = [lr for lr in rates[max(around - 1, 0) : around + 2] if lr not in found]
+        recipe = {"rank": rank, "seed": profile().seeds[0]}
+        results = sweep([profile().config(task, method, lr=lr, **recipe) for lr in near])
+        found |= {result.config.lr: result for result in results}
+        best = rates.index(best_lr(list(found.values())))
+    return [found[lr] for lr in sorted(found)]
 
 
 def best_lr(results: Sequence[Result]) -> float:
@@ -1386,13 +1398,13 @@ def best_lr(results: Sequence[Result]) -> float:
 
 
 def tuned(task: str, method: str = "full", *, rank: int = 0, **changes) -> RunConfig:
-    """The configuration at the task's best learning rate; runs the grid where it is not stored.
+    """The configuration at the task's best learning rate; runs what of lr_search is not stored.
 
     LoRA ranks between two `swept_ranks` take the geometric interpolation of their best rates.
     """
     swept = profile().swept_ranks if method == "lora" else (0,)
     near = {rank} if rank in swept else set(swept)
-    best = {r: best_lr(sweep(lr_grid(task, method, rank=r))) for r in sorted(near)}
+    best = {r: best_lr(lr_search(task, method, rank=r)) for r in sorted(near)}
     lr = best.get(rank)
     if lr is None:
         logs = np.interp(math.log(rank), np.log(list(best)), np.log(list(best.values())))

@@ -153,10 +153,14 @@ def test_paper_is_the_default_profile(monkeypatch):
 def test_every_run_of_a_profile_has_its_own_key(monkeypatch, name):
     monkeypatch.setenv("PROFILE", name)
     profile = utils.profile()
-    grids = [utils.lr_grid(task) for task in profile.tasks]
+    configs = utils.base_configs()
+    configs += [profile.config(task, lr=lr) for task in profile.tasks for lr in profile.full_lrs]
     lora = [(task, rank) for task in profile.lora_tasks for rank in profile.lora_ranks]
-    grids += [utils.lr_grid(task, "lora", rank=rank) for task, rank in lora]
-    configs = utils.base_configs() + [config for grid in grids for config in grid]
+    configs += [
+        profile.config(task, "lora", rank=rank, lr=lr)
+        for task, rank in lora
+        for lr in profile.lora_lrs
+    ]
     runs = len(profile.tasks) * (1 + len(profile.full_lrs)) + len(lora) * len(profile.lora_lrs)
     assert len({config.key for config in configs}) == runs
 
@@ -180,6 +184,26 @@ def losses(monkeypatch):
 def test_a_task_takes_the_learning_rate_of_the_lowest_held_out_loss(losses, low, high, lr):
     losses |= {(0, 1e-4): low, (0, 1e-3): high}
     assert utils.tuned("facts", seed=3) == utils.profile().config("facts", lr=lr, seed=3)
+
+
+@pytest.mark.parametrize(
+    ("by_rate", "tried", "best"),
+    [
+        ({1e-4: 2, 1e-3: 1, 1e-2: 2}, [1e-4, 1e-3, 1e-2], 1e-3),  # in the middle at once
+        ({1e-6: 4, 1e-5: 3, 1e-4: 4, 1e-3: 5, 1e-2: 5}, [1e-6, 1e-5, 1e-4, 1e-3], 1e-5),
+        ({1e-5: 9, 1e-4: 5, 1e-3: 4, 1e-2: 3, 1e-1: None}, [1e-4, 1e-3, 1e-2, 1e-1], 1e-2),
+        ({1e-4: 3, 1e-3: 2, 1e-2: 1}, [1e-4, 1e-3, 1e-2], 1e-2),  # at the edge of what is there
+    ],
+)
+def test_the_search_climbs_until_both_neighbours_are_no_better(
+    monkeypatch, losses, by_rate, tried, best
+):
+    wide = dataclasses.replace(utils.PROFILES["smoke"], full_lrs=tuple(by_rate))
+    monkeypatch.setitem(utils.PROFILES, "smoke", wide)
+    losses |= {(0, lr): loss for lr, loss in by_rate.items()}
+    results = utils.lr_search("facts")
+    assert [result.config.lr for result in results] == tried
+    assert utils.best_lr(results) == best
 
 
 def test_ranks_between_swept_ones_interpolate_their_learning_rates(losses):
