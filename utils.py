@@ -31,6 +31,7 @@ import tempfile
 import time
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -1874,12 +1875,9 @@ def compare_checkpoints(base: str, tuned: str, *, allow_pickle: bool = False) ->
     found, rows, spectra = pair.matrices(), [], {}
     sizes = {label: math.prod(pair.shape(name)[-2:]) for label, (name, _) in found.items()}
     with progress(sum(sizes.values()), "compare checkpoints") as bar:
-        for label, (name, expert) in found.items():
-            entry = load_entry(folder / label)
-            if entry is None:
-                save_entry(folder / label, *_compare_matrix(pair, name, expert))
-                entry = load_entry(folder / label)
-            rows.append(_pair_row(pair, label, name, entry))
+        compared = _by_core(functools.partial(_compared, pair, found, folder), found)
+        for label, entry in zip(found, compared, strict=True):
+            rows.append(_pair_row(pair, label, found[label][0], entry))
             spectra[label] = entry[1]["S"]
             bar.update(sizes[label])
     table = pd.DataFrame(rows)
@@ -1893,6 +1891,34 @@ def compare_checkpoints(base: str, tuned: str, *, allow_pickle: bool = False) ->
     }
     _warn_of_strange_pairs(table, base, tuned)
     return table
+
+
+def _compared(pair: Pair, found: dict, folder: Path, label: str) -> tuple:
+    """The stored entry of one matrix, computed when it is missing."""
+    if load_entry(folder / label) is None:
+        save_entry(folder / label, *_compare_matrix(pair, *found[label]))
+    return load_entry(folder / label)
+
+
+def _by_core(function: Callable, items: Iterable) -> Iterator:
+    """function(item) of every item, in order; on a CPU a few at a time, each on a core of its own.
+
+    Two cores do two eigenvalue problems sooner than both do one after the other.  No more are
+    under way than there are cores, so that what waits to be taken does not fill the memory.
+    """
+    threads, waiting = torch.get_num_threads(), collections.deque()
+    workers = min(threads, 4) if device().type == "cpu" else 1
+    with ThreadPoolExecutor(workers, initializer=torch.set_num_threads, initargs=(1,)) as pool:
+        try:
+            for item in items:
+                waiting.append(pool.submit(function, item))
+                if len(waiting) > workers:
+                    yield waiting.popleft().result()
+            while waiting:
+                yield waiting.popleft().result()
+        finally:
+            pool.shutdown(cancel_futures=True)
+            torch.set_num_threads(threads)
 
 
 def _pair_digest(pair: Pair) -> str:
@@ -2075,40 +2101,23 @@ def verdict(table: pd.DataFrame, lora: dict) -> list[str]:
     ]
 
 
-def leading_factors(dW: Tensor, r: int, *, best: float = math.inf) -> tuple[Tensor, Tensor]:
-    """B (m, r) and A (r, n) whose product is the best rank-r approximation of dW, in its type.
+def leading_factors(dW: Tensor, r: int) -> tuple[Tensor, Tensor, float]:
+    """B (m, r) and A (r, n), in dW's type, with B @ A = truncate(dW, r), and the best |B @ A|^2.
 
-    The factor of the small side is orthonormal, the other is dW's product with it.  It holds the
-    r leading eigenvectors of the float64 Gram matrix: B @ A = truncate(dW, r).  With `best`, the
-    known sum of the r largest sigma^2, a few block power iterations (Halko, Martinsson and Tropp
-    2011) come first and are taken if what they hold falls short of it by 2e-5 at most.
+    The factor of the small side holds the r leading eigenvectors of the Gram matrix and is
+    orthonormal, the other is dW's product with it.  The best is the sum of the r largest
+    eigenvalues: what |B @ A|^2 falls short of it by is rounding.
 
-    >>> B, A = leading_factors(torch.tensor([[3.0, 0.0], [0.0, 4.0]]), 1)
-    >>> (B @ A).abs().tolist()
-    [[0.0, 0.0], [0.0, 4.0]]
+    >>> B, A, best = leading_factors(torch.tensor([[3.0, 0.0], [0.0, 4.0]]), 1)
+    >>> (B @ A).abs().tolist(), round(best, 4)
+    ([[0.0, 0.0], [0.0, 4.0]], 16.0)
     """
     X = dW if dW.shape[0] >= dW.shape[1] else dW.T  # (long, small)
-    V = _power_iterations(X, r, best)
-    if V is None:
-        vectors = torch.linalg.eigh(X.T.double() @ X.double()).eigenvectors  # ascending
-        V = vectors.flip(1)[:, :r].to(dW)  # (small, r)
-    return (dW @ V, V.T) if X is dW else (V, V.T @ dW)
-
-
-def _power_iterations(X: Tensor, r: int, best: float) -> Tensor | None:
-    """Orthonormal V (small, r) with |X V|^2 >= (1 - 2e-5) best, or None where four do not do."""
-    k = r + 32
-    if 4 * k > X.shape[1] or math.isinf(best):
-        return None  # not cheaper than all eigenvectors, or not to be told when it is enough
-    generator = torch.Generator().manual_seed(0)
-    V = torch.linalg.qr(torch.randn(X.shape[1], k, generator=generator)).Q.to(X)
-    for _ in range(4):
-        Y = X @ V  # (long, k)
-        values, rotation = torch.linalg.eigh((Y.T @ Y).double())  # ascending
-        if values[-r:].sum() >= (1 - 2e-5) * best:
-            return V @ rotation.flip(1)[:, :r].to(X)
-        V = torch.linalg.qr(X.T @ Y).Q
-    return None
+    scale = X.abs().max()
+    eigenvalues, eigenvectors = torch.linalg.eigh((X / scale).T @ (X / scale))  # ascending
+    V = eigenvectors.flip(1)[:, :r]  # (small, r)
+    best = float(eigenvalues[-r:].double().sum() * scale.double() ** 2)
+    return *((dW @ V, V.T) if X is dW else (V, V.T @ dW)), best
 
 
 def extract_adapter(
@@ -2128,9 +2137,9 @@ def extract_adapter(
     into modules_to_save; the rest cannot be part of a LoRA and is dropped.  All is float32.
 
     Returns one line a changed tensor: name, part ("lora", "modules_to_save", "dropped"), rank,
-    squared_norm, kept (the share of it that the adapter holds) and best (the most that its rank
-    can hold); attrs["lora"] has the arguments of LoraConfig.  The folder appears whole or not at
-    all.  Raises as open_pair, ValueError for a bad rank, FileExistsError for a folder in the way.
+    squared_norm, kept (the share of it that the adapter holds), best (the most that its rank can
+    hold); attrs["lora"]: the arguments of LoraConfig.  The folder
+    appears whole or not at all.  Raises as open_pair, ValueError, FileExistsError for one there.
     """
     given = sum(value is not None for value in (rank, energy, ranks))
     _require(given == 1, "give one of rank=16, energy=0.9 and ranks=recommend_ranks(...)")
@@ -2140,41 +2149,34 @@ def extract_adapter(
     places, transposed = _adaptable(pair)
     limit = max((min(pair.shape(name)) for name in transposed), default=0)
     _require(rank is None or 1 <= rank <= limit, f"rank={rank}: choose one from 1 to {limit}")
-    table = compare_checkpoints(base, tuned, allow_pickle=allow_pickle)
-    norms = table.set_index("name")["squared_norm"].to_dict() | table.attrs["rest"]
-    norms = {name: norm for name, norm in norms.items() if norm > 0}
-    if rank is None:
-        ranks = ranks or recommend_ranks(table, energy=energy)
+    if energy is not None:
+        table = compare_checkpoints(base, tuned, allow_pickle=allow_pickle)
+        ranks = recommend_ranks(table, energy=energy)
     chosen = {n: rank_of(ranks, n) if ranks else min(rank, *pair.shape(n)) for n in transposed}
-    chosen = {name: r for name, r in chosen.items() if r and name in norms}
+    chosen = {name: r for name, r in chosen.items() if r and _changed(pair, name)}
     _require(bool(chosen), f"no linear layer of {tuned} gets a rank: there is nothing to write")
-    saved = _whole_norms(places, transposed, norms)
-    plan = AdapterPlan(pair, places, transposed, chosen, _head_norms(table, chosen), saved)
-    return _adapter_report(plan, norms, plan.write(Path(out).expanduser()))
+    rest = {name: _difference(pair, name) for name in pair.names if name not in chosen}
+    rest = {name: norm for name, norm in rest.items() if norm > 0}
+    saved = _whole_norms(places, transposed, rest)
+    plan = AdapterPlan(pair, places, transposed, chosen, saved)
+    return _adapter_report(plan, rest, plan.write(Path(out).expanduser()))
 
 
-def _head_norms(table: pd.DataFrame, ranks: dict[str, int]) -> dict[str, float]:
-    """The squared norm of each matrix's head, {name: sum of sigma^2 up to its rank}."""
-    spectra = table.attrs["spectra"]
-    return {name: float(spectra[name][:r].double().square().sum()) for name, r in ranks.items()}
+def _changed(pair: Pair, name: str) -> bool:
+    """Whether an entry of the tensor differs; reads no further than the first slice that does."""
+    return any(bool(dW.any()) for *_, dW in _differences(pair, name, None))
 
 
 def _adapter_report(
-    plan: AdapterPlan, norms: dict[str, float], kept: dict[str, float]
+    plan: AdapterPlan, rest: dict[str, float], factors: dict[str, dict]
 ) -> pd.DataFrame:
     """The table that extract_adapter returns."""
-    parts = dict.fromkeys(plan.ranks, "lora") | dict.fromkeys(plan.saved, "modules_to_save")
-    report = pd.DataFrame(
-        {
-            "name": name,
-            "part": parts.get(name, "dropped"),
-            "rank": plan.ranks.get(name, 0),
-            "squared_norm": norm,
-            "kept": kept.get(name, 0.0),
-            "best": plan.best[name] / norm if name in plan.best else float(name in kept),
-        }
-        for name, norm in norms.items()
-    )
+    rows = [{"name": n, "part": "lora", "rank": plan.ranks[n]} | f for n, f in factors.items()]
+    for name, norm in rest.items():
+        part, whole = ("modules_to_save", 1.0) if name in plan.saved else ("dropped", 0.0)
+        row = {"name": name, "part": part, "rank": 0, "squared_norm": norm}
+        rows.append(row | {"kept": whole, "best": whole})
+    report = pd.DataFrame(rows)
     report.attrs["lora"] = plan.arguments()
     return report
 
@@ -2234,7 +2236,6 @@ class AdapterPlan:
     places: dict[str, str]  # tensor in tuned -> parameter of the base model
     transposed: dict[str, bool]  # linear weights: stored as (in, out)?
     ranks: dict[str, int]  # of the linear weights that get factors
-    best: dict[str, float]  # the sum of their `rank` largest sigma^2
     saved: list[str]  # norms, kept whole
 
     def arguments(self) -> dict:
@@ -2252,27 +2253,31 @@ class AdapterPlan:
         at = {name: f"base_model.model.{self.places[name]}" for name in self.saved}
         return shapes | {at[name]: self.pair.tuned.shapes[name] for name in self.saved}
 
-    def tensors(self, kept: dict[str, float]) -> Iterator[Tensor]:
-        """Yield the tensors; note in `kept` the share of |dW|^2 that each holds."""
+    def tensors(self, factors: dict[str, dict]) -> Iterator[Tensor]:
+        """Yield the tensors; note in `factors` the squared_norm, kept and best of each matrix."""
         sizes = {name: math.prod(self.pair.shape(name)) for name in self.ranks}
         with progress(sum(sizes.values()), "extract adapter") as bar:
-            for name, r in self.ranks.items():
-                m, n = self.pair.shape(name)
-                slices = [dW for *_, dW in _differences(self.pair, name, None)]
-                dW = torch.cat(slices, 0 if m >= n else 1)
-                dW = dW.T if self.transposed[name] else dW  # (out, in)
-                B, A = leading_factors(dW, r, best=self.best[name])
-                scaled = B if dW.shape[0] >= dW.shape[1] else A  # the other is orthonormal
-                kept[name] = float(scaled.double().square().sum() / dW.double().square().sum())
+            found = _by_core(self.factorise, self.ranks)
+            for name, (A, B, factors[name]) in zip(self.ranks, found, strict=True):
                 yield A
                 yield B
                 bar.update(sizes[name])
-        for name in self.saved:
-            kept[name] = 1.0
-            yield self.pair.tuned.read(name)
+        yield from (self.pair.tuned.read(name) for name in self.saved)
 
-    def write(self, folder: Path) -> dict[str, float]:
-        """Write the folder beside its place, then rename it; return {tensor: share kept}."""
+    def factorise(self, name: str) -> tuple[Tensor, Tensor, dict[str, float]]:
+        """A, B and what they hold of one matrix."""
+        m, n = self.pair.shape(name)
+        slices = [dW for *_, dW in _differences(self.pair, name, None)]
+        dW = torch.cat(slices, 0 if m >= n else 1)
+        dW = dW.T if self.transposed[name] else dW  # (out, in)
+        B, A, best = leading_factors(dW, self.ranks[name])
+        scaled = B if dW.shape[0] >= dW.shape[1] else A  # the other is orthonormal
+        norm = float(dW.double().square().sum())
+        kept = float(scaled.double().square().sum()) / norm
+        return A, B, {"squared_norm": norm, "kept": kept, "best": best / norm}
+
+    def write(self, folder: Path) -> dict[str, dict]:
+        """Write the folder beside its place, then rename it; return what `tensors` notes."""
         from peft import LoraConfig
 
         modules = {self.places[name].rpartition(".")[0] for name in self.saved}
@@ -2284,18 +2289,18 @@ class AdapterPlan:
             base_model_name_or_path=str(self.pair.base.folder),
             inference_mode=True,
         )
-        shapes, kept = self.shapes(), {}
+        shapes, factors = self.shapes(), {}
         _require_disk(folder.parent, 4e-9 * sum(map(math.prod, shapes.values())))
         scratch = Path(tempfile.mkdtemp(dir=folder.parent, prefix=f".{folder.name}-"))
         try:
             config.save_pretrained(scratch)
             file = scratch / "adapter_model.safetensors"
-            _write_safetensors(file, shapes, self.tensors(kept))
+            _write_safetensors(file, shapes, self.tensors(factors))
             scratch.chmod(0o755)
             os.rename(scratch, folder)
         finally:
             shutil.rmtree(scratch, ignore_errors=True)
-        return kept
+        return factors
 
 
 def _write_safetensors(

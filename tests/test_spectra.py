@@ -319,3 +319,26 @@ def test_reproducible_rank_finds_the_directions_that_two_updates_share(shared):
 )
 def test_needed_rank(kept, rank):
     assert utils.needed_rank(pd.Series(kept), 0.95) == pytest.approx(rank)
+
+
+SPECTRA = {  # of a 300 x 200 matrix
+    "a head above noise": torch.cat([torch.linspace(9, 5, 20), torch.full((180,), 0.05)]),
+    "a decay": 1 / torch.arange(1.0, 201),
+    "noise": torch.linspace(2, 0.2, 200),
+    "a tiny update": torch.linspace(2, 0.2, 200) * 1e-25,
+}
+
+
+@pytest.mark.parametrize("kind", SPECTRA)
+@pytest.mark.parametrize("r", [1, 8, 200])
+@pytest.mark.parametrize("turned", [False, True])
+def test_leading_factors_hold_the_best_that_their_rank_can(kind, r, turned):
+    torch.manual_seed(0)
+    U, V = (torch.linalg.qr(torch.randn(n, 200))[0] for n in (300, 200))
+    dW = (U * SPECTRA[kind] @ V.T).T if turned else U * SPECTRA[kind] @ V.T
+    B, A, best = utils.leading_factors(dW, r)
+    assert B.shape == (dW.shape[0], r) and A.shape == (r, dW.shape[1])
+    exact = SPECTRA[kind].double().square()
+    held = (B.double() @ A.double()).square().sum()
+    assert abs(held - exact[:r].sum()) / exact.sum() < 1e-6
+    assert abs(best - exact[:r].sum()) / exact.sum() < 1e-6
