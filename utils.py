@@ -1952,13 +1952,13 @@ def _compare_matrix(pair: Pair, name: str, expert: int | None) -> tuple[dict, di
     gram = torch.zeros(min(m, n), min(m, n), dtype=torch.float64, device=device())
     sums = dict.fromkeys(("base", "update", "changed", "rounding"), 0.0)
     for W0, W1, dW in _differences(pair, name, expert):
-        sums["base"] += float(W0.double().square().sum())
+        sums["base"] += float(torch.linalg.vector_norm(W0, dtype=torch.float64)) ** 2
         sums["changed"] += int(torch.count_nonzero(dW))
         sums["rounding"] += _rounding_variance(W1, pair.tuned.dtypes[name])
-        dW = (dW if m >= n else dW.T).double()
         if sums["changed"]:
-            sums["update"] += float(dW.square().sum())
+            dW = (dW if m >= n else dW.T).double()
             gram.addmm_(dW.T, dW)
+    sums["update"] = float(gram.trace())
     return {"sums": sums}, {"S": _root_spectrum(gram).float().cpu()}
 
 
@@ -1966,9 +1966,13 @@ def _rounding_variance(W: Tensor, dtype: str) -> float:
     """Expected squared norm of the error of rounding W to its stored type: sum of ulp^2 / 12."""
     if dtype not in MANTISSA_BITS:
         return 0.0
-    exponent = torch.frexp(W).exponent.clamp_min(-13 if dtype == "F16" else -125) - 1
-    exponent -= MANTISSA_BITS[dtype]
-    return float(torch.exp2(2.0 * exponent.double())[W != 0].sum() / 12)
+    biased = (W.view(torch.int32) >> 23 & 255).flatten()  # 127 more than the exponent
+    counts = torch.bincount(biased, minlength=256).double()
+    counts[0] = 0  # zeros; a subnormal bfloat16 is as good as zero
+    exponent = (torch.arange(256, device=W.device) - 127.0).clamp_min(
+        -14 if dtype == "F16" else -126
+    )
+    return float((counts * torch.exp2(2 * (exponent.double() - MANTISSA_BITS[dtype]))).sum() / 12)
 
 
 def _pair_row(pair: Pair, label: str, name: str, entry: tuple[dict, dict[str, Tensor]]) -> dict:
@@ -2113,8 +2117,10 @@ def leading_factors(dW: Tensor, r: int) -> tuple[Tensor, Tensor, float]:
     ([[0.0, 0.0], [0.0, 4.0]], 16.0)
     """
     X = dW if dW.shape[0] >= dW.shape[1] else dW.T  # (long, small)
-    scale = X.abs().max()
-    eigenvalues, eigenvectors = torch.linalg.eigh((X / scale).T @ (X / scale))  # ascending
+    low, high = X.aminmax()
+    scale = torch.maximum(high, -low)
+    unit = X / scale  # whose squares do not underflow
+    eigenvalues, eigenvectors = torch.linalg.eigh(unit.T @ unit)  # ascending
     V = eigenvectors.flip(1)[:, :r]  # (small, r)
     best = float(eigenvalues[-r:].double().sum() * scale.double() ** 2)
     return *((dW @ V, V.T) if X is dW else (V, V.T @ dW)), best
@@ -2153,18 +2159,23 @@ def extract_adapter(
         table = compare_checkpoints(base, tuned, allow_pickle=allow_pickle)
         ranks = recommend_ranks(table, energy=energy)
     chosen = {n: rank_of(ranks, n) if ranks else min(rank, *pair.shape(n)) for n in transposed}
-    chosen = {name: r for name, r in chosen.items() if r and _changed(pair, name)}
+    changed = _changed(pair)
+    chosen = {name: r for name, r in chosen.items() if r and name in changed}
     _require(bool(chosen), f"no linear layer of {tuned} gets a rank: there is nothing to write")
-    rest = {name: _difference(pair, name) for name in pair.names if name not in chosen}
-    rest = {name: norm for name, norm in rest.items() if norm > 0}
+    rest = {name: _difference(pair, name) for name in changed if name not in chosen}
     saved = _whole_norms(places, transposed, rest)
     plan = AdapterPlan(pair, places, transposed, chosen, saved)
     return _adapter_report(plan, rest, plan.write(Path(out).expanduser()))
 
 
-def _changed(pair: Pair, name: str) -> bool:
-    """Whether an entry of the tensor differs; reads no further than the first slice that does."""
-    return any(bool(dW.any()) for *_, dW in _differences(pair, name, None))
+def _changed(pair: Pair) -> list[str]:
+    """The tensors of which an entry differs, each read no further than where one does."""
+
+    def differs(name: str) -> bool:
+        return any(bool(dW.any()) for *_, dW in _differences(pair, name, None))
+
+    found = zip(pair.names, _by_core(differs, pair.names), strict=True)
+    return [name for name, different in found if different]
 
 
 def _adapter_report(
@@ -2272,9 +2283,8 @@ class AdapterPlan:
         dW = dW.T if self.transposed[name] else dW  # (out, in)
         B, A, best = leading_factors(dW, self.ranks[name])
         scaled = B if dW.shape[0] >= dW.shape[1] else A  # the other is orthonormal
-        norm = float(dW.double().square().sum())
-        kept = float(scaled.double().square().sum()) / norm
-        return A, B, {"squared_norm": norm, "kept": kept, "best": best / norm}
+        norm, held = (float(torch.linalg.vector_norm(X, dtype=torch.float64)) for X in (dW, scaled))
+        return A, B, {"squared_norm": norm**2, "kept": (held / norm) ** 2, "best": best / norm**2}
 
     def write(self, folder: Path) -> dict[str, dict]:
         """Write the folder beside its place, then rename it; return what `tensors` notes."""
