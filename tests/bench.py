@@ -7,6 +7,7 @@ machine; nothing is asserted.  `make bench ONLY=pairs` runs one part (spectra, t
 import contextlib
 import dataclasses
 import json
+import os
 import statistics
 import subprocess
 import sys
@@ -266,6 +267,7 @@ def bench_pairs() -> None:
         with tempfile.TemporaryDirectory(dir=utils.cache_folder()) as scratch:
             torch.manual_seed(0)
             write_pair(Path(scratch), *pair)
+            os.sync()  # or whoever comes first waits for the disk
             folders = {side: f"{scratch}/{side}" for side in ("base", "tuned")}
             one_pair(title, tool, scratch, **folders)
 
