@@ -29,7 +29,7 @@ def contents(pdf):
     """The decompressed streams of a PDF."""
     for stream in re.findall(rb"stream\r?\n(.*?)\r?\nendstream", pdf, re.DOTALL):
         try:
-            yield zlib.decompress(stream)
+            yield zlib.decompressobj().decompress(stream)  # its last byte may look like a line end
         except zlib.error:
             continue
 
