@@ -2448,6 +2448,38 @@ def needed_rank(kept: pd.Series, share: float) -> float:
     return float(low * (high / low) ** part)
 
 
+def at_gain(run: Result, base: Result, share: float) -> dict[str, float]:
+    """Where a full run had first regained `share` of its fall in loss: step, energy_8, r90.
+
+    From its notes on the way, with the loss of GROWTH_ROWS rows of "valid", linearly between the
+    last that falls short and the first that does not; medians over the matrices.  A share that
+    the first note exceeds gives that note.
+    """
+    start, end = (_growth_loss(result) for result in (base, run))
+    last = {"step": run.config.steps, "loss_nats": end}
+    last |= pd.DataFrame(rank_measures(S) for S in run.spectra.values()).to_dict("list")
+    notes = [
+        {
+            "kept": gain_kept(note["loss_nats"], start, end),
+            "step": note["step"],
+            "energy_8": float(np.median(note["energy_8"])),
+            "r90": float(np.median(note["r90"])),
+        }
+        for note in [*run.record["growth"], last]
+    ]
+    first = next(i for i, note in enumerate(notes) if note["kept"] >= share)
+    before, after = notes[max(first - 1, 0)], notes[first]
+    way = (share - before["kept"]) / (after["kept"] - before["kept"]) if first else 0.0
+    return {name: before[name] + way * (after[name] - before[name]) for name in after}
+
+
+def _growth_loss(result: Result) -> float:
+    """The loss of the rows that notes on the way are of, in nats a token."""
+    scores = result.record["evaluation"]["valid"]
+    nats, tokens = (sum(scores[f"row_{what}"][:GROWTH_ROWS]) for what in ("nats", "tokens"))
+    return nats / tokens
+
+
 def bootstrap_interval(values: Sequence[float], *, draws: int = 2000) -> tuple[float, float]:
     """95 % percentile bootstrap interval of the mean over rows (Efron 1979), seed 0.
 

@@ -342,3 +342,37 @@ def test_leading_factors_hold_the_best_that_their_rank_can(kind, r, turned):
     held = (B.double() @ A.double()).square().sum()
     assert abs(held - exact[:r].sum()) / exact.sum() < 1e-6
     assert abs(best - exact[:r].sum()) / exact.sum() < 1e-6
+
+
+def a_run(losses, ranks):
+    """A full run whose notes at steps 1, 2, 4 have these losses and one matrix of these r90."""
+    notes = [
+        {"step": step, "loss_nats": loss, "energy_8": [1 / rank], "r90": [rank]}
+        for step, loss, rank in zip((1, 2, 4), losses, ranks, strict=True)
+    ]
+    config = utils.PROFILES["smoke"].config("facts", steps=8)
+    valid = {"row_nats": [1.0, 3.0], "row_tokens": [2, 2]}  # 1 nat a token at the end
+    return utils.Result(
+        config, {"growth": notes, "evaluation": {"valid": valid}}, {"W": torch.ones(40)}
+    )
+
+
+@pytest.mark.parametrize(
+    ("share", "step", "r90"),
+    [
+        (0.5, 1.5, 15.0),  # half way from 0.4 to 0.6
+        (0.6, 2.0, 20.0),
+        (0.7, 3.0, 25.0),  # the note at 4 has 0.8
+        (0.9, 6.0, 33.0),  # half way from there to the end: 40 equal values, r90 = 36
+        (0.1, 1.0, 10.0),  # the first note has more
+    ],
+)
+def test_the_ranks_at_a_share_of_the_gain(share, step, r90):
+    base = utils.Result(
+        utils.PROFILES["smoke"].config("facts", "base"),
+        {"evaluation": {"valid": {"row_nats": [22.0], "row_tokens": [2]}}},
+        {},
+    )
+    found = utils.at_gain(a_run([7.0, 5.0, 3.0], [10, 20, 30]), base, share)
+    assert found["step"] == pytest.approx(step)
+    assert found["r90"] == pytest.approx(r90)
