@@ -2144,8 +2144,8 @@ def extract_adapter(
 
     Returns one line a changed tensor: name, part ("lora", "modules_to_save", "dropped"), rank,
     squared_norm, kept (the share of it that the adapter holds), best (the most that its rank can
-    hold); attrs["lora"]: the arguments of LoraConfig.  The folder
-    appears whole or not at all.  Raises as open_pair, ValueError, FileExistsError for one there.
+    hold); attrs["lora"]: the arguments of LoraConfig.  The folder appears whole or not at all.
+    Raises as open_pair, ValueError for a bad rank, FileExistsError for a folder that is there.
     """
     given = sum(value is not None for value in (rank, energy, ranks))
     _require(given == 1, "give one of rank=16, energy=0.9 and ranks=recommend_ranks(...)")
@@ -2453,7 +2453,7 @@ def at_gain(run: Result, base: Result, share: float) -> dict[str, float]:
 
     From its notes on the way, with the loss of GROWTH_ROWS rows of "valid", linearly between the
     last that falls short and the first that does not; medians over the matrices.  A share that
-    the first note exceeds gives that note.
+    the first note exceeds gives that note.  The runs must have scored as many rows (eval_rows).
     """
     start, end = (_growth_loss(result) for result in (base, run))
     last = {"step": run.config.steps, "loss_nats": end}
