@@ -170,7 +170,8 @@ def test_previous_and_next_walk_through_all_pages(open_page):
     page = open_page("index.html")
     walked = [page.url.rpartition("/")[2]]
     while page.locator("nav.around a[rel=next]").count():
-        page.locator("nav.around a[rel=next]").click()
+        with page.expect_navigation():  # a click alone returns before the next page has its links
+            page.locator("nav.around a[rel=next]").click()
         walked.append(page.url.rpartition("/")[2])
     assert walked == PAGES
 
