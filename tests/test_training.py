@@ -58,6 +58,26 @@ def test_collate_pads_on_the_right():
     assert batch["labels"].tolist() == [[-100, 6, -100], [7, -100, -100]]
 
 
+def test_a_packed_batch_has_the_loss_and_gradient_of_one_row_a_line(small_task):
+    tokenizer = utils.load_tokenizer(utils.TINY)
+    rows = [utils.encode(row, tokenizer, 64) for row in (*ROWS, *small_task[:7])]
+    packed, found = utils.pack(rows), []
+    assert packed["labels"].shape == (3, 48)  # nine rows
+    assert sorted(packed["labels"].flatten().tolist()) == sorted(
+        sum((row["labels"] for row in rows), [-100] * int((packed["input_ids"] == 0).sum()))
+    )
+    for batch in (packed, utils.collate(rows, 64)):
+        model = utils.load_model(utils.TINY)
+        head = model.get_output_embeddings().weight.detach()
+        loss = utils.answer_loss(model, head, batch, dtype=torch.float32)
+        loss.backward()
+        gradients = [p.grad.flatten() for p in model.parameters() if p.grad is not None]
+        found.append((loss.item(), torch.cat(gradients)))
+    (loss, gradient), (plain, oracle) = found
+    assert loss == pytest.approx(plain, rel=1e-6)
+    assert (gradient - oracle).norm() < 1e-5 * oracle.norm()
+
+
 def test_every_row_of_a_task_has_the_metric_of_its_origin():
     rows = utils.load_task("mix")["test"]
     assert {row["metric"] for row in rows if row["task"] in ("kjv", "pirate", "sorbian")} == {
