@@ -438,7 +438,7 @@ MEASURING += [
     "cut",
 ]
 BESIDE = ("_require", "_require_disk", "_first_line", "_delta_file")  # no part of any number
-FINGERPRINT = (2, "50a2590134ceb486")
+FINGERPRINT = (2, "9bb760fa2663ce5f")
 
 
 def plain(node):
