@@ -85,6 +85,8 @@ class Profile:
     lora_lrs: tuple[float, ...] = (1e-3,)
     swept_ranks: tuple[int, ...] = (8,)  # LoRA ranks with a search; those between interpolate
     embedding_tasks: tuple[str, ...] = ("sorbian",)  # run once more with a trained embedding
+    scaling_ranks: tuple[int, ...] = (1, 8, 64, 256)  # LoRA of the facts by both scales ...
+    scaling_lrs: tuple[float, ...] = (1e-4, 3e-4, 1e-3, 3e-3)  # ... at each of these
     compile: bool = True
 
     @property
@@ -140,6 +142,8 @@ PROFILES = {
         swept_ranks=(1, 8),
         seeds=(0, 1),
         embedding_tasks=("facts",),
+        scaling_ranks=(1, 8),
+        scaling_lrs=(1e-3, 1e-2),
         compile=False,
     ),
     "quick": Profile(
@@ -153,6 +157,7 @@ PROFILES = {
         lora_tasks=("facts",),
         lora_ranks=(8,),
         embedding_tasks=(),
+        scaling_ranks=(),
         compile=False,  # takes longer than it saves on so few steps
     ),
     "paper": Profile("paper"),
@@ -1468,6 +1473,17 @@ def lora_configs() -> list[RunConfig]:
 def embedding_configs() -> list[RunConfig]:
     """Full fine-tuning with the embedding trained too, beside the same with it frozen."""
     return [tuned(task, train_embedding=True) for task in profile().embedding_tasks]
+
+
+def scaling_configs() -> list[RunConfig]:
+    """LoRA of the facts scaled by alpha / r and by alpha / sqrt(r), at several ranks and rates."""
+    return [
+        profile().config("facts", "lora", rank=rank, rslora=rslora, lr=lr)
+        for rslora in (False, True)
+        for rank in profile().scaling_ranks
+        if rank > 1 or not rslora  # the same scale at rank 1
+        for lr in profile().scaling_lrs
+    ]
 
 
 def updates(config: RunConfig) -> dict[str, Tensor]:

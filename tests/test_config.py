@@ -212,6 +212,18 @@ def test_ranks_between_swept_ones_interpolate_their_learning_rates(losses):
     assert found == {1: 1e-3, 4: 4.6e-3, 8: 1e-2}  # 10 ** (-3 + log(4) / log(8))
 
 
+def test_the_scales_are_compared_at_every_rank_and_rate_and_shared_at_rank_one(store):
+    found = [(c.rank, c.rslora, c.lr) for c in utils.scaling_configs()]
+    assert sorted(found) == [
+        (1, False, 1e-3),
+        (1, False, 1e-2),
+        (8, False, 1e-3),
+        (8, False, 1e-2),
+        (8, True, 1e-3),
+        (8, True, 1e-2),
+    ]
+
+
 def test_a_grid_that_diverged_as_a_whole_is_named(losses):
     losses |= {(0, 1e-4): None, (0, 1e-3): None}
     with pytest.raises(ValueError, match=r"every learning rate diverged: facts-full.*lower"):
