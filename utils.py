@@ -85,8 +85,8 @@ class Profile:
     lora_lrs: tuple[float, ...] = (1e-3,)
     swept_ranks: tuple[int, ...] = (8,)  # LoRA ranks with a search; those between interpolate
     embedding_tasks: tuple[str, ...] = ("sorbian",)  # run once more with a trained embedding
-    scaling_ranks: tuple[int, ...] = (1, 8, 64, 256)  # LoRA of the facts by both scales ...
-    scaling_lrs: tuple[float, ...] = (1e-4, 3e-4, 1e-3, 3e-3)  # ... at each of these
+    scaling_ranks: tuple[int, ...] = (1, 8, 64)  # LoRA of the facts by each of SCALES ...
+    scaling_lrs: tuple[float, ...] = (1e-4, 3e-4, 1e-3, 3e-3)  # ... at each of these rates
     compile: bool = True
 
     @property
@@ -294,6 +294,11 @@ class RunConfig:
             "model_sha256": model_sha256(self.model),
             "measurement": MEASUREMENT,
         }
+
+    @property
+    def scale(self) -> float:
+        """What a LoRA's B @ A is multiplied by; 0 in other runs."""
+        return self.alpha / (math.sqrt(self.rank) if self.rslora else self.rank or 1)
 
     @property
     def growth_steps(self) -> set[int]:
@@ -1475,15 +1480,28 @@ def embedding_configs() -> list[RunConfig]:
     return [tuned(task, train_embedding=True) for task in profile().embedding_tasks]
 
 
-def scaling_configs() -> list[RunConfig]:
-    """LoRA of the facts scaled by alpha / r and by alpha / sqrt(r), at several ranks and rates."""
-    return [
-        profile().config("facts", "lora", rank=rank, rslora=rslora, lr=lr)
-        for rslora in (False, True)
-        for rank in profile().scaling_ranks
-        if rank > 1 or not rslora  # the same scale at rank 1
-        for lr in profile().scaling_lrs
-    ]
+SCALES = {  # name: the fields of RunConfig that set it
+    "α / r, α = 32": {"alpha": 32.0},
+    "α / √r, α = 32": {"alpha": 32.0, "rslora": True},
+    "α / r, α = 256": {"alpha": 256.0},
+}
+
+
+def scaling_configs() -> dict[str, list[RunConfig]]:
+    """LoRA of the facts by each of SCALES, at every rank and learning rate; {scale's name: runs}.
+
+    Where two scales are equal, as all are at rank 1 but for alpha, they share their runs.
+    """
+    first: dict[tuple, RunConfig] = {}
+    found = {}
+    for name, fields in SCALES.items():
+        configs = [
+            profile().config("facts", "lora", rank=rank, lr=lr, **fields)
+            for rank in profile().scaling_ranks
+            for lr in profile().scaling_lrs
+        ]
+        found[name] = [first.setdefault((c.rank, c.lr, c.scale), c) for c in configs]
+    return found
 
 
 def updates(config: RunConfig) -> dict[str, Tensor]:

@@ -212,16 +212,23 @@ def test_ranks_between_swept_ones_interpolate_their_learning_rates(losses):
     assert found == {1: 1e-3, 4: 4.6e-3, 8: 1e-2}  # 10 ** (-3 + log(4) / log(8))
 
 
-def test_the_scales_are_compared_at_every_rank_and_rate_and_shared_at_rank_one(store):
-    found = [(c.rank, c.rslora, c.lr) for c in utils.scaling_configs()]
-    assert sorted(found) == [
-        (1, False, 1e-3),
-        (1, False, 1e-2),
-        (8, False, 1e-3),
-        (8, False, 1e-2),
-        (8, True, 1e-3),
-        (8, True, 1e-2),
-    ]
+def test_scales_that_are_equal_share_their_runs(store):
+    found = {
+        name: [(c.rank, c.alpha, c.rslora) for c in configs if c.lr == 1e-2]
+        for name, configs in utils.scaling_configs().items()
+    }
+    assert found == {
+        "α / r, α = 32": [(1, 32, False), (8, 32, False)],
+        "α / √r, α = 32": [(1, 32, False), (8, 32, True)],
+        "α / r, α = 256": [(1, 256, False), (8, 256, False)],
+    }
+
+
+def test_the_scale_of_a_lora_is_that_of_peft():
+    for changes in ({}, {"rslora": True}, {"alpha": 256.0}):
+        config = utils.profile().config("facts", "lora", rank=8, **changes)
+        layer = next(iter(utils.lora_layers(utils.prepare(config)).values()))
+        assert layer.scaling["default"] == pytest.approx(config.scale)
 
 
 def test_a_grid_that_diverged_as_a_whole_is_named(losses):
