@@ -13,7 +13,7 @@ NOTEBOOKS := $(sort $(filter-out $(LAST),$(wildcard notebooks/*.ipynb))) $(LAST)
 path = $(if $(wildcard $1),$(abspath $1),$1)# what is there as an absolute path
 
 export BUILD
-report paper: export OMP_WAIT_POLICY ?= active# trains faster; other work would wait for spinning threads
+report paper: export OMP_WAIT_POLICY ?= active# trains faster; elsewhere spinning threads hinder
 
 help: ## print this list
 	@grep -E '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14

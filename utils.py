@@ -1481,16 +1481,16 @@ def embedding_configs() -> list[RunConfig]:
 
 
 SCALES = {  # name: the fields of RunConfig that set it
-    "α / r, α = 32": {"alpha": 32.0},
-    "α / √r, α = 32": {"alpha": 32.0, "rslora": True},
-    "α / r, α = 256": {"alpha": 256.0},
+    f"α / r, α = {LORA_ALPHA:g}": {},
+    f"α / √r, α = {LORA_ALPHA:g}": {"rslora": True},
+    f"α / r, α = {8 * LORA_ALPHA:g}": {"alpha": 8 * LORA_ALPHA},
 }
 
 
 def scaling_configs() -> dict[str, list[RunConfig]]:
     """LoRA of the facts by each of SCALES, at every rank and learning rate; {scale's name: runs}.
 
-    Where two scales are equal, as all are at rank 1 but for alpha, they share their runs.
+    Where two scales are equal, such as alpha / r and alpha / sqrt(r) at rank 1, they share runs.
     """
     first: dict[tuple, RunConfig] = {}
     found = {}
@@ -2466,6 +2466,18 @@ def runs_table(results: Sequence[Result]) -> pd.DataFrame:
         }
         for r in results
     )
+
+
+def scaling_table() -> pd.DataFrame:
+    """runs_table of scaling_configs, with each run's scale and its loss on the rows that choose."""
+    groups = scaling_configs()
+    runs = iter(sweep([config for configs in groups.values() for config in configs]))
+    tables = []
+    for name, configs in groups.items():
+        found = [next(runs) for _ in configs]
+        valid = [run.loss("valid") for run in found]
+        tables.append(runs_table(found).assign(scale=name, valid_nats=valid))
+    return pd.concat(tables, ignore_index=True)
 
 
 def spectra_table(results: Sequence[Result]) -> pd.DataFrame:
