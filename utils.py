@@ -600,16 +600,14 @@ def pack(rows: Sequence[dict]) -> dict[str, Tensor]:
     """Rows end to end, about four a line: input_ids, labels, position_ids, each (lines, length).
 
     Far less padding than with a line a row, and the same loss: positions start again at 0 in
-    every row, by which transformers keeps attention within it.  The length is a multiple of
-    16, so that few lengths occur, since each is compiled.
+    every row, by which transformers keeps attention within it.
     """
     lines: list[list[dict]] = [[] for _ in range(math.ceil(len(rows) / 4))]
     for row in sorted(rows, key=lambda row: -len(row["labels"])):
         shortest = min(lines, key=lambda line: sum(len(r["labels"]) for r in line))
         shortest.append(row | {"position_ids": [*range(len(row["labels"]))]})
     joined = [{key: sum((row[key] for row in line), []) for key in line[0]} for line in lines]
-    longest = max(len(line["labels"]) for line in joined)
-    return collate(joined, math.ceil(longest / 16) * 16)
+    return collate(joined, max(len(line["labels"]) for line in joined))
 
 
 # --------------------------------------------------------------------------------------
@@ -721,8 +719,8 @@ def prepare(config: RunConfig) -> nn.Module:
             model = get_peft_model(model, lora)
     if config.compile and has_compiler() and not config.rank_pattern:
         torch._dynamo.config.recompile_limit = 64  # one graph for every LoRA rank of a long sweep
-        for layer in layers:  # one small graph that all layers share, rather than a large one
-            layer.compile(dynamic=False)
+        for layer in layers:  # one small graph, shared by all layers and lengths of a batch
+            layer.compile(dynamic=True)
     return model
 
 
@@ -1092,6 +1090,28 @@ def truncate(dW: Tensor, r: int) -> Tensor:
     _require(0 <= r <= limit, f"r={r}: a {tuple(dW.shape)} matrix has ranks 0 to {limit}")
     U, S, Vh = torch.linalg.svd(dW, full_matrices=False)
     return (U[:, :r] * S[:r]) @ Vh[:r]
+
+
+def leading_factors(dW: Tensor, r: int) -> tuple[Tensor, Tensor, float]:
+    """B (m, r) and A (r, n), in dW's type, with B @ A = truncate(dW, r), and the best |B @ A|^2.
+
+    The factor of the small side holds the r leading eigenvectors of the Gram matrix and is
+    orthonormal, the other is dW's product with it.  The best is the sum of the r largest
+    eigenvalues: what |B @ A|^2 falls short of it by is rounding.
+
+    >>> B, A, best = leading_factors(torch.tensor([[3.0, 0.0], [0.0, 4.0]]), 1)
+    >>> (B @ A).abs().tolist(), round(best, 4)
+    ([[0.0, 0.0], [0.0, 4.0]], 16.0)
+    """
+    X = dW if dW.shape[0] >= dW.shape[1] else dW.T  # (long, small)
+    low, high = X.aminmax()
+    scale = torch.maximum(high, -low)
+    unit = X / scale  # whose squares do not underflow
+    gram = _add_gram(unit.new_zeros(unit.shape[1], unit.shape[1]), unit)
+    eigenvalues, eigenvectors = torch.linalg.eigh(gram)  # ascending
+    V = eigenvectors.flip(1)[:, :r]  # (small, r)
+    best = float(eigenvalues[-r:].double().sum() * scale.double() ** 2)
+    return *((dW @ V, V.T) if X is dW else (V, V.T @ dW)), best
 
 
 def subspace_overlap(A: Tensor, B: Tensor, r: int) -> float:
@@ -1613,32 +1633,36 @@ def _evaluate_cuts(
     _require(min(given) >= 0 and max(given) <= limit, f"ranks={given}: must be 0 to {limit}")
     W0 = {name: weight.detach().cpu().clone() for name, weight in matrices(model).items()}
     generator = torch.Generator().manual_seed(0)
-    factors = {name: _cut_factors(dW[name], part, generator) for name in W0}
+    factors = {name: _cut_factors(dW[name], max(given), part, generator) for name in W0}
     parameters = dict(model.named_parameters())
     with torch.no_grad(), progress(len(ranks), label) as bar:
         for name in dW.keys() - W0.keys():
             parameters[name] += dW[name].to(parameters[name].device)
         for r in ranks:
-            for name, (U, S, Vh) in factors.items():
+            for name, (B, A) in factors.items():
                 k = r.get(name, 0) if isinstance(r, dict) else r
-                kept = (U[:, :k] * S[:k]) @ Vh[:k]
+                kept = B[:, :k] @ A[:k]
                 parameters[name].copy_(W0[name] + (dW[name] - kept if part == "tail" else kept))
             yield r, evaluate(model, config, "test")
             bar.update()
 
 
 def _cut_factors(
-    dW: Tensor, part: str, generator: torch.Generator
-) -> tuple[Tensor, Tensor, Tensor]:
-    """U, S, Vh of what a cut of this part works on."""
-    U, S, Vh = torch.linalg.svd(
-        dW.sign() * dW.abs().mean() if part == "sign" else dW, full_matrices=False
+    dW: Tensor, r: int, part: str, generator: torch.Generator
+) -> tuple[Tensor, Tensor]:
+    """B (m, k) and A (k, n), k = min(r, m, n): B[:, :j] @ A[:j] is what the cut to rank j adds.
+
+    Of part "tail", what it leaves out.
+    """
+    source = dW.sign() * dW.abs().mean() if part == "sign" else dW
+    B, A, _ = leading_factors(source, min(r, *dW.shape))
+    if part != "rotated":
+        return B, A
+    S = B.norm(dim=0) * A.norm(dim=1)  # one of them is 1
+    Q_left, Q_right = (
+        torch.linalg.qr(torch.randn(X.shape, generator=generator)).Q for X in (B, A.T)
     )
-    if part == "rotated":
-        frames = (torch.randn(X.shape, generator=generator) for X in (U, Vh.T))
-        U, V = (torch.linalg.qr(frame).Q for frame in frames)
-        Vh = V.T
-    return U, S, Vh
+    return Q_left * S, Q_right.T
 
 
 OVERLAP_RANKS = (1, 2, 3, 4, 6, 8, 12, 16, 24, 32, 48, 64, 96, 128)
@@ -1670,10 +1694,16 @@ def overlaps(first: RunConfig, second: RunConfig) -> pd.DataFrame:
 def _overlaps(A: Tensor, B: Tensor) -> Tensor:
     """subspace_overlap at OVERLAP_RANKS as far as the shape goes, (ranks, 2: left, right)."""
     ranks = torch.tensor([r for r in OVERLAP_RANKS if r <= min(A.shape)])
-    (U_A, _, Vh_A), (U_B, _, Vh_B) = (torch.linalg.svd(X, full_matrices=False) for X in (A, B))
-    products = (U_A.T @ U_B).square(), (Vh_A @ Vh_B.T).square()
+    (left_A, right_A), (left_B, right_B) = (_leading_vectors(X, max(ranks)) for X in (A, B))
+    products = (left_A.T @ left_B).square(), (right_A.T @ right_B).square()
     shared = [P.cumsum(0).cumsum(1).diagonal()[ranks - 1] / ranks for P in products]
     return torch.stack(shared, dim=1)
+
+
+def _leading_vectors(dW: Tensor, r: int) -> tuple[Tensor, Tensor]:
+    """Orthonormal (m, r) and (n, r), whose first k columns span dW's k leading singular vectors."""
+    B, A, _ = leading_factors(dW, r)
+    return torch.linalg.qr(B).Q, torch.linalg.qr(A.T).Q
 
 
 def reproducible_rank(overlap: pd.Series, chance: pd.Series) -> float:
@@ -2168,28 +2198,6 @@ def verdict(table: pd.DataFrame, lora: dict) -> list[str]:
         f"(median); {near} of {len(rows)} matrices are near rounding"
         + (", and their ranks say little about the training." if near else "."),
     ]
-
-
-def leading_factors(dW: Tensor, r: int) -> tuple[Tensor, Tensor, float]:
-    """B (m, r) and A (r, n), in dW's type, with B @ A = truncate(dW, r), and the best |B @ A|^2.
-
-    The factor of the small side holds the r leading eigenvectors of the Gram matrix and is
-    orthonormal, the other is dW's product with it.  The best is the sum of the r largest
-    eigenvalues: what |B @ A|^2 falls short of it by is rounding.
-
-    >>> B, A, best = leading_factors(torch.tensor([[3.0, 0.0], [0.0, 4.0]]), 1)
-    >>> (B @ A).abs().tolist(), round(best, 4)
-    ([[0.0, 0.0], [0.0, 4.0]], 16.0)
-    """
-    X = dW if dW.shape[0] >= dW.shape[1] else dW.T  # (long, small)
-    low, high = X.aminmax()
-    scale = torch.maximum(high, -low)
-    unit = X / scale  # whose squares do not underflow
-    gram = _add_gram(unit.new_zeros(unit.shape[1], unit.shape[1]), unit)
-    eigenvalues, eigenvectors = torch.linalg.eigh(gram)  # ascending
-    V = eigenvectors.flip(1)[:, :r]  # (small, r)
-    best = float(eigenvalues[-r:].double().sum() * scale.double() ** 2)
-    return *((dW @ V, V.T) if X is dW else (V, V.T @ dW)), best
 
 
 def extract_adapter(

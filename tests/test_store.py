@@ -438,7 +438,7 @@ MEASURING += [
     "cut",
 ]
 BESIDE = ("_require", "_require_disk", "_first_line", "_delta_file")  # no part of any number
-FINGERPRINT = (2, "9bb760fa2663ce5f")
+FINGERPRINT = (2, "52b7d24ff42d2df9")
 
 
 def plain(node):
