@@ -82,6 +82,7 @@ class Profile:
     lora_tasks: tuple[str, ...] = (*ALL_TASKS, "shuffled")
     lora_ranks: tuple[int, ...] = (1, 8, 64)
     full_lrs: tuple[float, ...] = (1e-4,)  # a task takes the best on held-out loss, by lr_search
+    studied_lrs: tuple[float, ...] = (3e-6, 1e-5, 3e-5, 1e-4, 3e-4, 1e-3, 3e-3)  # see rate_runs
     lora_lrs: tuple[float, ...] = (1e-3,)
     swept_ranks: tuple[int, ...] = (8,)  # LoRA ranks with a search; those between interpolate
     embedding_tasks: tuple[str, ...] = ("sorbian",)  # run once more with a trained embedding
@@ -138,6 +139,7 @@ PROFILES = {
         lora_tasks=("sentiment", "facts"),
         lora_ranks=(1, 4, 8),
         full_lrs=(1e-4, 1e-3),
+        studied_lrs=(1e-4, 1e-3),
         lora_lrs=(1e-3, 1e-2),
         swept_ranks=(1, 8),
         seeds=(0, 1),
@@ -629,36 +631,38 @@ def answer_hidden(
 
 
 class HeadCrossEntropy(torch.autograd.Function):
-    """Mean cross-entropy of `hidden @ head.T` against `target`, without the logits in memory.
+    """Mean cross-entropy of `hidden @ head.T` against `target`, its gradients formed with it.
 
     hidden: (n, width), head: (vocabulary, width), target: (n,).  The vocabulary passes by in
-    slices that fit the processor's cache, twice: for the log-sum, then for the gradients, as in
-    Cut Cross-Entropy (Wijmans et al. 2024, arXiv 2411.09009).  Products in hidden's type.
+    slices that fit the processor's cache, first for the log-sum, then for the gradients (after
+    Cut Cross-Entropy, Wijmans et al. 2024, arXiv 2411.09009, but the logits are kept between the
+    two: with few answer tokens they are small).  Logits and products in hidden's type.
     """
 
     SLICE = 4096  # words
 
     @staticmethod
     def slices(hidden: Tensor, head: Tensor, target: Tensor) -> Iterator[tuple]:
-        """Yield the start of each slice, its weights, its float32 logits, the targets in it."""
+        """Yield the start of each slice, its weights, its logits, the targets in it."""
         for start in range(0, len(head), HeadCrossEntropy.SLICE):
             W = head[start : start + HeadCrossEntropy.SLICE].to(hidden.dtype)
             here = ((target >= start) & (target < start + len(W))).nonzero()[:, 0]
-            yield start, W, (hidden @ W.T).float(), (here, target[here] - start)
+            yield start, W, hidden @ W.T, (here, target[here] - start)
 
     @staticmethod
     def forward(ctx, hidden: Tensor, head: Tensor, target: Tensor) -> Tensor:
         """The loss; the gradients are formed along with it."""
         picked = torch.empty(len(hidden), device=hidden.device)  # logits of the targets
         sums = []
-        for _, _, logits, (rows, words) in HeadCrossEntropy.slices(hidden, head, target):
-            picked[rows] = logits[rows, words]
-            sums.append(logits.logsumexp(-1))
+        slices = list(HeadCrossEntropy.slices(hidden, head, target))
+        for _, _, logits, (rows, words) in slices:
+            picked[rows] = logits[rows, words].float()
+            sums.append(logits.float().logsumexp(-1))
         log_sum = torch.stack(sums).logsumexp(0)  # (n,)
         dh = torch.zeros_like(hidden, dtype=torch.float32)
         dW = torch.empty_like(head) if ctx.needs_input_grad[1] else None
-        for start, W, logits, (rows, words) in HeadCrossEntropy.slices(hidden, head, target):
-            p = logits.sub_(log_sum[:, None]).exp_()
+        for start, W, logits, (rows, words) in slices:
+            p = logits.float().sub_(log_sum[:, None]).exp_()
             p[rows, words] -= 1
             p = p.div_(len(hidden)).to(hidden.dtype)
             dh += p @ W
@@ -1493,6 +1497,17 @@ def lora_configs() -> list[RunConfig]:
         for rank in profile().lora_ranks
         for task in profile().lora_tasks
     ]
+
+
+def rate_runs() -> list[Result]:
+    """Full runs of the first seed at the studied learning rates, as far as they are stored."""
+    first = profile().seeds[0]
+    configs = [
+        profile().config(task, lr=lr, seed=first)
+        for task in profile().tasks
+        for lr in profile().studied_lrs
+    ]
+    return [result for config in configs if (result := stored(config))]
 
 
 def embedding_configs() -> list[RunConfig]:

@@ -438,7 +438,7 @@ MEASURING += [
     "cut",
 ]
 BESIDE = ("_require", "_require_disk", "_first_line", "_delta_file")  # no part of any number
-FINGERPRINT = (2, "52b7d24ff42d2df9")
+FINGERPRINT = (2, "09a58092511bc8d2")
 
 
 def plain(node):
