@@ -1109,7 +1109,8 @@ def leading_factors(dW: Tensor, r: int) -> tuple[Tensor, Tensor, float]:
     """
     X = dW if dW.shape[0] >= dW.shape[1] else dW.T  # (long, small)
     low, high = X.aminmax()
-    scale = torch.maximum(high, -low)
+    largest = torch.maximum(high, -low)
+    scale = torch.where(largest > 0, largest, 1)
     unit = X / scale  # whose squares do not underflow
     gram = _add_gram(unit.new_zeros(unit.shape[1], unit.shape[1]), unit)
     eigenvalues, eigenvectors = torch.linalg.eigh(gram)  # ascending

@@ -285,6 +285,12 @@ def test_the_factors_of_a_cut(part):
     )
 
 
+@pytest.mark.parametrize("part", utils.CUT_PARTS)
+def test_the_cut_of_no_update_is_none(part):
+    B, A = utils._cut_factors(torch.zeros(6, 4), 2, part, torch.Generator().manual_seed(0))
+    assert torch.equal(B @ A, torch.zeros(6, 4))
+
+
 def test_overlaps_equal_subspace_overlap():
     A, B = gaussian(40, 30), gaussian(40, 30, seed=1)
     found = utils._overlaps(A, B)
