@@ -79,10 +79,13 @@ class Profile:
     eval_rows: int = 256  # held-out rows scored
     generate_rows: int = 64  # of those, rows answered by free generation where the metric needs it
     cut_ranks: tuple[int, ...] = (0, 1, 8, 64)  # 0 keeps only what is outside the matrices
+    cut_seeds: tuple[int, ...] = (0,)
+    control_ranks: tuple[int, ...] = ()  # each part of CUT_PARTS is cut to these, first seed
     lora_tasks: tuple[str, ...] = (*ALL_TASKS, "shuffled")
     lora_ranks: tuple[int, ...] = (1, 8, 64)
-    full_lrs: tuple[float, ...] = (1e-4,)  # a task takes the best on held-out loss, by lr_search
-    studied_lrs: tuple[float, ...] = (3e-6, 1e-5, 3e-5, 1e-4, 3e-4, 1e-3, 3e-3)  # see rate_runs
+    lora_seeds: tuple[int, ...] = (0,)
+    # A task takes the rate of the lowest held-out loss, by lr_search.
+    full_lrs: tuple[float, ...] = (3e-6, 1e-5, 3e-5, 1e-4, 3e-4, 1e-3, 3e-3)
     lora_lrs: tuple[float, ...] = (1e-3,)
     swept_ranks: tuple[int, ...] = (8,)  # LoRA ranks with a search; those between interpolate
     embedding_tasks: tuple[str, ...] = ("sorbian",)  # run once more with a trained embedding
@@ -139,10 +142,12 @@ PROFILES = {
         lora_tasks=("sentiment", "facts"),
         lora_ranks=(1, 4, 8),
         full_lrs=(1e-4, 1e-3),
-        studied_lrs=(1e-4, 1e-3),
         lora_lrs=(1e-3, 1e-2),
         swept_ranks=(1, 8),
         seeds=(0, 1),
+        cut_seeds=(0, 1),
+        control_ranks=(8,),
+        lora_seeds=(0, 1),
         embedding_tasks=("facts",),
         scaling_ranks=(1, 8),
         scaling_lrs=(1e-3, 1e-2),
@@ -158,6 +163,7 @@ PROFILES = {
         cut_ranks=(0, 1, 8, 64),
         lora_tasks=("facts",),
         lora_ranks=(8,),
+        full_lrs=(1e-4,),
         embedding_tasks=(),
         scaling_ranks=(),
         compile=False,  # takes longer than it saves on so few steps
@@ -1490,25 +1496,19 @@ def full_configs() -> list[RunConfig]:
     return [tuned(task, seed=seed) for seed in profile().seeds for task in profile().tasks]
 
 
+def cut_configs() -> list[RunConfig]:
+    """The runs among full_configs whose updates are cut."""
+    return [config for config in full_configs() if config.seed in profile().cut_seeds]
+
+
 def lora_configs() -> list[RunConfig]:
     """LoRA at every rank, task and seed, at the best learning rate of task and rank."""
     return [
         tuned(task, "lora", rank=rank, seed=seed)
-        for seed in profile().seeds
+        for seed in profile().lora_seeds
         for rank in profile().lora_ranks
         for task in profile().lora_tasks
     ]
-
-
-def rate_runs() -> list[Result]:
-    """Full runs of the first seed at the studied learning rates, as far as they are stored."""
-    first = profile().seeds[0]
-    configs = [
-        profile().config(task, lr=lr, seed=first)
-        for task in profile().tasks
-        for lr in profile().studied_lrs
-    ]
-    return [result for config in configs if (result := stored(config))]
 
 
 def embedding_configs() -> list[RunConfig]:
@@ -1617,9 +1617,24 @@ def cut(
     return pd.DataFrame([{"rank": r} | entries[r][0]["test"] for r in ranks])
 
 
+def cut_until(config: RunConfig, share: float) -> pd.DataFrame:
+    """cut at the profile's ranks, and on at twice the last until `share` of the loss gain is kept.
+
+    The last rank is the first of these that keeps it, or the largest that matrices can have.
+    """
+    base, full = run(profile().config(config.task, "base")), run(config)
+    ranks, limit = [*profile().cut_ranks], max(min(full.shape(name)) for name in full.spectra)
+    while True:
+        cuts = cut(config, ranks)
+        kept = gain_kept(cuts["loss_nats"].iloc[-1], base.loss(), full.loss())
+        if kept >= share or 2 * ranks[-1] > limit:
+            return cuts
+        ranks.append(2 * ranks[-1])
+
+
 def stored_cuts(config: RunConfig) -> pd.DataFrame:
     """One line a cut of the run that is stored: rank, loss_nats, score; nothing is computed."""
-    folders = (profile().store / "cuts").glob(f"{config.key}-r*")
+    folders = (profile().store / "cuts").glob(f"{config.key}-r[0-9]*")
     records = [entry[0] for folder in folders if (entry := load_entry(folder))]
     rows = [{"rank": record["rank"]} | record["test"] for record in records]
     return pd.DataFrame(rows, columns=["rank", "loss_nats", "score"]).sort_values("rank")
@@ -1693,9 +1708,8 @@ def overlaps(first: RunConfig, second: RunConfig) -> pd.DataFrame:
     folder = profile().store / "overlaps" / f"{first.key}--{second.key}"
     entry = load_entry(folder)
     if entry is None:
-        pair = updates(first), updates(second)
-        names = [name for name in stored(first).spectra if name in pair[1]]
-        found = {n: _overlaps(pair[0][n], pair[1][n]) for n in names}
+        pair = _leading_subspaces(first), _leading_subspaces(second)
+        found = {name: _overlaps(pair[0][name], pair[1][name]) for name in pair[0]}
         save_entry(folder, {"runs": [first.key, second.key]}, found)
         entry = load_entry(folder)
     rows = []
@@ -1707,13 +1721,22 @@ def overlaps(first: RunConfig, second: RunConfig) -> pd.DataFrame:
     return pd.DataFrame(rows)
 
 
-def _overlaps(A: Tensor, B: Tensor) -> Tensor:
-    """subspace_overlap at OVERLAP_RANKS as far as the shape goes, (ranks, 2: left, right)."""
-    ranks = torch.tensor([r for r in OVERLAP_RANKS if r <= min(A.shape)])
-    (left_A, right_A), (left_B, right_B) = (_leading_vectors(X, max(ranks)) for X in (A, B))
-    products = (left_A.T @ left_B).square(), (right_A.T @ right_B).square()
+def _overlaps(A: tuple[Tensor, Tensor], B: tuple[Tensor, Tensor]) -> Tensor:
+    """subspace_overlap at OVERLAP_RANKS as far as _leading_vectors go, (ranks, 2: left, right)."""
+    ranks = torch.tensor([r for r in OVERLAP_RANKS if r <= A[0].shape[1]])
+    products = [(X.T @ Y).square() for X, Y in zip(A, B, strict=True)]
     shared = [P.cumsum(0).cumsum(1).diagonal()[ranks - 1] / ranks for P in products]
     return torch.stack(shared, dim=1)
+
+
+@functools.lru_cache(maxsize=16)  # of 170 MB each on Gemma; a run is compared with several
+def _leading_subspaces(config: RunConfig) -> dict[str, tuple[Tensor, Tensor]]:
+    """_leading_vectors of every matrix of a full run, up to the highest of OVERLAP_RANKS."""
+    dW = updates(config)
+    return {
+        name: _leading_vectors(dW[name], min(max(OVERLAP_RANKS), *dW[name].shape))
+        for name in stored(config).spectra
+    }
 
 
 def _leading_vectors(dW: Tensor, r: int) -> tuple[Tensor, Tensor]:

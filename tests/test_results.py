@@ -1,5 +1,7 @@
 """The committed results: whole, of the present code and data, and each curve of one machine."""
 
+import itertools
+
 import pytest
 
 import utils
@@ -30,3 +32,29 @@ def test_the_cuts_of_one_update_come_from_one_machine():
         curve = folder.name.rpartition("-")[0]  # the run, and the part or that ranks differ
         devices.setdefault(curve, set()).add(record.get("device", runs[record["run"]]))
     assert {curve: found for curve, found in devices.items() if len(found) > 1} == {}
+
+
+def test_the_paper_is_rendered_without_training(monkeypatch):
+    """Every run, cut and overlap that the paper profile asks for is stored."""
+    monkeypatch.setenv("PROFILE", "paper")
+
+    def refuse(config, *_):
+        raise AssertionError(f"{config.key} is not stored")
+
+    for name in ("measure", "updates"):
+        monkeypatch.setattr(utils, name, refuse)
+    profile = utils.profile()
+    utils.sweep([*utils.base_configs(), *utils.full_configs(), *utils.lora_configs()])
+    utils.sweep(utils.embedding_configs())
+    utils.sweep([config for grid in utils.scaling_configs().values() for config in grid])
+    for config in utils.cut_configs():
+        utils.cut_until(config, 0.95)
+    for config in utils.cut_configs()[: len(profile.tasks)]:
+        for part in utils.CUT_PARTS:
+            utils.cut(config, profile.control_ranks, part=part)
+    tasks = [task for task in profile.lora_tasks if task != "shuffled"]
+    groups = [[utils.tuned(task, seed=seed) for seed in profile.seeds] for task in tasks]
+    groups.append([utils.tuned(task) for task in tasks])
+    for group in groups:
+        for pair in itertools.combinations(group, 2):
+            utils.overlaps(*pair)

@@ -17,6 +17,7 @@ import warnings
 from types import SimpleNamespace
 
 import joblib
+import pandas as pd
 import pytest
 import torch
 
@@ -380,6 +381,28 @@ def test_an_update_trained_again_elsewhere_is_told_from_the_stored_one(config, c
         utils.updates(config)
 
 
+@pytest.mark.parametrize(
+    ("nats", "ranks"),
+    [
+        ({0: 5.0, 1: 4.0, 8: 3.0, 16: 1.1}, [0, 1, 8, 16]),  # 97.5 % of the gain at once
+        ({0: 5.0, 1: 4.0, 8: 3.0, 16: 2.0, 32: 1.0}, [0, 1, 8, 16, 32]),
+        ({0: 5.0, 1: 4.0, 8: 3.0, 16: 2.0, 32: 1.5}, [0, 1, 8, 16, 32]),  # and 32 is the largest
+    ],
+)
+def test_cuts_go_on_until_enough_is_kept(config, monkeypatch, nats, ranks):
+    def result(asked):
+        loss = 5.0 if asked.method == "base" else 1.0
+        record = {"evaluation": {"test": {"loss_nats": loss}}, "shapes": {"one": [32, 48]}}
+        return utils.Result(asked, record, {"one": torch.ones(32)})
+
+    def fake_cut(_, asked):
+        return pd.DataFrame({"rank": asked, "loss_nats": [nats[rank] for rank in asked]})
+
+    monkeypatch.setattr(utils, "run", result)
+    monkeypatch.setattr(utils, "cut", fake_cut)
+    assert utils.cut_until(config, 0.95)["rank"].tolist() == ranks
+
+
 def test_head_and_tail_of_a_cut_meet_at_the_ends(config):
     config = dataclasses.replace(config, lr=1e-2, dtype="float32")
     head, tail = (utils.cut(config, [0, 32], part=part)["loss_nats"] for part in ("head", "tail"))
@@ -392,6 +415,7 @@ def test_parts_of_a_cut_are_stored_apart(config):
     losses = {part: utils.cut(config, [4], part=part)["loss_nats"][0] for part in utils.CUT_PARTS}
     assert len(set(losses.values())) == 4
     assert losses == {part: utils.cut(config, [4], part=part)["loss_nats"][0] for part in losses}
+    assert utils.stored_cuts(config)["loss_nats"].tolist() == [losses["head"]]
     with pytest.raises(ValueError, match="part='middle'.*head, tail"):
         utils.cut(config, [4], part="middle")
 
