@@ -243,11 +243,3 @@ def test_only_the_paper_profile_writes_into_the_repository(name):
     for folder in (profile.store, profile.figures):
         assert not folder.is_relative_to(utils.ROOT)  # BUILD is a temporary folder here
     assert utils.PROFILES["paper"].store == utils.ROOT / "data"
-
-
-def test_the_cut_runs_are_those_of_the_cut_seeds(monkeypatch, losses):
-    one = dataclasses.replace(utils.PROFILES["smoke"], seeds=(0, 1, 2), cut_seeds=(2,))
-    monkeypatch.setitem(utils.PROFILES, "smoke", one)
-    losses |= {(0, 1e-4): 1, (0, 1e-3): 2}
-    assert [c.task for c in utils.cut_configs()] == list(one.tasks)
-    assert {c.seed for c in utils.cut_configs()} == {2}

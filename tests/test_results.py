@@ -47,9 +47,9 @@ def test_the_paper_is_rendered_without_training(monkeypatch):
     utils.sweep([*utils.base_configs(), *utils.full_configs(), *utils.lora_configs()])
     utils.sweep(utils.embedding_configs())
     utils.sweep([config for grid in utils.scaling_configs().values() for config in grid])
-    for config in utils.cut_configs():
+    for config in utils.full_configs():
         utils.cut_until(config, 0.95)
-    for config in utils.cut_configs()[: len(profile.tasks)]:
+    for config in utils.full_configs()[: len(profile.tasks)]:
         for part in utils.CUT_PARTS:
             utils.cut(config, profile.control_ranks, part=part)
     tasks = [task for task in profile.lora_tasks if task != "shuffled"]
