@@ -82,7 +82,7 @@ class Profile:
     control_ranks: tuple[int, ...] = (8,)  # each part of CUT_PARTS is cut to these, first seed
     lora_tasks: tuple[str, ...] = (*ALL_TASKS, "shuffled")
     lora_ranks: tuple[int, ...] = (1, 8, 64)
-    lora_seeds: tuple[int, ...] = (0,)
+    lora_seeds: tuple[int, ...] = (0,)  # those of seeds that LoRA has too
     # A task takes the rate of the lowest held-out loss, by lr_search.
     full_lrs: tuple[float, ...] = (3e-6, 1e-5, 3e-5, 1e-4, 3e-4, 1e-3, 3e-3)
     lora_lrs: tuple[float, ...] = (1e-3,)
