@@ -72,7 +72,7 @@ class Profile:
     name: str
     model: str = GEMMA
     tasks: tuple[str, ...] = (*ALL_TASKS, "shuffled")
-    seeds: tuple[int, ...] = (0, 1)
+    seeds: tuple[int, ...] = (0, 1, 2)
     steps: int = 120
     batch_size: int = 16  # rows
     seq_len: int = 48  # tokens a row at most
@@ -82,14 +82,18 @@ class Profile:
     control_ranks: tuple[int, ...] = (8,)  # each part of CUT_PARTS is cut to these, first seed
     lora_tasks: tuple[str, ...] = (*ALL_TASKS, "shuffled")
     lora_ranks: tuple[int, ...] = (1, 8, 64)
-    lora_seeds: tuple[int, ...] = (0,)  # those of seeds that LoRA has too
     # A task takes the rate of the lowest held-out loss, by lr_search.
     full_lrs: tuple[float, ...] = (3e-6, 1e-5, 3e-5, 1e-4, 3e-4, 1e-3, 3e-3)
-    lora_lrs: tuple[float, ...] = (1e-3,)
-    swept_ranks: tuple[int, ...] = (8,)  # LoRA ranks with a search; those between interpolate
+    lora_lrs: tuple[float, ...] = (1e-4, 3e-4, 1e-3, 3e-3, 1e-2)
+    # LoRA's rate is searched in the tasks whose lowest rank falls short at the common rate, at
+    # these ranks; those between interpolate.
+    searched_tasks: tuple[str, ...] = ("kjv", "facts", "sorbian", "code")
+    searched_ranks: tuple[int, ...] = (1, 64)
     embedding_tasks: tuple[str, ...] = ("sorbian",)  # run once more with a trained embedding
     scaling_ranks: tuple[int, ...] = (1, 8, 64)  # LoRA of the facts by each of SCALES ...
     scaling_lrs: tuple[float, ...] = (1e-4, 3e-4, 1e-3, 3e-3)  # ... at each of these rates
+    budget_ranks: tuple[int, ...] = (1, 8)  # LoRA of the facts at these, once more ...
+    budgets: tuple[int, ...] = (1, 2, 4)  # ... with so many times the steps
     compile: bool = True
 
     @property
@@ -107,6 +111,13 @@ class Profile:
         """The figure folder: of the profile, or of the venue in the environment variable VENUE."""
         venue = os.environ.get("VENUE")
         return build_folder() / "figures" / venue if venue else self.folder / "figures"
+
+    def rates(self, task: str, method: str) -> list[float]:
+        """The learning rates, ascending, among which a task's is searched; the middle is common."""
+        rates = sorted(self.lora_lrs if method == "lora" else self.full_lrs)
+        if method == "lora" and task not in self.searched_tasks:
+            return [_middle(rates)]
+        return rates
 
     def config(self, task: str, method: str = "full", **changes) -> RunConfig:
         """The configuration of one run of this profile; `changes` override single fields.
@@ -141,12 +152,14 @@ PROFILES = {
         lora_tasks=("sentiment", "facts"),
         lora_ranks=(1, 4, 8),
         full_lrs=(1e-4, 1e-3),
+        seeds=(0, 1),
         lora_lrs=(1e-3, 1e-2),
-        swept_ranks=(1, 8),
-        lora_seeds=(0, 1),
+        searched_tasks=("facts",),
+        searched_ranks=(1, 8),
         embedding_tasks=("facts",),
         scaling_ranks=(1, 8),
         scaling_lrs=(1e-3, 1e-2),
+        budgets=(1, 2),
         compile=False,
     ),
     "quick": Profile(
@@ -161,9 +174,12 @@ PROFILES = {
         lora_tasks=("facts",),
         lora_ranks=(8,),
         full_lrs=(1e-4,),
+        lora_lrs=(1e-3,),
+        searched_ranks=(8,),
         seeds=(0,),
         embedding_tasks=(),
         scaling_ranks=(),
+        budget_ranks=(),
         compile=False,  # takes longer than it saves on so few steps
     ),
     "paper": Profile("paper"),
@@ -1446,10 +1462,10 @@ def _estimated_seconds(config: RunConfig) -> float:
 def lr_search(task: str, method: str = "full", *, rank: int = 0) -> list[Result]:
     """The runs that choose a task's learning rate, by ascending rate, all with the first seed.
 
-    Starts in the middle of the profile's rates and climbs: it ends when both neighbours of the
-    best rate are run and no better, or where the profile has no neighbour.
+    Starts in the middle of the task's rates and climbs: it ends when both neighbours of the best
+    rate are run and no better, or where the profile has no neighbour.
     """
-    rates = sorted(profile().lora_lrs if method == "lora" else profile().full_lrs)
+    rates = profile().rates(task, method)
     found, best, around = {}, len(rates) // 2, None
     while best != around:
         around = best
@@ -1472,10 +1488,10 @@ def best_lr(results: Sequence[Result]) -> float:
 def tuned(task: str, method: str = "full", *, rank: int = 0, **changes) -> RunConfig:
     """The configuration at the task's best learning rate; runs what of lr_search is not stored.
 
-    LoRA ranks between two `swept_ranks` take the geometric interpolation of their best rates.
+    LoRA ranks between two `searched_ranks` take the geometric interpolation of their best rates.
     """
-    swept = profile().swept_ranks if method == "lora" else (0,)
-    near = {rank} if rank in swept else set(swept)
+    searched = profile().searched_ranks if method == "lora" else (0,)
+    near = {rank} if rank in searched else set(searched)
     best = {r: best_lr(lr_search(task, method, rank=r)) for r in sorted(near)}
     lr = best.get(rank)
     if lr is None:
@@ -1495,10 +1511,9 @@ def full_configs() -> list[RunConfig]:
 
 
 def lora_configs() -> list[RunConfig]:
-    """LoRA at every rank, task and seed, at the best learning rate of task and rank."""
+    """LoRA at every rank and task with the first seed; lora_until takes the others."""
     return [
-        tuned(task, "lora", rank=rank, seed=seed)
-        for seed in profile().lora_seeds
+        tuned(task, "lora", rank=rank)
         for rank in profile().lora_ranks
         for task in profile().lora_tasks
     ]
@@ -1531,6 +1546,15 @@ def scaling_configs() -> dict[str, list[RunConfig]]:
         ]
         found[name] = [first.setdefault((c.rank, c.lr, c.scale), c) for c in configs]
     return found
+
+
+def budget_configs() -> list[RunConfig]:
+    """LoRA of the facts with budgets of steps, at the ranks of the profile."""
+    return [
+        profile().config("facts", "lora", rank=rank, steps=times * profile().steps)
+        for rank in profile().budget_ranks
+        for times in profile().budgets
+    ]
 
 
 def updates(config: RunConfig) -> dict[str, Tensor]:
@@ -1623,6 +1647,20 @@ def cut_until(config: RunConfig, share: float) -> pd.DataFrame:
         if kept >= share or 2 * ranks[-1] > limit:
             return cuts
         ranks.append(2 * ranks[-1])
+
+
+def lora_until(config: RunConfig, share: float) -> list[Result]:
+    """LoRA of a full run's task and seed, by ascending rank until `share` of its gain is reached.
+
+    The gain is that in held-out loss; the last run is the first that reaches it, or the largest.
+    """
+    base, full = run(profile().config(config.task, "base")), run(config)
+    found = []
+    for rank in sorted(profile().lora_ranks):
+        found.append(run(tuned(config.task, "lora", rank=rank, seed=config.seed)))
+        if gain_kept(found[-1].loss(), base.loss(), full.loss()) >= share:
+            break
+    return found
 
 
 def stored_cuts(config: RunConfig) -> pd.DataFrame:

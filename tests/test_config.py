@@ -212,6 +212,30 @@ def test_ranks_between_swept_ones_interpolate_their_learning_rates(losses):
     assert found == {1: 1e-3, 4: 4.6e-3, 8: 1e-2}  # 10 ** (-3 + log(4) / log(8))
 
 
+def test_lora_of_other_tasks_takes_the_common_rate_without_a_search(losses):
+    losses |= {(1, 1e-3): 1, (1, 1e-2): 2}
+    assert utils.tuned("sentiment", "lora", rank=1).lr == 1e-2  # the middle, though 1e-3 is better
+
+
+@pytest.mark.parametrize(
+    ("share", "ranks"), [(0.5, [1]), (0.9, [1, 4]), (0.96, [1, 4, 8]), (1.1, [1, 4, 8])]
+)
+def test_lora_goes_up_the_ranks_until_it_reaches_the_share(monkeypatch, share, ranks):
+    losses = {("base", 0): 5.0, ("full", 0): 1.0, ("lora", 1): 2.0, ("lora", 4): 1.2}
+    losses[("lora", 8)] = 1.1
+
+    def result(config):
+        loss = {"loss_nats": losses[config.method, config.rank]}
+        evaluation = {"valid": loss, "test": loss}
+        return utils.Result(config, {"status": "finished", "evaluation": evaluation}, {})
+
+    monkeypatch.setattr(utils, "run", result)
+    monkeypatch.setattr(utils, "sweep", lambda configs: [result(c) for c in configs])
+    found = utils.lora_until(utils.profile().config("sentiment", seed=1), share)
+    assert [run.config.rank for run in found] == ranks
+    assert {run.config.seed for run in found} == {1}
+
+
 def test_scales_that_are_equal_share_their_runs(store):
     found = {
         name: [(c.rank, c.alpha, c.rslora) for c in configs if c.lr == 1e-2]
