@@ -82,6 +82,7 @@ class Profile:
     control_ranks: tuple[int, ...] = (8,)  # each part of CUT_PARTS is cut to these, first seed
     lora_tasks: tuple[str, ...] = (*ALL_TASKS, "shuffled")
     lora_ranks: tuple[int, ...] = (1, 8, 64)
+    lora_seeds: tuple[int, ...] = (0, 1)  # those of seeds that LoRA has too, by lora_until
     # A task takes the rate of the lowest held-out loss, by lr_search.
     full_lrs: tuple[float, ...] = (3e-6, 1e-5, 3e-5, 1e-4, 3e-4, 1e-3, 3e-3)
     lora_lrs: tuple[float, ...] = (1e-4, 3e-4, 1e-3, 3e-3, 1e-2)
@@ -93,7 +94,7 @@ class Profile:
     scaling_ranks: tuple[int, ...] = (1, 8, 64)  # LoRA of the facts by each of SCALES ...
     scaling_lrs: tuple[float, ...] = (1e-4, 3e-4, 1e-3, 3e-3)  # ... at each of these rates
     budget_ranks: tuple[int, ...] = (1, 8)  # LoRA of the facts at these, once more ...
-    budgets: tuple[int, ...] = (1, 2, 4)  # ... with so many times the steps
+    budgets: tuple[int, ...] = (1, 2)  # ... with so many times the steps
     compile: bool = True
 
     @property
@@ -159,7 +160,6 @@ PROFILES = {
         embedding_tasks=("facts",),
         scaling_ranks=(1, 8),
         scaling_lrs=(1e-3, 1e-2),
-        budgets=(1, 2),
         compile=False,
     ),
     "quick": Profile(
@@ -177,6 +177,7 @@ PROFILES = {
         lora_lrs=(1e-3,),
         searched_ranks=(8,),
         seeds=(0,),
+        lora_seeds=(0,),
         embedding_tasks=(),
         scaling_ranks=(),
         budget_ranks=(),
@@ -2797,7 +2798,7 @@ def label_points(ax, x: pd.Series, y: pd.Series) -> None:
     taken = [(px - 5, py - 5, px + 5, py + 5) for px, py in points.values()]
     frame = tuple(ax.get_window_extent().extents * 72 / ax.figure.dpi)
     for task, (px, py) in points.items():
-        width, height = 4.2 * len(TASKS[task].title), 8
+        width, height = 4.6 * len(TASKS[task].title), 8
         sides = [(6, -height / 2), (-6 - width, -height / 2), (-width / 2, 6), (-width / 2, -14)]
         sides += [(dx, dy) for dx in (5, -5 - width) for dy in (3, -3 - height)]  # the corners
         boxes = [(px + dx, py + dy, px + dx + width, py + dy + height) for dx, dy in sides]
