@@ -180,7 +180,7 @@ PROFILES = {
         lora_seeds=(0,),
         embedding_tasks=(),
         scaling_ranks=(),
-        budget_ranks=(),
+        budgets=(),
         compile=False,  # takes longer than it saves on so few steps
     ),
     "paper": Profile("paper"),
@@ -1550,9 +1550,9 @@ def scaling_configs() -> dict[str, list[RunConfig]]:
 
 
 def budget_configs() -> list[RunConfig]:
-    """LoRA of the facts with budgets of steps, at the ranks of the profile."""
+    """LoRA of the facts with each of the profile's budgets of steps, by rank."""
     return [
-        profile().config("facts", "lora", rank=rank, steps=times * profile().steps)
+        tuned("facts", "lora", rank=rank, steps=times * profile().steps)
         for rank in profile().budget_ranks
         for times in profile().budgets
     ]
