@@ -1744,9 +1744,9 @@ def overlaps(first: RunConfig, second: RunConfig) -> pd.DataFrame:
         found = {name: _overlaps(pair[0][name], pair[1][name]) for name in pair[0]}
         save_entry(folder, {"runs": [first.key, second.key]}, found)
         entry = load_entry(folder)
-    rows = []
+    rows, shape_of = [], stored(first).shape
     for name, both in entry[1].items():
-        m, n = stored(first).shape(name)
+        m, n = shape_of(name)
         for rank, (left, right) in zip(OVERLAP_RANKS, both.tolist(), strict=False):
             row = {"name": name, "rank": rank, "left": left, "right": right}
             rows.append(row | {"left_chance": rank / m, "right_chance": rank / n})
