@@ -18,6 +18,7 @@ import contextlib
 import dataclasses
 import functools
 import hashlib
+import itertools
 import json
 import math
 import os
@@ -81,8 +82,7 @@ class Profile:
     cut_ranks: tuple[int, ...] = (0, 1, 8, 64)  # 0 keeps only what is outside the matrices
     control_ranks: tuple[int, ...] = (8,)  # each part of CUT_PARTS is cut to these, first seed
     lora_tasks: tuple[str, ...] = (*ALL_TASKS, "shuffled")
-    lora_ranks: tuple[int, ...] = (1, 8, 64)
-    lora_seeds: tuple[int, ...] = (0, 1)  # those of seeds that LoRA has too, by lora_until
+    lora_ranks: tuple[int, ...] = (1, 8, 64)  # of every task, first seed; lora_until has others
     # A task takes the rate of the lowest held-out loss, by lr_search.
     full_lrs: tuple[float, ...] = (3e-6, 1e-5, 3e-5, 1e-4, 3e-4, 1e-3, 3e-3)
     lora_lrs: tuple[float, ...] = (1e-4, 3e-4, 1e-3, 3e-3, 1e-2)
@@ -93,7 +93,7 @@ class Profile:
     embedding_tasks: tuple[str, ...] = ("sorbian",)  # run once more with a trained embedding
     scaling_ranks: tuple[int, ...] = (1, 8, 64)  # LoRA of the facts by each of SCALES ...
     scaling_lrs: tuple[float, ...] = (1e-4, 3e-4, 1e-3, 3e-3)  # ... at each of these rates
-    budget_ranks: tuple[int, ...] = (1, 8)  # LoRA of the facts at these, once more ...
+    budget_ranks: tuple[int, ...] = (0, 1)  # the facts by full fine-tuning (0) and by LoRA ...
     budgets: tuple[int, ...] = (1, 2)  # ... with so many times the steps
     compile: bool = True
 
@@ -177,7 +177,6 @@ PROFILES = {
         lora_lrs=(1e-3,),
         searched_ranks=(8,),
         seeds=(0,),
-        lora_seeds=(0,),
         embedding_tasks=(),
         scaling_ranks=(),
         budgets=(),
@@ -1494,11 +1493,15 @@ def tuned(task: str, method: str = "full", *, rank: int = 0, **changes) -> RunCo
     searched = profile().searched_ranks if method == "lora" else (0,)
     near = {rank} if rank in searched else set(searched)
     best = {r: best_lr(lr_search(task, method, rank=r)) for r in sorted(near)}
-    lr = best.get(rank)
-    if lr is None:
-        logs = np.interp(math.log(rank), np.log(list(best)), np.log(list(best.values())))
-        lr = float(f"{math.exp(logs):.2g}")
-    return profile().config(task, method, rank=rank, lr=lr, **changes)
+    return profile().config(task, method, rank=rank, lr=_lr_between(best, rank), **changes)
+
+
+def _lr_between(best: dict[int, float], rank: int) -> float:
+    """The learning rate of a rank by those of others, ascending: geometric, to two digits."""
+    if rank in best:
+        return best[rank]
+    logs = np.interp(math.log(rank), np.log(list(best)), np.log(list(best.values())))
+    return float(f"{math.exp(logs):.2g}")
 
 
 def base_configs() -> list[RunConfig]:
@@ -1512,7 +1515,7 @@ def full_configs() -> list[RunConfig]:
 
 
 def lora_configs() -> list[RunConfig]:
-    """LoRA at every rank and task with the first seed; lora_until takes the others."""
+    """LoRA at every rank and task with the first seed; lora_until has the others."""
     return [
         tuned(task, "lora", rank=rank)
         for rank in profile().lora_ranks
@@ -1532,6 +1535,10 @@ SCALES = {  # name: the fields of RunConfig that set it
 }
 
 
+def _learns_as(config: RunConfig) -> tuple[int, float, float]:
+    return config.rank, config.lr, config.scale
+
+
 def scaling_configs() -> dict[str, list[RunConfig]]:
     """LoRA of the facts by each of SCALES, at every rank and learning rate; {scale's name: runs}.
 
@@ -1545,16 +1552,28 @@ def scaling_configs() -> dict[str, list[RunConfig]]:
             for rank in profile().scaling_ranks
             for lr in profile().scaling_lrs
         ]
-        found[name] = [first.setdefault((c.rank, c.lr, c.scale), c) for c in configs]
+        found[name] = [first.setdefault(_learns_as(c), c) for c in configs]
     return found
 
 
+def larger_scale(*, rank: int, seed: int) -> RunConfig:
+    """LoRA of the facts by the last of SCALES, at the best rate of its rank or one between."""
+    name, fields = list(SCALES.items())[-1]
+    runs = sweep(scaling_configs()[name])
+    tried = itertools.groupby(runs, lambda run: run.config.rank)
+    lr = _lr_between({r: best_lr(list(group)) for r, group in tried}, rank)
+    config = profile().config("facts", "lora", rank=rank, lr=lr, **fields)
+    same = (run.config for run in runs if _learns_as(run.config) == _learns_as(config))
+    return dataclasses.replace(next(same, config), seed=seed)
+
+
 def budget_configs() -> list[RunConfig]:
-    """LoRA of the facts with each of the profile's budgets of steps, by rank."""
+    """The facts with each of the profile's budgets of steps, by each of its ranks and seeds."""
     return [
-        tuned("facts", "lora", rank=rank, steps=times * profile().steps)
+        tuned("facts", "lora" if rank else "full", rank=rank, seed=seed, steps=n * profile().steps)
         for rank in profile().budget_ranks
-        for times in profile().budgets
+        for n in profile().budgets
+        for seed in profile().seeds
     ]
 
 
@@ -1650,17 +1669,26 @@ def cut_until(config: RunConfig, share: float) -> pd.DataFrame:
         ranks.append(2 * ranks[-1])
 
 
-def lora_until(config: RunConfig, share: float) -> list[Result]:
-    """LoRA of a full run's task and seed, by ascending rank until `share` of its gain is reached.
+def lora_until(
+    full: RunConfig,
+    share: float,
+    *,
+    start: RunConfig | None = None,
+    recipe: Callable[..., RunConfig] | None = None,
+) -> list[Result]:
+    """LoRA of a full run's task and seed; the rank doubles until `share` of its gain is reached.
 
-    The gain is that in held-out loss; the last run is the first that reaches it, or the largest.
+    From the lowest of the profile's ranks to the highest.  The gain is that in held-out loss from
+    `start`, by default the base model.  recipe(rank=, seed=) gives a rank's configuration, by
+    default that of `tuned`.  The last run is the first that reaches the share, or the largest.
     """
-    base, full = run(profile().config(config.task, "base")), run(config)
-    found = []
-    for rank in sorted(profile().lora_ranks):
-        found.append(run(tuned(config.task, "lora", rank=rank, seed=config.seed)))
-        if gain_kept(found[-1].loss(), base.loss(), full.loss()) >= share:
-            break
+    recipe = recipe or functools.partial(tuned, full.task, "lora")
+    base, end = run(start or profile().config(full.task, "base")).loss(), run(full).loss()
+    rank, kept, found = min(profile().lora_ranks), -math.inf, []
+    while rank <= max(profile().lora_ranks) and kept < share:
+        found.append(run(recipe(rank=rank, seed=full.seed)))
+        kept = gain_kept(found[-1].loss(), base, end)
+        rank *= 2
     return found
 
 
@@ -2637,6 +2665,28 @@ def _growth_loss(result: Result) -> float:
     return nats / tokens
 
 
+def spearman(x: pd.Series, y: pd.Series, *, draws: int = 2000) -> dict[str, float]:
+    """Spearman's rank correlation of two measures of the same tasks, with an interval over these.
+
+    Infinite values are tied as the highest.  95 % percentile bootstrap over the tasks (Efron
+    1979), seed 0, without the draws in which a measure has one value alone; NaN without any.
+
+    >>> found = spearman(pd.Series([1.0, 2.0, 5.0]), pd.Series([1.0, math.inf, math.inf]))
+    >>> round(found["spearman"], 3)
+    0.866
+    """
+
+    def correlation(pick: Sequence[int]) -> float:
+        ranks = x.iloc[pick].rank(), y.iloc[pick].rank()  # corr itself drops what is infinite
+        return float(ranks[0].corr(ranks[1]))
+
+    picks = np.random.default_rng(0).integers(0, len(x), (draws, len(x)))
+    varied = [pick for pick in picks if min(z.iloc[pick].nunique() for z in (x, y)) > 1]
+    found = [correlation(pick) for pick in varied] or [math.nan]
+    low, high = np.percentile(found, [2.5, 97.5])
+    return {"spearman": correlation(range(len(x))), "low": float(low), "high": float(high)}
+
+
 def bootstrap_interval(values: Sequence[float], *, draws: int = 2000) -> tuple[float, float]:
     """95 % percentile bootstrap interval of the mean over rows (Efron 1979), seed 0.
 
@@ -2777,6 +2827,7 @@ def label_lines(ax, heights: pd.Series, *, x: float, gap: float = 0.045) -> None
     for i in range(1, len(places)):
         places[i] = max(places[i], places[i - 1] + gap)
     shift = (sum(places) - ordered.sum()) / len(places)
+    leader = {"arrowstyle": "-", "linewidth": 0.4, "relpos": (0, 0.5), "shrinkA": 1}
     for task, y, place in zip(ordered.index, ordered, places, strict=True):
         ax.annotate(
             TASKS[task].title,
@@ -2785,7 +2836,7 @@ def label_lines(ax, heights: pd.Series, *, x: float, gap: float = 0.045) -> None
             textcoords=("axes fraction", "data"),
             color=TASKS[task].color,
             va="center",
-            arrowprops={"arrowstyle": "-", "color": TASKS[task].color, "linewidth": 0.4},
+            arrowprops=leader | {"color": TASKS[task].color},
             annotation_clip=False,
         )
 

@@ -217,23 +217,34 @@ def test_lora_of_other_tasks_takes_the_common_rate_without_a_search(losses):
     assert utils.tuned("sentiment", "lora", rank=1).lr == 1e-2  # the middle, though 1e-3 is better
 
 
-@pytest.mark.parametrize(
-    ("share", "ranks"), [(0.5, [1]), (0.9, [1, 4]), (0.96, [1, 4, 8]), (1.1, [1, 4, 8])]
-)
-def test_lora_goes_up_the_ranks_until_it_reaches_the_share(monkeypatch, share, ranks):
-    losses = {("base", 0): 5.0, ("full", 0): 1.0, ("lora", 1): 2.0, ("lora", 4): 1.2}
-    losses[("lora", 8)] = 1.1
+@pytest.fixture
+def ladder(monkeypatch):
+    """Runs whose loss falls from 5 (base) and 3 (shuffled labels) over LoRA's ranks towards 1."""
+    lora = {1: 2.0, 2: 1.5, 4: 1.2, 8: 1.1}
 
     def result(config):
-        loss = {"loss_nats": losses[config.method, config.rank]}
+        others = {"base": 5.0, "full": 3.0 if config.task == "shuffled" else 1.0}
+        loss = {"loss_nats": lora.get(config.rank) or others[config.method]}
         evaluation = {"valid": loss, "test": loss}
         return utils.Result(config, {"status": "finished", "evaluation": evaluation}, {})
 
     monkeypatch.setattr(utils, "run", result)
     monkeypatch.setattr(utils, "sweep", lambda configs: [result(c) for c in configs])
+
+
+@pytest.mark.parametrize(
+    ("share", "ranks"), [(0.5, [1]), (0.9, [1, 2, 4]), (0.96, [1, 2, 4, 8]), (1.1, [1, 2, 4, 8])]
+)
+def test_lora_doubles_its_rank_until_it_reaches_the_share(ladder, share, ranks):
     found = utils.lora_until(utils.profile().config("sentiment", seed=1), share)
     assert [run.config.rank for run in found] == ranks
     assert {run.config.seed for run in found} == {1}
+
+
+def test_the_share_that_lora_is_to_reach_may_count_from_another_run(ladder):
+    config = utils.profile().config
+    found = utils.lora_until(config("sentiment"), 0.7, start=config("shuffled"))
+    assert [run.config.rank for run in found] == [1, 2]  # 50 and 75 % of the way from 3 to 1
 
 
 def test_scales_that_are_equal_share_their_runs(store):
@@ -246,6 +257,13 @@ def test_scales_that_are_equal_share_their_runs(store):
         "α / √r, α = 32": [(1, 32, False), (8, 32, True)],
         "α / r, α = 256": [(1, 256, False), (8, 256, False)],
     }
+
+
+def test_the_larger_scale_takes_the_best_rate_of_its_rank_or_one_between(losses):
+    losses |= {(1, 1e-3): 1, (1, 1e-2): 2, (8, 1e-3): 2, (8, 1e-2): 1}
+    found = [utils.larger_scale(rank=rank, seed=1) for rank in (1, 2, 8)]
+    assert [config.lr for config in found] == [1e-3, 2.2e-3, 1e-2]
+    assert {(config.alpha, config.seed) for config in found} == {(256, 1)}
 
 
 def test_the_scale_of_a_lora_is_that_of_peft():
