@@ -247,6 +247,14 @@ def test_the_share_that_lora_is_to_reach_may_count_from_another_run(ladder):
     assert [run.config.rank for run in found] == [1, 2]  # 50 and 75 % of the way from 3 to 1
 
 
+def test_lora_doubles_its_rank_by_another_recipe_too(ladder):
+    def recipe(*, rank, seed):
+        return utils.profile().config("facts", "lora", rank=rank, seed=seed, alpha=256.0)
+
+    found = utils.lora_until(utils.profile().config("facts", seed=1), 0.8, recipe=recipe)
+    assert [(run.config.rank, run.config.alpha) for run in found] == [(1, 256), (2, 256)]
+
+
 def test_scales_that_are_equal_share_their_runs(store):
     found = {
         name: [(c.rank, c.alpha, c.rslora) for c in configs if c.lr == 1e-2]

@@ -51,6 +51,10 @@ def test_the_paper_is_rendered_without_training(monkeypatch):
         utils.cut_until(config, 0.95)
         if config.task != "shuffled":
             utils.lora_until(config, 0.95)
+        if config.task == "facts":
+            utils.lora_until(config, 0.95, recipe=utils.larger_scale)
+            scaled = [(rank, config.seed) for rank in profile.scaling_ranks]
+            utils.sweep([utils.larger_scale(rank=rank, seed=seed) for rank, seed in scaled])
         if config.task == "sentiment":
             control = utils.tuned("shuffled", seed=config.seed)
             utils.lora_until(config, 0.95, start=control)
