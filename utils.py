@@ -1295,10 +1295,10 @@ def lora_layers(model: nn.Module) -> dict[str, nn.Module]:
     return {f"{name}.weight": m for name, m in modules if isinstance(m, LoraLayer)}
 
 
-def _lora_spectrum(layer: nn.Module) -> tuple[Tensor, list[int]]:
-    """S of scale * B @ A of one LoRA layer, (r,), and the shape of that product."""
+def _lora_factors(layer: nn.Module) -> tuple[Tensor, Tensor, float]:
+    """B (m, r), A (r, n) and the scale of one LoRA layer, whose update is scale * B @ A."""
     B, A = (part["default"].weight.detach() for part in (layer.lora_B, layer.lora_A))
-    return layer.scaling["default"] * factor_singular_values(B, A), [B.shape[0], A.shape[1]]
+    return B, A, layer.scaling["default"]
 
 
 def _squared_norms(dW: dict[str, Tensor], names: Iterable[str]) -> dict[str, float]:
@@ -1316,16 +1316,13 @@ def _delta_file(config: RunConfig) -> Path:
 
 
 def measure(config: RunConfig, label: str = "") -> tuple[dict, dict[str, Tensor]]:
-    """Train and measure one run; of it only a full run's deltas are kept, in the cache.
+    """Train and measure one run, whose update is kept in the cache.
 
     Returns the record (configuration, status, losses, evaluation, shapes, squared norms of the
     update by part, its growth, provenance) and the spectra, {matrix: S}, float32.
     """
     started = time.time()
-    _delta_file(config).parent.mkdir(parents=True, exist_ok=True)
-    _require_disk(cache_folder(), 1.5)
-    model = prepare(config)
-    W0 = {n: p.detach().cpu().clone() for n, p in model.named_parameters() if p.requires_grad}
+    model, W0 = _prepared(config)
     growth: list[dict] = []
 
     def note_growth(step: int) -> None:
@@ -1356,6 +1353,16 @@ def measure(config: RunConfig, label: str = "") -> tuple[dict, dict[str, Tensor]
     return record, {name: S.float().cpu().contiguous() for name, S in spectra.items()}
 
 
+def _prepared(config: RunConfig) -> tuple[nn.Module, dict[str, Tensor]]:
+    """The model before training, with room on the disk for its deltas, and what it trains, W0."""
+    _delta_file(config).parent.mkdir(parents=True, exist_ok=True)
+    _require_disk(cache_folder(), 1.5)
+    model = prepare(config)
+    return model, {
+        n: p.detach().cpu().clone() for n, p in model.named_parameters() if p.requires_grad
+    }
+
+
 def _evaluate_splits(config: RunConfig, model: nn.Module, label: str) -> dict[str, dict]:
     """evaluate() on every held-out split."""
     splits, found = [split for split in load_task(config.task) if split != "train"], {}
@@ -1382,25 +1389,28 @@ def _growth(config: RunConfig, model: nn.Module, W0: dict[str, Tensor]) -> dict:
 def _measure_update(
     config: RunConfig, model: nn.Module, W0: dict[str, Tensor]
 ) -> tuple[dict[str, Tensor], dict[str, list[int]], dict[str, float]]:
-    """S and shape of every matrix's update, and its squared norms; a full run's dW is cached."""
-    from safetensors.torch import save_file
-
+    """S and shape of every matrix's update, a full run's squared norms; puts it into the cache."""
     if config.method == "base":
         return {}, {}, {}
     if config.method == "lora":
-        found = {name: _lora_spectrum(layer) for name, layer in lora_layers(model).items()}
-        return (
-            {n: S for n, (S, _) in found.items()},
-            {n: shape for n, (_, shape) in found.items()},
-            {},
-        )
+        factors = {name: _lora_factors(layer) for name, layer in lora_layers(model).items()}
+        scaled = {f"{n}.B": scale * B for n, (B, _, scale) in factors.items()}
+        _keep_update(config, scaled | {f"{n}.A": A for n, (_, A, _) in factors.items()})
+        spectra = {n: scale * factor_singular_values(B, A) for n, (B, A, scale) in factors.items()}
+        return spectra, {n: [len(B), A.shape[1]] for n, (B, A, _) in factors.items()}, {}
     dW = {n: p.detach().cpu() - W0[n] for n, p in model.named_parameters() if n in W0}
+    _keep_update(config, dW)
     spectra = {name: singular_values(dW[name]) for name in matrices(model)}
-    whole = _delta_file(config)
-    part = whole.with_suffix(f".{os.getpid()}")
-    save_file(dW, part)
-    os.replace(part, whole)
     return spectra, {n: list(dW[n].shape) for n in spectra}, _squared_norms(dW, spectra)
+
+
+def _keep_update(config: RunConfig, update: dict[str, Tensor]) -> None:
+    """Put an update into the cache, whole or not at all: dW of a full run, a LoRA's factors."""
+    from safetensors.torch import save_file
+
+    part = _delta_file(config).with_suffix(f".{os.getpid()}")
+    save_file({name: X.cpu().contiguous() for name, X in update.items()}, part)
+    os.replace(part, _delta_file(config))
 
 
 def stored(config: RunConfig) -> Result | None:
@@ -1578,27 +1588,50 @@ def budget_configs() -> list[RunConfig]:
 
 
 def updates(config: RunConfig) -> dict[str, Tensor]:
-    """dW of every trained parameter of a full run, float32; trained again when not in the cache.
+    """dW of every trained parameter, float32; trained again when it is not in the cache.
 
-    Another processor rounds otherwise, and training amplifies it: warns where what was trained
-    again is not the update that was stored.
+    Of LoRA that is scale * B @ A of every matrix.  Another processor rounds otherwise, and training
+    amplifies it: warns where what was trained again is not the update that was stored.
     """
     from safetensors.torch import load_file
 
-    _require(config.method == "full", f"{config.key}: only a full run has deltas")
+    _require(config.method != "base", f"{config.key}: a base run has no update")
     if not _delta_file(config).exists():
-        _, spectra = measure(config, f"deltas of {config.key}")
-        before = stored(config).spectra if stored(config) else spectra
-        gaps = [float((before[n] - S).abs().max() / S[0]) for n, S in spectra.items()]
-        if max(gaps, default=0) > 0:
-            warnings.warn(
-                f"{config.key} was trained again, and its singular values differ from those "
-                f"stored by up to {max(gaps):.1%} of the largest: it is another run of the same "
-                "configuration, whose cuts do not belong on one curve with stored ones",
-                stacklevel=2,
-            )
+        _train_again(config)
     _require(_delta_file(config).exists(), f"{config.key} diverged: it has no deltas")
-    return load_file(_delta_file(config))
+    kept = load_file(_delta_file(config))
+    if config.method == "lora":
+        return {
+            n.removesuffix(".B"): B @ kept[f"{n[:-1]}A"] for n, B in kept.items() if n[-1] == "B"
+        }
+    return kept
+
+
+def _train_again(config: RunConfig) -> None:
+    """Put the update of a run into the cache; nothing else of it is measured."""
+    label = f"deltas of {config.key}"
+    model, W0 = _prepared(config)
+    if not all(map(math.isfinite, train(config, model, label=label))):
+        return
+    spectra, _, _ = _measure_update(config, model, W0)
+    spectra = {name: S.float().cpu() for name, S in spectra.items()}
+    gap = spectral_gap(spectra, stored(config).spectra) if stored(config) else 0
+    if gap > 0:
+        warnings.warn(
+            f"{config.key} was trained again, and its singular values differ from those "
+            f"stored by up to {gap:.1%} of the largest: it is another run of the same "
+            "configuration, whose cuts do not belong on one curve with stored ones",
+            stacklevel=3,
+        )
+
+
+def spectral_gap(first: dict[str, Tensor], second: dict[str, Tensor]) -> float:
+    """The largest difference of two runs' singular values, as a share of the first's sigma_1.
+
+    >>> spectral_gap({"W": torch.tensor([4.0, 2.0])}, {"W": torch.tensor([4.0, 1.0])})
+    0.25
+    """
+    return max(float((S - second[name]).abs().max() / S[0]) for name, S in first.items())
 
 
 def example_update(config: RunConfig) -> tuple[str, Tensor]:
@@ -1614,8 +1647,8 @@ def example_update(config: RunConfig) -> tuple[str, Tensor]:
 
 
 def save_model(config: RunConfig, folder: Path, *, dtype: str = "float32") -> None:
-    """Write the model of a full or base run as a folder that from_pretrained loads."""
-    dW = updates(config) if config.method == "full" else {}
+    """Write the model of a run as a folder that from_pretrained loads."""
+    dW = updates(config) if config.method != "base" else {}
     model = load_model(config.model)
     with torch.no_grad():
         for name, parameter in model.named_parameters():
@@ -1760,7 +1793,10 @@ OVERLAP_RANKS = (1, 2, 3, 4, 6, 8, 12, 16, 24, 32, 48, 64, 96, 128)
 
 
 def overlaps(first: RunConfig, second: RunConfig) -> pd.DataFrame:
-    """subspace_overlap of two full runs' updates, one line a matrix and rank; stored.
+    """subspace_overlap of two runs' updates, one line a matrix and rank; stored.
+
+    A LoRA has no more directions than its rank; beyond, all it has are compared with the r of the
+    other run: the share of them that lies in its r leading ones.
 
     Columns: name, rank, left, right (overlaps of the singular subspaces) and left_chance,
     right_chance (what random subspaces give).
@@ -1783,19 +1819,21 @@ def overlaps(first: RunConfig, second: RunConfig) -> pd.DataFrame:
 
 def _overlaps(A: tuple[Tensor, Tensor], B: tuple[Tensor, Tensor]) -> Tensor:
     """subspace_overlap at OVERLAP_RANKS as far as _leading_vectors go, (ranks, 2: left, right)."""
-    ranks = torch.tensor([r for r in OVERLAP_RANKS if r <= A[0].shape[1]])
+    directions = A[0].shape[1], B[0].shape[1]
+    ranks = torch.tensor([r for r in OVERLAP_RANKS if r <= max(directions)])
+    a, b = (ranks.clamp(max=k) for k in directions)
     products = [(X.T @ Y).square() for X, Y in zip(A, B, strict=True)]
-    shared = [P.cumsum(0).cumsum(1).diagonal()[ranks - 1] / ranks for P in products]
+    shared = [P.cumsum(0).cumsum(1)[a - 1, b - 1] / torch.minimum(a, b) for P in products]
     return torch.stack(shared, dim=1)
 
 
 @functools.lru_cache(maxsize=16)  # of 170 MB each on Gemma; a run is compared with several
 def _leading_subspaces(config: RunConfig) -> dict[str, tuple[Tensor, Tensor]]:
-    """_leading_vectors of every matrix of a full run, up to the highest of OVERLAP_RANKS."""
+    """_leading_vectors of every matrix's update, up to its rank or the last of OVERLAP_RANKS."""
     dW = updates(config)
     return {
-        name: _leading_vectors(dW[name], min(max(OVERLAP_RANKS), *dW[name].shape))
-        for name in stored(config).spectra
+        name: _leading_vectors(dW[name], min(max(OVERLAP_RANKS), len(S)))
+        for name, S in stored(config).spectra.items()
     }
 
 

@@ -306,6 +306,17 @@ def test_overlaps_equal_subspace_overlap():
     assert found[:, 1].tolist() == pytest.approx(right)
 
 
+def test_overlaps_with_a_low_rank_update_tell_how_much_of_it_the_other_holds():
+    A, B = gaussian(40, 4) @ gaussian(4, 30), gaussian(40, 30, seed=1)
+    found = utils._overlaps(utils._leading_vectors(A, 4), utils._leading_vectors(B, 30))
+    U, _, Vh = torch.linalg.svd(B, full_matrices=False)
+    columns, rows = torch.linalg.qr(A[:, :4]).Q, torch.linalg.qr(A[:4].T).Q
+    for r, (left, right) in zip(utils.OVERLAP_RANKS, found.tolist(), strict=False):
+        if r >= 4:
+            assert left == pytest.approx(float((U[:, :r].T @ columns).square().sum() / 4))
+            assert right == pytest.approx(float((Vh[:r] @ rows).square().sum() / 4))
+
+
 @pytest.mark.parametrize("shared", [0, 4, 16])
 def test_reproducible_rank_finds_the_directions_that_two_updates_share(shared):
     shape, common = (300, 200), planted([500.0] * shared, (300, 200), seed=9) if shared else 0

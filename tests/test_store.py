@@ -432,6 +432,20 @@ def test_overlaps_of_a_run_with_itself_and_with_another_seed(config, monkeypatch
     assert utils.overlaps(*runs).equals(other)
 
 
+def test_overlaps_with_lora_hold_all_its_directions_and_survive_a_lost_cache(config, cache):
+    lora = utils.profile().config("sentiment", "lora", rank=4, steps=2, eval_rows=4)
+    utils.run(config), utils.run(lora)
+    with_full, with_itself = utils.overlaps(lora, config), utils.overlaps(lora, lora)
+    assert with_full["rank"].max() > 4 == with_itself["rank"].max()
+    assert with_itself["right"].tolist() == pytest.approx([1.0] * len(with_itself), abs=1e-4)
+    for run in (config, lora):
+        (lost,) = cache.rglob(f"{run.key}*")
+        lost.unlink()
+    shutil.rmtree(utils.profile().store / "overlaps")
+    utils._leading_subspaces.cache_clear()
+    assert utils.overlaps(lora, config).equals(with_full)
+
+
 @pytest.mark.parametrize("rank", [-1, 33])
 def test_a_cut_refuses_a_rank_that_a_matrix_cannot_have(config, rank):
     with pytest.raises(ValueError, match="rank"):
@@ -463,7 +477,7 @@ MEASURING += [
     "leading_factors",
 ]
 BESIDE = ("_require", "_require_disk", "_first_line", "_delta_file")  # no part of any number
-FINGERPRINT = (2, "5f7280149570c7cb")
+FINGERPRINT = (2, "8b0088a64ffd0d5a")
 
 
 def plain(node):

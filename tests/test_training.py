@@ -258,6 +258,7 @@ def test_lora_spectra_are_those_of_pefts_own_update(store, rslora):
         "sentiment", "lora", rank=4, rslora=rslora, steps=3, eval_rows=4, lr=1e-2
     )
     _, spectra = utils.measure(config)
+    dW = utils.updates(config)
     model = utils.prepare(config)
     utils.train(config, model)
     layers = {
@@ -268,12 +269,13 @@ def test_lora_spectra_are_those_of_pefts_own_update(store, rslora):
     delta = {name: layer.get_delta_weight("default").detach() for name, layer in layers.items()}
     W0 = utils.matrices(utils.load_model(config.model))
     merged = utils.matrices(model.merge_and_unload())
-    assert spectra.keys() == delta.keys() == W0.keys()
+    assert spectra.keys() == dW.keys() == delta.keys() == W0.keys()
     for name, S in spectra.items():
         by_delta = torch.linalg.svdvals(delta[name].double())
         by_merge = torch.linalg.svdvals((merged[name] - W0[name]).detach().double())
         assert S.shape == (4,)
         assert S[0] > 0
+        assert torch.allclose(dW[name], delta[name], rtol=1e-5, atol=1e-9)
         assert torch.allclose(S.double(), by_delta[:4], atol=float(1e-5 * by_delta[0]))
         assert torch.allclose(S.double(), by_merge[:4], atol=float(1e-3 * by_merge[0]))
 
