@@ -83,17 +83,25 @@ class Profile:
     control_ranks: tuple[int, ...] = (8,)  # each part of CUT_PARTS is cut to these, first seed
     lora_tasks: tuple[str, ...] = (*ALL_TASKS, "shuffled")
     lora_ranks: tuple[int, ...] = (1, 8, 64)  # of every task, first seed; lora_until has others
+    # Tasks in which the directions of LoRA are compared with those of full fine-tuning.
+    direction_tasks: tuple[str, ...] = ("kjv", "sentiment", "facts", "arithmetic", "sorbian")
     # A task takes the rate of the lowest held-out loss, by lr_search.
     full_lrs: tuple[float, ...] = (3e-6, 1e-5, 3e-5, 1e-4, 3e-4, 1e-3, 3e-3)
     lora_lrs: tuple[float, ...] = (1e-4, 3e-4, 1e-3, 3e-3, 1e-2)
-    # LoRA's rate is searched in the tasks whose lowest rank falls short at the common rate, at
-    # these ranks; those between interpolate.
-    searched_tasks: tuple[str, ...] = ("kjv", "facts", "sorbian", "code")
+    # LoRA's rate is searched in the tasks whose lowest rank falls short at the common rate, by loss
+    # or score, at these ranks; those between interpolate.
+    searched_tasks: tuple[str, ...] = ("kjv", "facts", "arithmetic", "sorbian", "code")
     searched_ranks: tuple[int, ...] = (1, 64)
     embedding_tasks: tuple[str, ...] = ("sorbian",)  # run once more with a trained embedding
     scaling_ranks: tuple[int, ...] = (1, 8, 64)  # LoRA of the facts by each of SCALES ...
     scaling_lrs: tuple[float, ...] = (1e-4, 3e-4, 1e-3, 3e-3)  # ... at each of these rates
-    budget_ranks: tuple[int, ...] = (0, 1)  # the facts by full fine-tuning (0) and by LoRA ...
+    # Tasks in which a low rank falls short, by LoRA of this rank (0: full fine-tuning) ...
+    budget_runs: tuple[tuple[str, int], ...] = (
+        ("facts", 0),
+        ("facts", 1),
+        ("kjv", 1),
+        ("sorbian", 1),
+    )
     budgets: tuple[int, ...] = (1, 2)  # ... with so many times the steps
     compile: bool = True
 
@@ -152,6 +160,7 @@ PROFILES = {
         cut_ranks=(0, 1, 8, 16),
         lora_tasks=("sentiment", "facts"),
         lora_ranks=(1, 4, 8),
+        direction_tasks=("sentiment", "facts"),
         full_lrs=(1e-4, 1e-3),
         seeds=(0, 1),
         lora_lrs=(1e-3, 1e-2),
@@ -160,6 +169,7 @@ PROFILES = {
         embedding_tasks=("facts",),
         scaling_ranks=(1, 8),
         scaling_lrs=(1e-3, 1e-2),
+        budget_runs=(("facts", 0), ("facts", 1)),
         compile=False,
     ),
     "quick": Profile(
@@ -173,6 +183,7 @@ PROFILES = {
         control_ranks=(),
         lora_tasks=("facts",),
         lora_ranks=(8,),
+        direction_tasks=(),
         full_lrs=(1e-4,),
         lora_lrs=(1e-3,),
         searched_ranks=(8,),
@@ -1578,10 +1589,10 @@ def larger_scale(*, rank: int, seed: int) -> RunConfig:
 
 
 def budget_configs() -> list[RunConfig]:
-    """The facts with each of the profile's budgets of steps, by each of its ranks and seeds."""
+    """The profile's budget_runs with each of its budgets of steps and every seed."""
     return [
-        tuned("facts", "lora" if rank else "full", rank=rank, seed=seed, steps=n * profile().steps)
-        for rank in profile().budget_ranks
+        tuned(task, "lora" if rank else "full", rank=rank, seed=seed, steps=n * profile().steps)
+        for task, rank in profile().budget_runs
         for n in profile().budgets
         for seed in profile().seeds
     ]

@@ -62,8 +62,10 @@ def test_the_paper_is_rendered_without_training(monkeypatch):
         for part in utils.CUT_PARTS:
             utils.cut(config, profile.control_ranks, part=part)
     tasks = [task for task in profile.lora_tasks if task != "shuffled"]
-    groups = [[utils.tuned(task, seed=seed) for seed in profile.seeds[:2]] for task in tasks]
+    groups = [[utils.tuned(task, seed=seed) for seed in profile.seeds] for task in tasks]
     groups.append([utils.tuned(task) for task in tasks])
+    adapters = [(task, min(profile.lora_ranks)) for task in profile.direction_tasks]
+    groups += [[utils.tuned(t, "lora", rank=rank), utils.tuned(t)] for t, rank in adapters]
     for group in groups:
         for pair in itertools.combinations(group, 2):
             utils.overlaps(*pair)
