@@ -446,6 +446,21 @@ def test_overlaps_with_lora_hold_all_its_directions_and_survive_a_lost_cache(con
     assert utils.overlaps(lora, config).equals(with_full)
 
 
+def test_a_saved_lora_is_its_run(store, tmp_path):
+    config = utils.profile().config("sentiment", "lora", rank=4, steps=3, lr=1e-2, dtype="float32")
+    utils.save_model(config, tmp_path / "merged")
+    loss = utils.evaluate(utils.load_model(str(tmp_path / "merged")), config, "test")["loss_nats"]
+    assert loss == pytest.approx(utils.run(config).loss(), abs=1e-4)
+    assert abs(loss - utils.run(utils.profile().config("sentiment", "base")).loss()) > 1e-2
+
+
+def test_a_run_without_an_update_says_why(config):
+    with pytest.raises(ValueError, match="a base run has no update"):
+        utils.updates(utils.profile().config("sentiment", "base"))
+    with pytest.raises(ValueError, match="diverged: it has no deltas"):
+        utils.updates(dataclasses.replace(config, lr=1e30))
+
+
 @pytest.mark.parametrize("rank", [-1, 33])
 def test_a_cut_refuses_a_rank_that_a_matrix_cannot_have(config, rank):
     with pytest.raises(ValueError, match="rank"):
