@@ -81,17 +81,13 @@ class Profile:
     generate_rows: int = 64  # of those, rows answered by free generation where the metric needs it
     cut_ranks: tuple[int, ...] = (0, 1, 8, 64)  # 0 keeps only what is outside the matrices
     control_ranks: tuple[int, ...] = (8,)  # each part of CUT_PARTS is cut to these, first seed
-    lora_tasks: tuple[str, ...] = (*ALL_TASKS, "shuffled")
+    lora_tasks: tuple[str, ...] = ALL_TASKS
     lora_ranks: tuple[int, ...] = (1, 8, 64)  # of every task, first seed; lora_until has others
     # Tasks in which the directions of LoRA are compared with those of full fine-tuning.
     direction_tasks: tuple[str, ...] = ("kjv", "sentiment", "facts", "arithmetic", "sorbian")
-    # A task takes the rate of the lowest held-out loss, by lr_search.
+    # A task, and of LoRA each of its lora_ranks, takes the rate of the lowest held-out loss.
     full_lrs: tuple[float, ...] = (3e-6, 1e-5, 3e-5, 1e-4, 3e-4, 1e-3, 3e-3)
-    lora_lrs: tuple[float, ...] = (1e-4, 3e-4, 1e-3, 3e-3, 1e-2)
-    # LoRA's rate is searched in the tasks whose lowest rank falls short at the common rate, by loss
-    # or score, at these ranks; those between interpolate.
-    searched_tasks: tuple[str, ...] = ("kjv", "facts", "arithmetic", "sorbian", "code")
-    searched_ranks: tuple[int, ...] = (1, 64)
+    lora_lrs: tuple[float, ...] = (3e-5, 1e-4, 3e-4, 1e-3, 3e-3, 1e-2)
     embedding_tasks: tuple[str, ...] = ("sorbian",)  # run once more with a trained embedding
     scaling_ranks: tuple[int, ...] = (1, 8, 64)  # LoRA of the facts by each of SCALES ...
     scaling_lrs: tuple[float, ...] = (1e-4, 3e-4, 1e-3, 3e-3)  # ... at each of these rates
@@ -121,17 +117,10 @@ class Profile:
         venue = os.environ.get("VENUE")
         return build_folder() / "figures" / venue if venue else self.folder / "figures"
 
-    def rates(self, task: str, method: str) -> list[float]:
-        """The learning rates, ascending, among which a task's is searched; the middle is common."""
-        rates = sorted(self.lora_lrs if method == "lora" else self.full_lrs)
-        if method == "lora" and task not in self.searched_tasks:
-            return [_middle(rates)]
-        return rates
-
     def config(self, task: str, method: str = "full", **changes) -> RunConfig:
         """The configuration of one run of this profile; `changes` override single fields.
 
-        The learning rate is the middle one of the method's.
+        The learning rate is the middle one of the method's, common to all tasks.
         """
         sizes = {k: getattr(self, k) for k in ("model", "batch_size", "seq_len", "eval_rows")}
         sizes |= {"generate_rows": self.generate_rows, "compile": self.compile}
@@ -164,8 +153,6 @@ PROFILES = {
         full_lrs=(1e-4, 1e-3),
         seeds=(0, 1),
         lora_lrs=(1e-3, 1e-2),
-        searched_tasks=("facts",),
-        searched_ranks=(1, 8),
         embedding_tasks=("facts",),
         scaling_ranks=(1, 8),
         scaling_lrs=(1e-3, 1e-2),
@@ -186,7 +173,6 @@ PROFILES = {
         direction_tasks=(),
         full_lrs=(1e-4,),
         lora_lrs=(1e-3,),
-        searched_ranks=(8,),
         seeds=(0,),
         embedding_tasks=(),
         scaling_ranks=(),
@@ -1486,7 +1472,7 @@ def lr_search(task: str, method: str = "full", *, rank: int = 0) -> list[Result]
     Starts in the middle of the task's rates and climbs: it ends when both neighbours of the best
     rate are run and no better, or where the profile has no neighbour.
     """
-    rates = profile().rates(task, method)
+    rates = sorted(profile().lora_lrs if method == "lora" else profile().full_lrs)
     found, best, around = {}, len(rates) // 2, None
     while best != around:
         around = best
@@ -1509,16 +1495,20 @@ def best_lr(results: Sequence[Result]) -> float:
 def tuned(task: str, method: str = "full", *, rank: int = 0, **changes) -> RunConfig:
     """The configuration at the task's best learning rate; runs what of lr_search is not stored.
 
-    LoRA ranks between two `searched_ranks` take the geometric interpolation of their best rates.
+    A LoRA whose rank is none of the profile's takes a rate between theirs, by lr_between.
     """
-    searched = profile().searched_ranks if method == "lora" else (0,)
+    searched = profile().lora_ranks if method == "lora" else (0,)
     near = {rank} if rank in searched else set(searched)
     best = {r: best_lr(lr_search(task, method, rank=r)) for r in sorted(near)}
-    return profile().config(task, method, rank=rank, lr=_lr_between(best, rank), **changes)
+    return profile().config(task, method, rank=rank, lr=lr_between(best, rank), **changes)
 
 
-def _lr_between(best: dict[int, float], rank: int) -> float:
-    """The learning rate of a rank by those of others, ascending: geometric, to two digits."""
+def lr_between(best: dict[int, float], rank: int) -> float:
+    """The learning rate of a rank by those of others, ascending: geometric, to two digits.
+
+    >>> lr_between({1: 1e-4, 64: 1e-2}, 8)
+    0.001
+    """
     if rank in best:
         return best[rank]
     logs = np.interp(math.log(rank), np.log(list(best)), np.log(list(best.values())))
@@ -1582,7 +1572,7 @@ def larger_scale(*, rank: int, seed: int) -> RunConfig:
     name, fields = list(SCALES.items())[-1]
     runs = sweep(scaling_configs()[name])
     tried = itertools.groupby(runs, lambda run: run.config.rank)
-    lr = _lr_between({r: best_lr(list(group)) for r, group in tried}, rank)
+    lr = lr_between({r: best_lr(list(group)) for r, group in tried}, rank)
     config = profile().config("facts", "lora", rank=rank, lr=lr, **fields)
     same = (run.config for run in runs if _learns_as(run.config) == _learns_as(config))
     return dataclasses.replace(next(same, config), seed=seed)
@@ -2850,6 +2840,8 @@ def task_grid(tasks: Sequence[str], *, height: float = 1.2):
     for ax in grid.flat[len(tasks) :]:
         ax.set_axis_off()
     axes = dict(zip(tasks, grid.flat, strict=False))
+    for ax in grid.flat[len(tasks) - columns : len(tasks)]:  # the lowest of each column
+        ax.tick_params(labelbottom=True)
     for task, ax in axes.items():
         ax.set_title(TASKS[task].title, color=TASKS[task].color, pad=3)
     return fig, axes

@@ -206,15 +206,11 @@ def test_the_search_climbs_until_both_neighbours_are_no_better(
     assert utils.best_lr(results) == best
 
 
-def test_ranks_between_swept_ones_interpolate_their_learning_rates(losses):
-    losses |= {(1, 1e-3): 1, (1, 1e-2): 2, (8, 1e-3): 2, (8, 1e-2): 1}
-    found = {rank: utils.tuned("facts", "lora", rank=rank).lr for rank in (1, 4, 8)}
-    assert found == {1: 1e-3, 4: 4.6e-3, 8: 1e-2}  # 10 ** (-3 + log(4) / log(8))
-
-
-def test_lora_of_other_tasks_takes_the_common_rate_without_a_search(losses):
-    losses |= {(1, 1e-3): 1, (1, 1e-2): 2}
-    assert utils.tuned("sentiment", "lora", rank=1).lr == 1e-2  # the middle, though 1e-3 is better
+def test_ranks_between_the_profiles_interpolate_their_learning_rates(losses):
+    searched = {1: 1e-3, 4: 1e-2, 8: 1e-2}
+    losses |= {(r, lr): abs(lr - best) for r, best in searched.items() for lr in (1e-3, 1e-2)}
+    found = {rank: utils.tuned("facts", "lora", rank=rank).lr for rank in (1, 2, 4, 8)}
+    assert found == searched | {2: 3.2e-3}  # 10 ** -2.5, half way from rank 1 to rank 4
 
 
 @pytest.fixture
