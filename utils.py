@@ -35,6 +35,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
+from unittest import mock
 
 import numpy as np
 import pandas as pd
@@ -367,7 +368,11 @@ def _gemma_folder() -> Path:
 
     _require_disk(cache_folder(), 2.0)
     scratch_folder = tempfile.TemporaryDirectory(dir=cache_folder(), prefix=".convert-")
-    with scratch_folder as scratch, progress(1, f"convert {GEMMA}, once, about a minute"):
+    bar = progress(1, f"convert {GEMMA}, once, about a minute")
+    no_other_bar = mock.patch(  # the one bar of transformers that no setting turns off
+        "transformers.modeling_gguf_pytorch_utils.tqdm", lambda tensors, **_: tensors
+    )
+    with scratch_folder as scratch, bar, _quiet_transformers(), no_other_bar:
         gguf = Path(package.assemble(Path(scratch) / "model.gguf"))
         source = {"pretrained_model_name_or_path": scratch, "gguf_file": gguf.name}
         quantised = AutoModelForCausalLM.from_pretrained(**source, dtype=torch.float32)
@@ -481,8 +486,10 @@ def _quiet_transformers() -> Iterator[None]:
     from transformers.utils import logging
 
     logging.disable_progress_bar()
-    yield
-    logging.enable_progress_bar()
+    try:
+        yield
+    finally:
+        logging.enable_progress_bar()
 
 
 def _first_line(error: Exception) -> str:
@@ -1436,12 +1443,12 @@ def sweep(configs: Sequence[RunConfig]) -> list[Result]:
     from joblib import Parallel, delayed
 
     _require_disk(profile().store, 0.1)
-    wanted = list(dict.fromkeys(configs))
-    missing = [c for c in wanted if stored(c) is None]
+    results = {c: stored(c) for c in configs}
+    missing = [c for c, result in results.items() if result is None]
     if missing:
         minutes = sum(_estimated_seconds(c) for c in missing) / 60
         print(
-            f"{len(wanted) - len(missing)} of {len(wanted)} runs are stored; about "
+            f"{len(results) - len(missing)} of {len(results)} runs are stored; about "
             f"{minutes:.0f} min for the rest",
             file=sys.stderr,
         )
@@ -1451,7 +1458,8 @@ def sweep(configs: Sequence[RunConfig]) -> list[Result]:
     ]
     for config, outcome in Parallel(return_as="generator_unordered", pre_dispatch="n_jobs")(jobs):
         save_entry(profile().store / "runs" / config.key, *outcome)
-    return [run(config) for config in configs]
+        results[config] = stored(config)
+    return [results[c] for c in configs]
 
 
 def _measure_one(config: RunConfig, label: str) -> tuple[RunConfig, tuple]:
