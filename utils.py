@@ -29,6 +29,7 @@ import shutil
 import sys
 import sysconfig
 import tempfile
+import threading
 import time
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -962,6 +963,13 @@ def _add_gram(gram: Tensor, A: Tensor) -> Tensor:
     return gram
 
 
+def _gram(A: Tensor) -> Tensor:
+    """A.T @ A; NumPy sees that it is symmetric and does half of the work."""
+    if A.device.type != "cpu":
+        return A.T @ A
+    return torch.from_numpy(A.numpy().T @ A.numpy())
+
+
 def _root_spectrum(gram: Tensor) -> Tensor:
     """Singular values of a matrix, descending, from the lower triangle of its Gram matrix."""
     return torch.linalg.eigvalsh(gram).flip(0).clamp_min(0).sqrt()
@@ -1137,10 +1145,83 @@ def leading_factors(dW: Tensor, r: int) -> tuple[Tensor, Tensor, float]:
     scale = torch.where(largest > 0, largest, 1)
     unit = X / scale  # whose squares do not underflow
     gram = _add_gram(unit.new_zeros(unit.shape[1], unit.shape[1]), unit)
+    V, best = leading_eigenvectors(gram, r)  # (small, r)
+    return *((dW @ V, V.T) if X is dW else (V, V.T @ dW)), best * float(scale) ** 2
+
+
+def leading_eigenvectors(gram: Tensor, r: int, *, tolerance: float = 0.0) -> tuple[Tensor, float]:
+    """V (n, r), orthonormal, and the most that tr(V.T @ gram @ V) can be: r largest eigenvalues.
+
+    gram: (n, n), positive semidefinite; without a tolerance the lower triangle is read.  With one
+    V may hold less than the most, by that share of the trace: it is then of a Krylov space, which
+    takes a fraction of the time where r is small beside n, and the most is an upper bound that a
+    Cholesky factorisation has confirmed.  Where none is confirmed V is exact.
+
+    >>> V, most = leading_eigenvectors(torch.diag(torch.tensor([1.0, 3.0, 2.0])), 2)
+    >>> V.abs().tolist(), most
+    ([[0.0, 0.0], [1.0, 0.0], [0.0, 1.0]], 5.0)
+    """
+    sizes = (r + max(2 * r, 64), r + max(3 * r, 128))
+    if tolerance and len(gram) >= 2.5 * sizes[0]:
+        for V, theta, residuals in _block_lanczos(gram, r, sizes):
+            most = _confirmed_bound(gram, V, theta, residuals)
+            missing = (most - float(theta.double().sum())) / float(gram.trace())
+            if missing <= tolerance:
+                return V, most
+            if missing > 20 * tolerance:  # as of noise: the larger space would not do either
+                break
     eigenvalues, eigenvectors = torch.linalg.eigh(gram)  # ascending
-    V = eigenvectors.flip(1)[:, :r]  # (small, r)
-    best = float(eigenvalues[-r:].double().sum() * scale.double() ** 2)
-    return *((dW @ V, V.T) if X is dW else (V, V.T @ dW)), best
+    return eigenvectors.flip(1)[:, :r], float(eigenvalues[-r:].double().sum())
+
+
+def _block_lanczos(
+    G: Tensor, r: int, sizes: Sequence[int]
+) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
+    """Yield the r leading Ritz vectors V (n, r), values theta and residual norms |G v - theta v|.
+
+    Of Krylov spaces of at least these sizes, from a seeded block, fully reorthogonalised (Golub
+    and Van Loan 2013, section 10.3).
+    """
+    block, limit = 16, sizes[-1] + 16
+    basis, H = G.new_empty(len(G), limit + block), G.new_zeros(limit, limit)
+    start = torch.randn(len(G), block, generator=torch.Generator().manual_seed(0)).to(G)
+    Q, m = torch.linalg.qr(start).Q, 0
+    for size in sizes:
+        while m < size:
+            basis[:, m : m + block] = Q
+            m += block
+            known, GQ = basis[:, :m], G @ Q
+            H[:m, m - block : m] = known.T @ GQ
+            Q, R = torch.linalg.qr(GQ - known @ H[:m, m - block : m])
+            Q = torch.linalg.qr(Q - known @ (known.T @ Q)).Q  # also where nothing was left of GQ
+        theta, Y = torch.linalg.eigh(H[:m, :m], UPLO="U")
+        theta, Y = theta.flip(0)[:r], Y.flip(1)[:, :r]  # (r,), (m, r)
+        yield torch.linalg.qr(basis[:, :m] @ Y).Q, theta, (R @ Y[-block:]).norm(dim=0)
+
+
+def _confirmed_bound(gram: Tensor, V: Tensor, theta: Tensor, residuals: Tensor) -> float:
+    """An upper bound on the sum of the r largest eigenvalues, by r Ritz pairs; inf if none holds.
+
+    If M = mu I + V diag(z) V.T - gram is positive definite and z >= 0, that sum is at most
+    r mu + sum(z) (the dual of Ky Fan's maximum principle).  With mu = theta_r + gap and
+    mu + z_i = theta_i + slack_i, M is so if the rest of the spectrum stays below theta_r + gap / 2
+    and sum(residual_i^2 / slack_i) <= gap / 2; the gap is chosen for the least sum of slacks, the
+    Cholesky factorisation decides.
+    """
+    theta, residuals = theta.double(), residuals.double()
+    rounding = 32 * torch.finfo(gram.dtype).eps * theta[0]
+
+    def slacks(gap: Tensor) -> Tensor:
+        coupled = 2 * residuals * residuals.sum() / gap + rounding
+        return torch.maximum(coupled, gap + theta[-1] - theta)  # so that z >= 0
+
+    gaps = (theta[-1] * torch.logspace(-3, 0, 13).to(theta)).clamp_min(2 * rounding)
+    gap = min(gaps, key=lambda gap: slacks(gap).sum())
+    mu, levels = theta[-1] + gap, theta + slacks(gap)
+    M = _add_gram(-gram, ((levels - mu).sqrt().to(V) * V).T)
+    M.diagonal().add_(mu.to(M))
+    confirmed = int(torch.linalg.cholesky_ex(M).info) == 0
+    return min(float(levels.sum()), float(gram.trace())) if confirmed else math.inf
 
 
 def subspace_overlap(A: Tensor, B: Tensor, r: int) -> float:
@@ -1874,8 +1955,9 @@ def reproducible_rank(overlap: pd.Series, chance: pd.Series) -> float:
 VOCABULARY = re.compile(r"(embed|wte|wpe|shared|lm_head|decoder|cls|score|classifier|qa_outputs)")
 FLOATS = {"F64", "F32", "F16", "BF16"}
 MANTISSA_BITS = {"F16": 10, "BF16": 7}  # stored bits; one ulp of w in [2^e, 2^(e+1)) is 2^(e-bits)
-SLICE_ENTRIES = 2**22  # of a matrix, read at once
+SLICE_ENTRIES = 2**21  # of a matrix, read at once; larger buffers cost more than they save
 NEAR_ROUNDING = 0.05  # share of rounding noise in the squared update above which ranks mean little
+SHORTFALL = 1e-3  # share of the squared update by which an adapter may miss the best of its rank
 
 
 @dataclass(frozen=True)
@@ -2025,7 +2107,7 @@ class Pair:
         return tuple(map(min, *shapes)) if shapes[0] else ()
 
     def parts(self, name: str, expert: int | None = None) -> Iterator[tuple[Tensor, Tensor]]:
-        """Yield W0 and W1 slice by slice along the longer side, as stored, 4 M entries each."""
+        """Yield W0 and W1 slice by slice along the longer side, as stored, 2 M entries each."""
         shape = self.shape(name)
         if len(shape) < 2 or math.prod(shape) == 0:
             yield self.base.read(self.names[name]), self.tuned.read(name)
@@ -2107,7 +2189,7 @@ def compare_checkpoints(base: str, tuned: str, *, allow_pickle: bool = False) ->
 
     attrs: "spectra" {name: S}, "rest" {tensor that is no matrix: |dW|^2}, "only_base",
     "only_tuned", "added_rows" {tensor: rows that only tuned has}.
-    Memory is bounded by 4 M entries of both and the Gram matrix of the largest small side; what
+    Memory is bounded by 2 M entries of both and the Gram matrix of the largest small side; what
     was measured is kept, so that a killed call goes on.  Raises as open_pair does and for NaN or
     infinite weights; warns for an identical and an unrelated pair.
     """
@@ -2148,9 +2230,12 @@ def _by_core(function: Callable, items: Iterable) -> Iterator:
     Two cores do two eigenvalue problems sooner than both do one after the other.  No more are
     under way than there are cores, so that what waits to be taken does not fill the memory.
     """
+    from threadpoolctl import threadpool_limits
+
     threads, waiting = torch.get_num_threads(), collections.deque()
     workers = min(threads, 4) if device().type == "cpu" else 1
-    with ThreadPoolExecutor(workers, initializer=torch.set_num_threads, initargs=(1,)) as pool:
+    pool = ThreadPoolExecutor(workers, initializer=torch.set_num_threads, initargs=(1,))
+    with pool, threadpool_limits(1, user_api="blas"):
         try:
             for item in items:
                 waiting.append(pool.submit(function, item))
@@ -2198,7 +2283,7 @@ def _compare_matrix(pair: Pair, name: str, expert: int | None) -> tuple[dict, di
         sums["changed"] += int(torch.count_nonzero(dW))
         sums["rounding"] += _rounding_variance(W1, pair.tuned.dtypes[name])
         if sums["changed"]:
-            _add_gram(gram, (dW if m >= n else dW.T).double())
+            gram += _gram((dW if m >= n else dW.T).double())
     sums["update"] = float(gram.trace())
     return {"sums": sums}, {"S": _root_spectrum(gram).float().cpu()}
 
@@ -2372,14 +2457,16 @@ def extract_adapter(
     if Path(out).expanduser().exists():
         raise FileExistsError(f"{out} exists: delete it or name another folder")
     pair = open_pair(base, tuned, allow_pickle=allow_pickle)
-    places, transposed = _adaptable(pair)
+    with ThreadPoolExecutor(1) as beside:  # what is imported to know the layers takes as long
+        changing = beside.submit(_changed, pair)
+        places, transposed = _adaptable(pair)
     limit = max((min(pair.shape(name)) for name in transposed), default=0)
     _require(rank is None or 1 <= rank <= limit, f"rank={rank}: choose one from 1 to {limit}")
     if energy is not None:
         table = compare_checkpoints(base, tuned, allow_pickle=allow_pickle)
         ranks = recommend_ranks(table, energy=energy)
     chosen = {n: rank_of(ranks, n) if ranks else min(rank, *pair.shape(n)) for n in transposed}
-    changed = _changed(pair)
+    changed = changing.result()
     chosen = {name: r for name, r in chosen.items() if r and name in changed}
     _require(bool(chosen), f"no linear layer of {tuned} gets a rank: there is nothing to write")
     rest = {name: _difference(pair, name) for name in changed if name not in chosen}
@@ -2392,7 +2479,8 @@ def _changed(pair: Pair) -> list[str]:
     """The tensors of which an entry differs, each read no further than where one does."""
 
     def differs(name: str) -> bool:
-        return any(bool(dW.any()) for *_, dW in _differences(pair, name, None))
+        parts = (W1 - W0 for W0, W1 in pair.parts(name))
+        return any(any(map(float, part.aminmax())) for part in parts if part.numel())
 
     found = zip(pair.names, _by_core(differs, pair.names), strict=True)
     return [name for name, different in found if different]
@@ -2459,6 +2547,11 @@ def _whole_norms(
     return [name for name, module in norms.items() if module in modules]
 
 
+_memory = (
+    threading.local()
+)  # of a thread's last update; to ask for it anew takes as long as the rest
+
+
 @dataclass(frozen=True)
 class AdapterPlan:
     """What goes into an adapter, and where."""
@@ -2498,13 +2591,36 @@ class AdapterPlan:
     def factorise(self, name: str) -> tuple[Tensor, Tensor, dict[str, float]]:
         """A, B and what they hold of one matrix."""
         m, n = self.pair.shape(name)
-        slices = [dW for *_, dW in _differences(self.pair, name, None)]
-        dW = torch.cat(slices, 0 if m >= n else 1)
-        dW = dW.T if self.transposed[name] else dW  # (out, in)
-        B, A, best = leading_factors(dW, self.ranks[name])
-        scaled = B if dW.shape[0] >= dW.shape[1] else A  # the other is orthonormal
-        norm, held = (float(torch.linalg.vector_norm(X, dtype=torch.float64)) for X in (dW, scaled))
-        return A, B, {"squared_norm": norm**2, "kept": (held / norm) ** 2, "best": best / norm**2}
+        dW, scale = self.update(name)
+        X = (dW if m >= n else dW.T).div_(scale)  # (long, small), whose squares do not underflow
+        gram = _gram(X)
+        V, best = leading_eigenvectors(gram, self.ranks[name], tolerance=SHORTFALL)
+        long = X @ V  # (long, r)
+        norm, held = (float(x.double().sum()) for x in (gram.diagonal(), long.square().sum(0)))
+        found = {"squared_norm": norm * scale**2, "kept": held / norm, "best": best / norm}
+        long.mul_(scale)
+        B, A = (long, V.T) if (m >= n) != self.transposed[name] else (V, long.T)  # (out, in)
+        return A, B, found
+
+    def update(self, name: str) -> tuple[Tensor, float]:
+        """dW of one matrix as stored, in memory that the thread's next one takes over, max |dW|."""
+        m, n = self.pair.shape(name)
+        if getattr(_memory, "size", 0) < m * n:
+            _memory.size, _memory.tensor = m * n, torch.empty(m * n, device=device())
+        dW, long, start, largest = _memory.tensor[: m * n].view(m, n), int(m < n), 0, 0.0
+        for W0, W1 in self.pair.parts(name):
+            part = dW.narrow(long, start, W1.shape[long])
+            start += W1.shape[long]
+            if torch.float64 in (W0.dtype, W1.dtype):
+                part.copy_(W1.double() - W0.double())
+            else:
+                part.copy_(W1).sub_(W0.to(part.device))
+            extremes = [abs(float(extreme)) for extreme in part.aminmax()]
+            largest = max(largest, *extremes)
+            if not all(map(math.isfinite, extremes)):
+                _finite(W0, self.pair.base, self.pair.names[name])
+                _finite(W1, self.pair.tuned, name)
+        return dW, largest
 
     def write(self, folder: Path) -> dict[str, dict]:
         """Write the folder beside its place, then rename it; return what `tensors` notes."""
@@ -2553,7 +2669,7 @@ def _write_safetensors(
             _require(
                 tuple(tensor.shape) == shape, f"a tensor is {tuple(tensor.shape)}, not {shape}"
             )
-            opened.write(tensor.float().cpu().contiguous().numpy().tobytes())
+            opened.write(tensor.float().cpu().contiguous().numpy().data)
         opened.flush()
         os.fsync(opened.fileno())
 

@@ -186,11 +186,15 @@ MERGEKIT = "mergekit==0.1.5"  # compared with, in an environment of its own; nev
 PLAIN_SCRIPT = """
 import sys, torch
 from transformers import AutoModelForCausalLM
-base, tuned = (AutoModelForCausalLM.from_pretrained(f, dtype=torch.float32) for f in sys.argv[1:])
+base, tuned = (AutoModelForCausalLM.from_pretrained(f, dtype=torch.float32) for f in sys.argv[1:3])
 W0 = dict(base.named_parameters())
-for name, W1 in tuned.named_parameters():
-    if W1.dim() == 2 and "embed" not in name:
-        U, S, Vh = torch.linalg.svd((W1 - W0[name]).detach(), full_matrices=False)
+with open(sys.argv[3], "w") as held:
+    print("name,held", file=held)
+    for name, W1 in tuned.named_parameters():
+        if W1.dim() == 2 and "embed" not in name:
+            U, S, Vh = torch.linalg.svd((W1 - W0[name]).detach(), full_matrices=False)
+            energy = S.double() ** 2
+            print(name, float(energy[: int(sys.argv[4])].sum() / energy.sum()), sep=",", file=held)
 """
 
 
@@ -286,6 +290,7 @@ def one_pair(title: str, tool: str, scratch: str, base: str, tuned: str) -> None
     commands["mergekit"] += [f"{scratch}/theirs", "--max-rank", str(ADAPTER_RANK)]
     commands["mergekit"] += ["--no-embed-lora", "--exclude-regex", "embed|lm_head"]
     commands["plain"] = [sys.executable, "-c", PLAIN_SCRIPT, base, tuned]
+    commands["plain"] += [f"{scratch}/plain.csv", str(ADAPTER_RANK)]
     found = {}
     for name, command in commands.items():
         found[name] = seconds, memory = timed(command)
@@ -294,9 +299,11 @@ def one_pair(title: str, tool: str, scratch: str, base: str, tuned: str) -> None
         ratios = [found[other][0] / found[name][0] for other in ("mergekit", "plain")]
         print(f"  {name}: {ratios[0]:.1f}x faster than mergekit, {ratios[1]:.1f}x than plain SVD")
     report = pd.read_csv(f"{scratch}/ours.csv").query("part == 'lora'")
-    shortfall = (report["best"] - report["kept"]).max()
-    print(f"  the adapter holds {report['kept'].mean():.4f} of the update, at most {shortfall:.0e} "
-          f"below the best of rank {ADAPTER_RANK}")  # fmt: skip
+    bound = (report["best"] - report["kept"]).max()
+    held = report.merge(pd.read_csv(f"{scratch}/plain.csv"), on="name", validate="1:1")
+    print(f"  the adapter holds {held['kept'].mean():.4f} of the update, full SVD "
+          f"{held['held'].mean():.4f}; a matrix at most {(held['held'] - held['kept']).max():.0e} "
+          f"less, {bound:.0e} by its own bound")  # fmt: skip
 
 
 PARTS = {"spectra": bench_spectra, "training": bench_training, "pairs": bench_pairs}

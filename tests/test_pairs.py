@@ -568,15 +568,15 @@ def test_an_adapter_is_written_whole_or_not_at_all(save, tmp_path, monkeypatch):
     base, tuned = save()
     out, calls = tmp_path / "adapters" / "out", []
     out.parent.mkdir()
-    original = utils.leading_factors
+    original = utils.leading_eigenvectors
 
     def fail(*arguments, **options):
         calls.append(arguments)
         if len(calls) == 3:
             raise OSError(28, "No space left on device")
-        return original(*arguments)
+        return original(*arguments, **options)
 
-    monkeypatch.setattr(utils, "leading_factors", fail)
+    monkeypatch.setattr(utils, "leading_eigenvectors", fail)
     with pytest.raises(OSError, match="No space"):
         utils.extract_adapter(base, tuned, str(out), rank=2)
     assert list(out.parent.iterdir()) == []

@@ -368,6 +368,54 @@ def test_leading_factors_hold_the_best_that_their_rank_can(kind, r, turned):
     assert abs(best - exact[:r].sum()) / exact.sum() < 1e-6
 
 
+EIGENVALUES = {  # of a Gram matrix, (600,), and whether a Krylov space finds the leading ones
+    "a head above noise": (torch.cat([torch.linspace(81, 25, 20), torch.full((580,), 3e-3)]), True),
+    "a decay": (1 / torch.arange(1.0, 601) ** 2, True),
+    "a slow decay": (1 / torch.arange(1.0, 601), True),
+    "the same twenty times": (torch.cat([torch.ones(20), torch.full((580,), 1e-6)]), True),
+    "noise": (torch.linspace(4, 0.04, 600), False),
+    "all the same": (torch.ones(600), False),
+    "one alone": (torch.cat([torch.ones(1), torch.zeros(599)]), True),
+}
+
+
+def a_gram(eigenvalues):
+    """A Gram matrix of these eigenvalues, and its eigenvectors in their order."""
+    torch.manual_seed(0)
+    Q = torch.linalg.qr(torch.randn(len(eigenvalues), len(eigenvalues), dtype=torch.float64)).Q
+    return ((Q * eigenvalues.double()) @ Q.T).float(), Q.float()
+
+
+@pytest.mark.parametrize("kind", EIGENVALUES)
+@pytest.mark.parametrize("r", [8, 40])
+def test_leading_eigenvectors_hold_the_most_within_the_tolerance(kind, r, monkeypatch):
+    eigenvalues, krylov = EIGENVALUES[kind]
+    gram, _ = a_gram(eigenvalues)
+    eigh, sizes = torch.linalg.eigh, []
+    monkeypatch.setattr(
+        torch.linalg, "eigh", lambda A, **options: sizes.append(len(A)) or eigh(A, **options)
+    )
+    V, most = utils.leading_eigenvectors(gram, r, tolerance=1e-3)
+    torch.testing.assert_close(V.T @ V, torch.eye(r), rtol=0, atol=1e-5)
+    total, exact = float(eigenvalues.double().sum()), float(eigenvalues[:r].double().sum())
+    held = float((V.double().T @ gram.double() @ V.double()).trace())
+    rounding = 1e-5 * total
+    assert exact - 1e-3 * total - rounding <= held <= exact + rounding
+    assert max(held, exact) - rounding <= most <= held + 1e-3 * total + rounding
+    assert (max(sizes) < 600) == krylov
+
+
+@pytest.mark.parametrize("kind", ["a head above noise", "a decay", "a slow decay"])
+@pytest.mark.parametrize("missed", [0, 3, 7])
+def test_a_bound_is_not_confirmed_when_a_leading_direction_was_missed(kind, missed):
+    eigenvalues, _ = EIGENVALUES[kind]
+    gram, Q = a_gram(eigenvalues)
+    found = [i for i in range(9) if i != missed]
+    bound = utils._confirmed_bound(gram, Q[:, :8], eigenvalues[:8], torch.zeros(8))
+    assert float(eigenvalues[:8].sum()) <= bound < math.inf
+    assert utils._confirmed_bound(gram, Q[:, found], eigenvalues[found], torch.zeros(8)) == math.inf
+
+
 def a_run(losses, ranks):
     """A full run whose notes at steps 1, 2, 4 have these losses and one matrix of these r90."""
     notes = [
