@@ -2256,21 +2256,18 @@ def _pair_digest(pair: Pair) -> str:
     return _digest({"files": stats, "sides": sides, "version": 1})[:16]
 
 
-def _finite(part: Tensor, checkpoint: Checkpoint, name: str) -> Tensor:
-    """The part on the device, at least float32; NaN or infinite weights are an error."""
-    part = part.to(device())
-    part = part if part.dtype == torch.float64 else part.float()
-    if not _all_finite(part):
-        where = f"{checkpoint.folder.name}/{checkpoint.files[name].name}"
-        raise ValueError(f"{where}: {name} holds NaN or infinite values; repair it")
-    return part
-
-
 def _differences(pair: Pair, name: str, expert: int | None) -> Iterator[tuple[Tensor, ...]]:
-    """Yield W0, W1 and dW = W1 - W0 slice by slice, checked."""
+    """Yield W0, W1 and dW = W1 - W0 slice by slice, at least float32, on the device, checked."""
     for W0, W1 in pair.parts(name, expert):
-        W0, W1 = _finite(W0, pair.base, pair.names[name]), _finite(W1, pair.tuned, name)
-        yield W0, W1, W1 - W0
+        W0, W1 = (W.to(device()) for W in (W0, W1))
+        W0, W1 = (W if W.dtype == torch.float64 else W.float() for W in (W0, W1))
+        dW = W1 - W0
+        if not _all_finite(dW):
+            broken = pair.tuned if _all_finite(W0) else pair.base
+            tensor = name if broken is pair.tuned else pair.names[name]
+            where = f"{broken.folder.name}/{broken.files[tensor].name}"
+            raise ValueError(f"{where}: {tensor} holds NaN or infinite values; repair it")
+        yield W0, W1, dW
 
 
 def _compare_matrix(pair: Pair, name: str, expert: int | None) -> tuple[dict, dict[str, Tensor]]:
@@ -2457,16 +2454,14 @@ def extract_adapter(
     if Path(out).expanduser().exists():
         raise FileExistsError(f"{out} exists: delete it or name another folder")
     pair = open_pair(base, tuned, allow_pickle=allow_pickle)
-    with ThreadPoolExecutor(1) as beside:  # what is imported to know the layers takes as long
-        changing = beside.submit(_changed, pair)
-        places, transposed = _adaptable(pair)
+    places, transposed = _adaptable(pair)
     limit = max((min(pair.shape(name)) for name in transposed), default=0)
     _require(rank is None or 1 <= rank <= limit, f"rank={rank}: choose one from 1 to {limit}")
     if energy is not None:
         table = compare_checkpoints(base, tuned, allow_pickle=allow_pickle)
         ranks = recommend_ranks(table, energy=energy)
     chosen = {n: rank_of(ranks, n) if ranks else min(rank, *pair.shape(n)) for n in transposed}
-    changed = changing.result()
+    changed = _changed(pair)
     chosen = {name: r for name, r in chosen.items() if r and name in changed}
     _require(bool(chosen), f"no linear layer of {tuned} gets a rank: there is nothing to write")
     rest = {name: _difference(pair, name) for name in changed if name not in chosen}
@@ -2607,7 +2602,7 @@ class AdapterPlan:
         m, n = self.pair.shape(name)
         if getattr(_memory, "size", 0) < m * n:
             _memory.size, _memory.tensor = m * n, torch.empty(m * n, device=device())
-        dW, long, start, largest = _memory.tensor[: m * n].view(m, n), int(m < n), 0, 0.0
+        dW, long, start = _memory.tensor[: m * n].view(m, n), int(m < n), 0
         for W0, W1 in self.pair.parts(name):
             part = dW.narrow(long, start, W1.shape[long])
             start += W1.shape[long]
@@ -2615,11 +2610,9 @@ class AdapterPlan:
                 part.copy_(W1.double() - W0.double())
             else:
                 part.copy_(W1).sub_(W0.to(part.device))
-            extremes = [abs(float(extreme)) for extreme in part.aminmax()]
-            largest = max(largest, *extremes)
-            if not all(map(math.isfinite, extremes)):
-                _finite(W0, self.pair.base, self.pair.names[name])
-                _finite(W1, self.pair.tuned, name)
+        largest = float(torch.stack(dW.aminmax()).abs().max())
+        if not math.isfinite(largest):
+            list(_differences(self.pair, name, None))  # names the file
         return dW, largest
 
     def write(self, folder: Path) -> dict[str, dict]:
