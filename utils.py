@@ -1152,16 +1152,16 @@ def leading_factors(dW: Tensor, r: int) -> tuple[Tensor, Tensor, float]:
 def leading_eigenvectors(gram: Tensor, r: int, *, tolerance: float = 0.0) -> tuple[Tensor, float]:
     """V (n, r), orthonormal, and the most that tr(V.T @ gram @ V) can be: r largest eigenvalues.
 
-    gram: (n, n), positive semidefinite; without a tolerance the lower triangle is read.  With one
-    V may hold less than the most, by that share of the trace: it is then of a Krylov space, which
-    takes a fraction of the time where r is small beside n, and the most is an upper bound that a
-    Cholesky factorisation has confirmed.  Where none is confirmed V is exact.
+    gram: (n, n), positive semidefinite; without a tolerance only its lower triangle is read.
+    With one, V may hold less than the most by that share of the trace.  It then comes from a
+    Krylov space, which takes a fraction of the time where r is small beside n, and the most is
+    an upper bound that a Cholesky factorisation has confirmed; without such a bound V is exact.
 
     >>> V, most = leading_eigenvectors(torch.diag(torch.tensor([1.0, 3.0, 2.0])), 2)
     >>> V.abs().tolist(), most
     ([[0.0, 0.0], [1.0, 0.0], [0.0, 1.0]], 5.0)
     """
-    sizes = (r + max(2 * r, 64), r + max(3 * r, 128))
+    sizes = (r + max(2 * r, 64), r + max(3 * r, 128))  # the first is enough for most updates
     if tolerance and len(gram) >= 2.5 * sizes[0]:
         for V, theta, residuals in _block_lanczos(gram, r, sizes):
             most = _confirmed_bound(gram, V, theta, residuals)
@@ -2542,9 +2542,7 @@ def _whole_norms(
     return [name for name, module in norms.items() if module in modules]
 
 
-_memory = (
-    threading.local()
-)  # of a thread's last update; to ask for it anew takes as long as the rest
+_memory = threading.local()  # a thread's last update: fresh memory costs as much as the reading
 
 
 @dataclass(frozen=True)
