@@ -58,3 +58,16 @@ def test_a_notebook_names_no_absolute_path(path):
 @pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
 def test_a_notebook_is_under_one_megabyte(path):
     assert path.stat().st_size < 1e6
+
+
+@pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
+def test_a_notebook_is_committed_as_it_ran_in_cells_that_can_be_read(path):
+    notebook = json.loads(path.read_text(encoding="utf8"))
+    code = [cell for cell in notebook["cells"] if cell["cell_type"] == "code"]
+    assert [cell["execution_count"] for cell in code] == list(range(1, len(code) + 1))
+    lines = ["".join(cell["source"]).splitlines() for cell in code]
+    assert max(sum(map(bool, map(str.strip, cell))) for cell in lines) <= 25
+    kinds = "".join(cell["cell_type"][0] for cell in notebook["cells"])
+    assert "cccc" not in kinds, "four cells of code without a word between them"
+    bars = [o for cell in code for o in cell["outputs"] if "widget" in " ".join(o.get("data", {}))]
+    assert bars == [] and "widgets" not in notebook["metadata"]
