@@ -1524,7 +1524,7 @@ def sweep(configs: Sequence[RunConfig]) -> list[Result]:
     from joblib import Parallel, delayed
 
     _require_disk(profile().store, 0.1)
-    results = {c: stored(c) for c in configs}
+    results = {c: stored(c) for c in dict.fromkeys(configs)}
     missing = [c for c, result in results.items() if result is None]
     if missing:
         minutes = sum(_estimated_seconds(c) for c in missing) / 60

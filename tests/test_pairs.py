@@ -585,6 +585,27 @@ def test_an_adapter_is_written_whole_or_not_at_all(save, tmp_path, monkeypatch):
         utils.extract_adapter(base, tuned, str(out), rank=2)
 
 
+@pytest.mark.parametrize("side", ["base", "tuned"])
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_an_adapter_of_nan_and_inf_names_file_and_tensor(save, tmp_path, side, value):
+    folders = save()
+    edit(tmp_path / side, lambda t: t[Q].view(-1)[7:8].fill_(value))
+    with pytest.raises(ValueError, match=f"{side}/model.safetensors: {Q} .*repair"):
+        utils.extract_adapter(*folders, str(tmp_path / "out"), rank=2)
+    assert not (tmp_path / "out").exists()
+
+
+def test_an_adapter_of_doubles_sees_an_update_below_the_rounding_of_floats(save, tmp_path):
+    base, tuned = save()
+    W0 = load_file(f"{base}/model.safetensors")[Q].double()
+    update = 1e-11 * torch.outer(torch.arange(1.0, 33), torch.ones(32)).double()
+    edit(base, lambda t: t.update({Q: W0}))
+    edit(tuned, lambda t: t.update({Q: W0 + update}))
+    report = utils.extract_adapter(base, tuned, str(tmp_path / "out"), rank=1).set_index("name")
+    assert report.loc[Q, "squared_norm"] == pytest.approx(float(update.square().sum()), rel=1e-3)
+    assert report.loc[Q, "kept"] == pytest.approx(1, abs=1e-5)
+
+
 @pytest.mark.parametrize("rank", [0, 33])
 def test_a_rank_out_of_range_is_refused(save, tmp_path, rank):
     with pytest.raises(ValueError, match=f"rank={rank}: choose one from 1 to 32"):
