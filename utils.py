@@ -1170,8 +1170,21 @@ def leading_eigenvectors(gram: Tensor, r: int, *, tolerance: float = 0.0) -> tup
                 return V, most
             if missing > 20 * tolerance:  # as of noise: the larger space would not do either
                 break
-    eigenvalues, eigenvectors = torch.linalg.eigh(gram)  # ascending
+    eigenvalues, eigenvectors = _eigh(gram)
     return eigenvectors.flip(1)[:, :r], float(eigenvalues[-r:].double().sum())
+
+
+def _eigh(gram: Tensor) -> tuple[Tensor, Tensor]:
+    """Eigenvalues, ascending, and eigenvectors of a symmetric matrix, from its lower triangle.
+
+    torch's LAPACK gives up on many float32 matrices with rows of zeros, as updates of a few
+    columns have them; NumPy's in float64 does not.
+    """
+    try:
+        return torch.linalg.eigh(gram)
+    except torch.linalg.LinAlgError:
+        found = np.linalg.eigh(gram.double().cpu().numpy())
+        return tuple(torch.from_numpy(x).to(gram) for x in found)
 
 
 def _block_lanczos(
@@ -1180,7 +1193,8 @@ def _block_lanczos(
     """Yield the r leading Ritz vectors V (n, r), values theta and residual norms |G v - theta v|.
 
     Of Krylov spaces of at least these sizes, from a seeded block, fully reorthogonalised (Golub
-    and Van Loan 2013, section 10.3).
+    and Van Loan 2013, section 10.3).  Nothing of a space that lost its orthogonality, as it does
+    where the matrix has fewer distinct eigenvalues than steps were taken.
     """
     block, limit = 16, sizes[-1] + 16
     basis, H = G.new_empty(len(G), limit + block), G.new_zeros(limit, limit)
@@ -1194,9 +1208,12 @@ def _block_lanczos(
             H[:m, m - block : m] = known.T @ GQ
             Q, R = torch.linalg.qr(GQ - known @ H[:m, m - block : m])
             Q = torch.linalg.qr(Q - known @ (known.T @ Q)).Q  # also where nothing was left of GQ
-        theta, Y = torch.linalg.eigh(H[:m, :m], UPLO="U")
+        theta, Y = _eigh(H[:m, :m].T)
         theta, Y = theta.flip(0)[:r], Y.flip(1)[:, :r]  # (r,), (m, r)
-        yield torch.linalg.qr(basis[:, :m] @ Y).Q, theta, (R @ Y[-block:]).norm(dim=0)
+        V, turned = torch.linalg.qr(basis[:, :m] @ Y)
+        if not torch.allclose(turned.abs(), torch.eye(r).to(G), rtol=0, atol=1e-4):
+            return
+        yield V, theta, (R @ Y[-block:]).norm(dim=0)
 
 
 def _confirmed_bound(gram: Tensor, V: Tensor, theta: Tensor, residuals: Tensor) -> float:

@@ -405,6 +405,37 @@ def test_leading_eigenvectors_hold_the_most_within_the_tolerance(kind, r, monkey
     assert (max(sizes) < 600) == krylov
 
 
+def a_sparse_update(kind, seed):
+    """An update (500, 400) of which few entries are not zero, or few values occur."""
+    torch.manual_seed(seed)
+    X, k = torch.zeros(500, 400), int(torch.randint(1, 60, (1,)))
+    if kind == "columns":
+        X[:, torch.randperm(400)[:k]] = torch.randn(500, k)
+    elif kind == "a block":
+        X[:k, :k] = torch.randn(k, k)
+    elif kind == "entries":
+        X[torch.randint(500, (k,)), torch.randint(400, (k,))] = 1.0
+    else:
+        X = torch.eye(500, 400)
+        X[:k] *= 3
+    return X
+
+
+@pytest.mark.parametrize("kind", ["columns", "a block", "entries", "two values"])
+@pytest.mark.parametrize("r", [1, 8, 40])
+@pytest.mark.parametrize("tolerance", [0.0, 1e-3])
+def test_leading_eigenvectors_of_sparse_updates(kind, r, tolerance):
+    for seed in range(10):
+        X = a_sparse_update(kind, seed)
+        V, most = utils.leading_eigenvectors(X.T @ X, r, tolerance=tolerance)
+        torch.testing.assert_close(V.T @ V, torch.eye(r), rtol=0, atol=1e-5)
+        squares = torch.linalg.svdvals(X.double()).square()
+        best, total = float(squares[:r].sum()), float(squares.sum())
+        held = float((X.double() @ V.double()).square().sum())
+        assert best - (tolerance + 1e-5) * total <= held <= best + 1e-5 * total
+        assert max(held, best) - 1e-5 * total <= most
+
+
 @pytest.mark.parametrize("kind", ["a head above noise", "a decay", "a slow decay"])
 @pytest.mark.parametrize("missed", [0, 3, 7])
 def test_a_bound_is_not_confirmed_when_a_leading_direction_was_missed(kind, missed):
