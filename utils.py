@@ -17,7 +17,9 @@ import collections
 import contextlib
 import dataclasses
 import functools
+import gc
 import hashlib
+import importlib
 import itertools
 import json
 import math
@@ -2244,8 +2246,9 @@ def _compared(pair: Pair, found: dict, folder: Path, label: str) -> tuple:
 def _by_core(function: Callable, items: Iterable) -> Iterator:
     """function(item) of every item, in order; on a CPU a few at a time, each on a core of its own.
 
-    Two cores do two eigenvalue problems sooner than both do one after the other.  No more are
-    under way than there are cores, so that what waits to be taken does not fill the memory.
+    Two cores do two eigenvalue problems sooner than both do one after the other.  A few more wait
+    than there are cores, or a long one would keep the others from going on with short ones; not
+    all, so that what waits to be taken does not fill the memory.
     """
     from threadpoolctl import threadpool_limits
 
@@ -2256,7 +2259,7 @@ def _by_core(function: Callable, items: Iterable) -> Iterator:
         try:
             for item in items:
                 waiting.append(pool.submit(function, item))
-                if len(waiting) > workers:
+                if len(waiting) > 4 * workers:
                     yield waiting.popleft().result()
             while waiting:
                 yield waiting.popleft().result()
@@ -2471,6 +2474,7 @@ def extract_adapter(
     if Path(out).expanduser().exists():
         raise FileExistsError(f"{out} exists: delete it or name another folder")
     pair = open_pair(base, tuned, allow_pickle=allow_pickle)
+    _import_peft()
     places, transposed = _adaptable(pair)
     limit = max((min(pair.shape(name)) for name in transposed), default=0)
     _require(rank is None or 1 <= rank <= limit, f"rank={rank}: choose one from 1 to {limit}")
@@ -2516,6 +2520,23 @@ def rank_of(ranks: dict, name: str) -> int:
     """The rank that LoraConfig's arguments give a matrix; 0 for one that they leave out."""
     module = name.removesuffix(".weight")
     return ranks["rank_pattern"].get(module, ranks["r"]) if module in ranks["target_modules"] else 0
+
+
+def _import_peft() -> None:
+    """Import peft and transformers without the garbage collector, in two thirds of the time.
+
+    It would walk the half million objects that they bring again and again, and once more when
+    the process ends; frozen, they are passed over.  Not where transformers is loaded: a model
+    may be there that has yet to be collected.
+    """
+    if "transformers" in sys.modules or not gc.isenabled():
+        return
+    gc.disable()
+    try:
+        importlib.import_module("peft")
+    finally:
+        gc.enable()
+    gc.freeze()
 
 
 def _skeleton(folder: Path) -> nn.Module:

@@ -1,8 +1,12 @@
 """Checkpoint pairs: planted updates come back, adapters merge to the cut, bad input has a name."""
 
 import dataclasses
+import gc
 import json
 import shutil
+import subprocess
+import sys
+import threading
 
 import pytest
 import torch
@@ -562,6 +566,38 @@ def test_ranks_differ_by_matrix(save, tmp_path):
     assert used["rank"].nunique() > 1
     loaded = PeftModel.from_pretrained(build("llama"), tmp_path / "out")
     assert {m.r["default"] for m in utils.lora_layers(loaded).values()} == set(used["rank"])
+
+
+def test_the_collector_passes_over_the_libraries_but_not_over_models():
+    code = "import utils, gc; utils._import_peft(); print(gc.isenabled(), gc.get_freeze_count())"
+    command = [sys.executable, "-c", code]
+    found = subprocess.run(command, cwd=utils.ROOT, capture_output=True, text=True, check=True)
+    enabled, frozen = found.stdout.split()
+    assert enabled == "True" and int(frozen) > 100_000
+    before = gc.get_freeze_count()
+    utils._import_peft()  # here transformers is loaded
+    assert gc.isenabled() and gc.get_freeze_count() == before
+
+
+def test_a_long_matrix_does_not_keep_the_cores_from_the_short_ones(monkeypatch):
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 2)
+    monkeypatch.setattr(utils, "device", lambda: torch.device("cpu"))
+    later, taken = threading.Event(), []
+
+    def work(item):
+        if item == 6:
+            later.set()
+        return item, item > 0 or later.wait(20)
+
+    def items():
+        for item in range(40):
+            taken.append(item)
+            yield item
+
+    found = utils._by_core(work, items())
+    assert next(found) == (0, True)
+    assert len(taken) < 15  # what waits to be taken stays in memory
+    assert list(found) == [(item, True) for item in range(1, 40)]
 
 
 def test_an_adapter_is_written_whole_or_not_at_all(save, tmp_path, monkeypatch):
