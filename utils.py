@@ -969,7 +969,8 @@ def _gram(A: Tensor) -> Tensor:
     """A.T @ A; NumPy sees that it is symmetric and does half of the work."""
     if A.device.type != "cpu":
         return A.T @ A
-    return torch.from_numpy(A.numpy().T @ A.numpy())
+    with np.errstate(over="ignore", invalid="ignore"):  # as torch: the trace tells
+        return torch.from_numpy(A.numpy().T @ A.numpy())
 
 
 def _root_spectrum(gram: Tensor) -> Tensor:
@@ -2622,9 +2623,12 @@ class AdapterPlan:
     def factorise(self, name: str) -> tuple[Tensor, Tensor, dict[str, float]]:
         """A, B and what they hold of one matrix."""
         m, n = self.pair.shape(name)
-        dW, scale = self.update(name)
-        X = (dW if m >= n else dW.T).div_(scale)  # (long, small), whose squares do not underflow
-        gram = _gram(X)
+        dW = self.update(name)
+        X = dW if m >= n else dW.T  # (long, small)
+        gram, scale = _gram(X), 1.0
+        if not 1e-12 < float(gram.trace()) < 1e12:  # squares that under- or overflow
+            scale = self.largest(name, dW)
+            gram = _gram(X.div_(scale))
         V, best = leading_eigenvectors(gram, self.ranks[name], tolerance=SHORTFALL)
         long = X @ V  # (long, r)
         norm, held = (float(x.double().sum()) for x in (gram.diagonal(), long.square().sum(0)))
@@ -2633,8 +2637,8 @@ class AdapterPlan:
         B, A = (long, V.T) if (m >= n) != self.transposed[name] else (V, long.T)  # (out, in)
         return A, B, found
 
-    def update(self, name: str) -> tuple[Tensor, float]:
-        """dW of one matrix as stored, in memory that the thread's next one takes over, max |dW|."""
+    def update(self, name: str) -> Tensor:
+        """dW of one matrix as stored, in memory that the thread's next one takes over."""
         m, n = self.pair.shape(name)
         if getattr(_memory, "size", 0) < m * n:
             _memory.size, _memory.tensor = m * n, torch.empty(m * n, device=device())
@@ -2646,10 +2650,14 @@ class AdapterPlan:
                 part.copy_(W1.double() - W0.double())
             else:
                 part.copy_(W1).sub_(W0.to(part.device))
-        largest = float(torch.stack(dW.aminmax()).abs().max())
-        if not math.isfinite(largest):
+        return dW
+
+    def largest(self, name: str, dW: Tensor) -> float:
+        """max |dW|; raises ValueError for NaN or infinite weights."""
+        found = float(torch.stack(dW.aminmax()).abs().max())
+        if not math.isfinite(found):
             list(_differences(self.pair, name, None))  # names the file
-        return dW, largest
+        return found
 
     def write(self, folder: Path) -> dict[str, dict]:
         """Write the folder beside its place, then rename it; return what `tensors` notes."""

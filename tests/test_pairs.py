@@ -631,6 +631,28 @@ def test_an_adapter_of_nan_and_inf_names_file_and_tensor(save, tmp_path, side, v
     assert not (tmp_path / "out").exists()
 
 
+@pytest.mark.filterwarnings("error")
+@pytest.mark.parametrize("scale", [1e-30, 1e30])
+def test_an_adapter_is_the_same_at_any_scale(save, tmp_path, scale):
+    folders = save()
+    plain = utils.extract_adapter(*folders, str(tmp_path / "plain"), rank=2)
+    for side in ("base", "tuned"):
+        edit(tmp_path / side, lambda t: [W.mul_(scale) for W in t.values()])
+    scaled = utils.extract_adapter(*folders, str(tmp_path / "scaled"), rank=2)
+    used = plain["part"] == "lora"
+    for column in ("kept", "best"):
+        assert scaled[used][column].tolist() == pytest.approx(plain[used][column].tolist())
+    found, exact = (
+        load_file(tmp_path / name / "adapter_model.safetensors") for name in ("scaled", "plain")
+    )
+    at = f"base_model.model.{Q.removesuffix('.weight')}"
+    scaled_product, product = (
+        t[f"{at}.lora_B.weight"].double() @ t[f"{at}.lora_A.weight"].double()
+        for t in (found, exact)
+    )
+    torch.testing.assert_close(scaled_product / scale, product, rtol=0, atol=1e-7)
+
+
 def test_an_adapter_of_doubles_sees_an_update_below_the_rounding_of_floats(save, tmp_path):
     base, tuned = save()
     W0 = load_file(f"{base}/model.safetensors")[Q].double()
