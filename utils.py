@@ -1056,6 +1056,7 @@ def rank_measures(S: Tensor) -> dict[str, float]:
     }
 
 
+@functools.cache
 def _marchenko_pastur(c: float) -> tuple[Tensor, Tensor, Tensor]:
     """x over the support of the law at aspect ratio c <= 1, its cumulative mass and moment.
 
@@ -2239,9 +2240,11 @@ def compare_checkpoints(base: str, tuned: str, *, allow_pickle: bool = False) ->
 
 def _compared(pair: Pair, found: dict, folder: Path, label: str) -> tuple:
     """The stored entry of one matrix, computed when it is missing."""
-    if load_entry(folder / label) is None:
-        save_entry(folder / label, *_compare_matrix(pair, *found[label]))
-    return load_entry(folder / label)
+    entry = load_entry(folder / label)
+    if entry is None:
+        entry = _compare_matrix(pair, *found[label])
+        save_entry(folder / label, *entry)
+    return entry
 
 
 def _by_core(function: Callable, items: Iterable) -> Iterator:

@@ -4,6 +4,7 @@ A training step, the spectra of one model, and checkpoint pairs.  Timings need a
 machine; nothing is asserted.  `make bench ONLY=pairs` runs one part (spectra, training, pairs).
 """
 
+import collections
 import contextlib
 import dataclasses
 import json
@@ -152,8 +153,9 @@ def bench_spectra() -> None:
     )
 
 
-PAIRS = {  # of these shapes; random weights with planted updates, written on the fly
+PAIRS = {  # rounds and shapes; random weights with planted updates, written on the fly
     "Gemma 3 270M, float32": (
+        3,
         "Gemma3ForCausalLM",
         torch.float32,
         {
@@ -167,6 +169,7 @@ PAIRS = {  # of these shapes; random weights with planted updates, written on th
         },
     ),
     "1.5 B parameters, bfloat16, sharded": (
+        1,
         "Qwen2ForCausalLM",
         torch.bfloat16,
         {
@@ -239,10 +242,14 @@ def planted(W: torch.Tensor) -> torch.Tensor:
     return W + 0.05 * W.norm() * update
 
 
-def timed(command: list[str]) -> tuple[float, float]:
+def timed(command: list[str], scratch: Path) -> tuple[float, float]:
     """Seconds and peak resident GB of a command and its children; stops the bench if it fails."""
+    os.sync()  # or it waits for what another wrote
     start, peak = time.perf_counter(), 0.0
-    process = psutil.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
+    environment = os.environ | {"LOWRANK_CACHE": str(scratch)}  # or a second round finds the first
+    process = psutil.Popen(
+        command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT
+    )
     drained = threading.Thread(target=process.stdout.read, daemon=True)
     drained.start()
     while process.poll() is None:
@@ -264,49 +271,60 @@ def mergekit() -> str:
     return str(home / "bin" / "mergekit-extract-lora")
 
 
+def programs(model_class: str, pair: Path, out: Path) -> dict[str, list[str]]:
+    """The command line of each program: ours, mergekit, plain SVD, and two that only start."""
+    call = "import sys; sys.path.insert(0, '.'); import utils; "
+    python, base, tuned = [sys.executable, "-c"], f"{pair}/base", f"{pair}/tuned"
+    theirs = [mergekit(), "--model", tuned, "--base-model", base, "--out-path", f"{out}/theirs"]
+    theirs += ["--max-rank", str(ADAPTER_RANK), "--no-embed-lora"]
+    adapter = f"utils.extract_adapter('{base}', '{tuned}', '{out}/ours', rank={ADAPTER_RANK})"
+    plain = [base, tuned, f"{out}/plain.csv", str(ADAPTER_RANK)]
+    return {
+        "spectra": [*python, f"{call}utils.compare_checkpoints('{base}', '{tuned}')"],
+        "adapter": [*python, f"{call}{adapter}.to_csv('{out}/ours.csv')"],
+        "mergekit": [*theirs, "--exclude-regex", "embed|lm_head"],
+        "plain SVD": [*python, PLAIN_SCRIPT, *plain],
+        "start": [*python, f"{call}utils._import_peft(); from transformers import {model_class}"],
+        "start of mergekit": [mergekit(), "--help"],
+    }
+
+
 def bench_pairs() -> None:
     """Print time and memory of spectra and adapter of generated pairs, ours and two others'."""
-    tool = mergekit()
-    for title, pair in PAIRS.items():
+    mergekit()
+    for title, (rounds, model_class, *sizes) in PAIRS.items():
         with tempfile.TemporaryDirectory(dir=utils.cache_folder()) as scratch:
+            print(f"pair, {title}, rounds: {rounds}", flush=True)
             torch.manual_seed(0)
-            write_pair(Path(scratch), *pair)
-            os.sync()  # or whoever comes first waits for the disk
-            folders = {side: f"{scratch}/{side}" for side in ("base", "tuned")}
-            one_pair(title, pair[0], tool, scratch, **folders)
+            write_pair(Path(scratch), model_class, *sizes)
+            found = collections.defaultdict(list)
+            for i in range(rounds):
+                out = Path(scratch) / str(i)
+                out.mkdir()
+                for name, command in programs(model_class, Path(scratch), out).items():
+                    found[name].append(timed(command, out / "cache"))
+                    print("  {}: {:.1f} s, {:.1f} GB".format(name, *found[name][-1]), flush=True)
+            report_pair(
+                {name: statistics.median(s for s, _ in runs) for name, runs in found.items()}
+            )
+            report_energy(out)
 
 
-def one_pair(title: str, model_class: str, tool: str, scratch: str, base: str, tuned: str) -> None:
-    """Print one pair's times: each program runs in a process of its own, one after the other."""
-    call = "import sys; sys.path.insert(0, '.'); import utils; "
-    ours = {
-        "spectra": f"{call}utils.compare_checkpoints('{base}', '{tuned}')",
-        "adapter": f"{call}t = utils.extract_adapter('{base}', '{tuned}', '{scratch}/ours', "
-        f"rank={ADAPTER_RANK}); t.to_csv('{scratch}/ours.csv')",
-    }
-    print(f"pair, {title}:", flush=True)
-    commands = {name: [sys.executable, "-c", code] for name, code in ours.items()}
-    commands["mergekit"] = [tool, "--model", tuned, "--base-model", base, "--out-path"]
-    commands["mergekit"] += [f"{scratch}/theirs", "--max-rank", str(ADAPTER_RANK)]
-    commands["mergekit"] += ["--no-embed-lora", "--exclude-regex", "embed|lm_head"]
-    commands["plain"] = [sys.executable, "-c", PLAIN_SCRIPT, base, tuned]
-    commands["plain"] += [f"{scratch}/plain.csv", str(ADAPTER_RANK)]
-    commands["start"] = [sys.executable, "-c"]
-    commands["start"] += [f"{call}import peft; from transformers import {model_class}"]
-    commands["start of mergekit"] = [tool, "--help"]
-    found = {}
-    for name, command in commands.items():
-        found[name] = seconds, memory = timed(command)
-        print(f"  {name}: {seconds:.1f} s, {memory:.1f} GB", flush=True)
+def report_pair(seconds: dict[str, float]) -> None:
+    """Print how many times as fast the spectra and the adapter are (medians of the rounds)."""
     for name in ("spectra", "adapter"):
-        ratios = [found[other][0] / found[name][0] for other in ("mergekit", "plain")]
-        print(f"  {name}: {ratios[0]:.1f}x faster than mergekit, {ratios[1]:.1f}x than plain SVD")
-    theirs = found["mergekit"][0] - found["start of mergekit"][0]
-    ours = found["adapter"][0] - found["start"][0]
+        ratios = [f"{seconds[other] / seconds[name]:.1f}x" for other in ("mergekit", "plain SVD")]
+        print(f"  {name}: {ratios[0]} faster than mergekit, {ratios[1]} than plain SVD")
+    theirs = seconds["mergekit"] - seconds["start of mergekit"]
+    ours = seconds["adapter"] - seconds["start"]
     print(f"  adapter without the start of both: {theirs / ours:.1f}x faster than mergekit")
-    report = pd.read_csv(f"{scratch}/ours.csv").query("part == 'lora'")
+
+
+def report_energy(out: Path) -> None:
+    """Print which share of the update our adapter and the full SVD hold."""
+    report = pd.read_csv(out / "ours.csv").query("part == 'lora'")
     bound = (report["best"] - report["kept"]).max()
-    held = report.merge(pd.read_csv(f"{scratch}/plain.csv"), on="name", validate="1:1")
+    held = report.merge(pd.read_csv(out / "plain.csv"), on="name", validate="1:1")
     print(f"  the adapter holds {held['kept'].mean():.4f} of the update, full SVD "
           f"{held['held'].mean():.4f}; a matrix at most {(held['held'] - held['kept']).max():.0e} "
           f"less, {bound:.0e} by its own bound")  # fmt: skip
@@ -315,6 +333,6 @@ def one_pair(title: str, model_class: str, tool: str, scratch: str, base: str, t
 PARTS = {"spectra": bench_spectra, "training": bench_training, "pairs": bench_pairs}
 
 if __name__ == "__main__":
-    print(f"{torch.get_num_threads()} threads, torch {torch.__version__}")
+    print(f"{utils._device_name()}, {torch.get_num_threads()} threads, torch {torch.__version__}")
     for part in sys.argv[1:] or PARTS:
         PARTS[part]()
