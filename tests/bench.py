@@ -1,10 +1,10 @@
 """make bench: what the report computes, against stock recipes run beside it.
 
 A training step, the spectra of one model, and checkpoint pairs.  Timings need an otherwise idle
-machine; nothing is asserted.  `make bench ONLY=pairs` runs one part (spectra, training, pairs).
+machine; nothing is asserted.  `make bench ONLY=pairs` runs one part (spectra, training, pairs);
+with RECORD=yes the times of the pairs replace those that notebook 8 shows.
 """
 
-import collections
 import contextlib
 import dataclasses
 import json
@@ -15,6 +15,7 @@ import sys
 import tempfile
 import threading
 import time
+from collections.abc import Iterator
 from pathlib import Path
 
 import pandas as pd
@@ -153,9 +154,9 @@ def bench_spectra() -> None:
     )
 
 
-PAIRS = {  # rounds and shapes; random weights with planted updates, written on the fly
+ROUNDS = 3  # of every program on every pair, interleaved
+PAIRS = {  # of these shapes; random weights with planted updates, written on the fly
     "Gemma 3 270M, float32": (
-        3,
         "Gemma3ForCausalLM",
         torch.float32,
         {
@@ -169,7 +170,6 @@ PAIRS = {  # rounds and shapes; random weights with planted updates, written on 
         },
     ),
     "1.5 B parameters, bfloat16, sharded": (
-        1,
         "Qwen2ForCausalLM",
         torch.bfloat16,
         {
@@ -292,42 +292,56 @@ def programs(model_class: str, pair: Path, out: Path) -> dict[str, list[str]]:
 def bench_pairs() -> None:
     """Print time and memory of spectra and adapter of generated pairs, ours and two others'."""
     mergekit()
-    for title, (rounds, model_class, *sizes) in PAIRS.items():
+    tables = []
+    for title, (model_class, dtype, sizes) in PAIRS.items():
         with tempfile.TemporaryDirectory(dir=utils.cache_folder()) as scratch:
-            print(f"pair, {title}, rounds: {rounds}", flush=True)
+            print(f"pair, {title}:", flush=True)
             torch.manual_seed(0)
-            write_pair(Path(scratch), model_class, *sizes)
-            found = collections.defaultdict(list)
-            for i in range(rounds):
-                out = Path(scratch) / str(i)
-                out.mkdir()
-                for name, command in programs(model_class, Path(scratch), out).items():
-                    found[name].append(timed(command, out / "cache"))
-                    print("  {}: {:.1f} s, {:.1f} GB".format(name, *found[name][-1]), flush=True)
-            report_pair(
-                {name: statistics.median(s for s, _ in runs) for name, runs in found.items()}
-            )
-            report_energy(out)
+            write_pair(Path(scratch), model_class, dtype, sizes)
+            rows = [row for i in range(ROUNDS) for row in one_round(model_class, Path(scratch), i)]
+            tables.append(pd.DataFrame(rows).assign(pair=title, **energy_held(Path(scratch) / "0")))
+        print_pair(tables[-1])
+    if os.environ.get("RECORD"):
+        machine = {"device": utils._device_name(), "threads": torch.get_num_threads()}
+        machine |= {"torch": torch.__version__, "commit": utils._commit()}
+        pd.concat(tables).assign(**machine).to_csv(utils.PAIR_TIMES, index=False)
 
 
-def report_pair(seconds: dict[str, float]) -> None:
-    """Print how many times as fast the spectra and the adapter are (medians of the rounds)."""
+def one_round(model_class: str, pair: Path, i: int) -> Iterator[dict]:
+    """Run every program once, one after the other, and yield its time and memory."""
+    out = pair / str(i)
+    out.mkdir()
+    for name, command in programs(model_class, pair, out).items():
+        seconds, memory = timed(command, out / "cache")
+        print(f"  {name}: {seconds:.1f} s, {memory:.1f} GB", flush=True)
+        yield {"round": i, "program": name, "seconds": round(seconds, 2), "GB": round(memory, 2)}
+
+
+def energy_held(out: Path) -> dict[str, float]:
+    """Shares of the update: held by the adapter and by the full SVD, the most a matrix lacks."""
+    ours = pd.read_csv(out / "ours.csv").query("part == 'lora'")
+    both = ours.merge(pd.read_csv(out / "plain.csv"), on="name", validate="1:1")
+    return {
+        "held": both["kept"].mean(),
+        "held_svd": both["held"].mean(),
+        "lacks": (both["held"] - both["kept"]).max(),
+        "lacks_bound": (ours["best"] - ours["kept"]).max(),
+    }
+
+
+def print_pair(table: pd.DataFrame) -> None:
+    """Print ratios of the median times, and what the adapter holds."""
+    seconds = table.groupby("program")["seconds"].median()
     for name in ("spectra", "adapter"):
         ratios = [f"{seconds[other] / seconds[name]:.1f}x" for other in ("mergekit", "plain SVD")]
         print(f"  {name}: {ratios[0]} faster than mergekit, {ratios[1]} than plain SVD")
     theirs = seconds["mergekit"] - seconds["start of mergekit"]
     ours = seconds["adapter"] - seconds["start"]
     print(f"  adapter without the start of both: {theirs / ours:.1f}x faster than mergekit")
-
-
-def report_energy(out: Path) -> None:
-    """Print which share of the update our adapter and the full SVD hold."""
-    report = pd.read_csv(out / "ours.csv").query("part == 'lora'")
-    bound = (report["best"] - report["kept"]).max()
-    held = report.merge(pd.read_csv(out / "plain.csv"), on="name", validate="1:1")
-    print(f"  the adapter holds {held['kept'].mean():.4f} of the update, full SVD "
-          f"{held['held'].mean():.4f}; a matrix at most {(held['held'] - held['kept']).max():.0e} "
-          f"less, {bound:.0e} by its own bound")  # fmt: skip
+    first = table.iloc[0]
+    print(f"  the adapter holds {first['held']:.4f} of the update, full SVD "
+          f"{first['held_svd']:.4f}; a matrix at most {first['lacks']:.0e} less, "
+          f"{first['lacks_bound']:.0e} by its own bound")  # fmt: skip
 
 
 PARTS = {"spectra": bench_spectra, "training": bench_training, "pairs": bench_pairs}
