@@ -1215,8 +1215,8 @@ def _block_lanczos(
             Q = torch.linalg.qr(Q - known @ (known.T @ Q)).Q  # also where nothing was left of GQ
         theta, Y = _eigh(H[:m, :m].T)
         theta, Y = theta.flip(0)[:r], Y.flip(1)[:, :r]  # (r,), (m, r)
-        V, turned = torch.linalg.qr(basis[:, :m] @ Y)
-        if not torch.allclose(turned.abs(), torch.eye(r).to(G), rtol=0, atol=1e-4):
+        V, T = torch.linalg.qr(basis[:, :m] @ Y)  # T: the identity, but for signs
+        if not torch.allclose(T.abs(), torch.eye(r).to(G), rtol=0, atol=1e-4):
             return
         yield V, theta, (R @ Y[-block:]).norm(dim=0)
 
