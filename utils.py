@@ -2479,7 +2479,6 @@ def extract_adapter(
     if Path(out).expanduser().exists():
         raise FileExistsError(f"{out} exists: delete it or name another folder")
     pair = open_pair(base, tuned, allow_pickle=allow_pickle)
-    _import_peft()
     places, transposed = _adaptable(pair)
     limit = max((min(pair.shape(name)) for name in transposed), default=0)
     _require(rank is None or 1 <= rank <= limit, f"rank={rank}: choose one from 1 to {limit}")
@@ -2561,6 +2560,7 @@ def _adaptable(pair: Pair) -> tuple[dict[str, str], dict[str, bool]]:
 
     And of the linear layers' weights, whether they are stored as (in, out), as Conv1D does.
     """
+    _import_peft()
     from transformers.pytorch_utils import Conv1D
 
     model = _skeleton(pair.base.folder)
