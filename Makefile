@@ -75,7 +75,7 @@ inspect: $(READY) ## BASE=… TUNED=… [TASK=…] [OUT=…]: spectra, ranks and
 	@cat $(BUILD)/inspect/verdict.txt
 	@echo "Open $(BUILD)/inspect/08_inspect_your_checkpoints.html"
 
-bench: $(READY) ## time training, spectra and pairs against stock recipes [ONLY=pairs]
+bench: $(READY) ## time training, spectra and pairs against stock recipes [ONLY=pairs] [RECORD=yes]
 	@$(BIN)/python tests/bench.py $(ONLY)
 
 lab: $(READY) ## open JupyterLab

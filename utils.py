@@ -2307,7 +2307,16 @@ def _compare_matrix(pair: Pair, name: str, expert: int | None) -> tuple[dict, di
         if sums["changed"]:
             gram += _gram((dW if m >= n else dW.T).double())
     sums["update"] = float(gram.trace())
-    return {"sums": sums}, {"S": _root_spectrum(gram).float().cpu()}
+    S = _root_spectrum(gram).float().cpu()
+    if sums["update"]:
+        _require_float32(S[0], name)
+    return {"sums": sums}, {"S": S}
+
+
+def _require_float32(size: Tensor, name: str) -> None:
+    """Raise ValueError for an update of doubles whose size became zero or infinite in float32."""
+    fits = 0 < float(size) < math.inf
+    _require(fits, f"{name}: the update is out of the range of float32: rescale both checkpoints")
 
 
 def _rounding_variance(W: Tensor, dtype: str) -> float:
@@ -2657,11 +2666,12 @@ class AdapterPlan:
         return dW
 
     def largest(self, name: str, dW: Tensor) -> float:
-        """max |dW|; raises ValueError for NaN or infinite weights."""
-        found = float(torch.stack(dW.aminmax()).abs().max())
+        """max |dW|; raises ValueError for NaN or infinite weights and what float32 cannot hold."""
+        found = torch.stack(dW.aminmax()).abs().max()
         if not math.isfinite(found):
             list(_differences(self.pair, name, None))  # names the file
-        return found
+        _require_float32(found, name)
+        return float(found)
 
     def write(self, folder: Path) -> dict[str, dict]:
         """Write the folder beside its place, then rename it; return what `tensors` notes."""

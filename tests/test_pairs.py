@@ -664,6 +664,19 @@ def test_an_adapter_of_doubles_sees_an_update_below_the_rounding_of_floats(save,
     assert report.loc[Q, "kept"] == pytest.approx(1, abs=1e-5)
 
 
+@pytest.mark.parametrize("scale", [1e60, 1e-60])
+def test_an_update_of_doubles_out_of_the_range_of_floats_is_named(save, tmp_path, scale):
+    base, tuned = save()
+    update = scale * torch.ones(32, 32, dtype=torch.float64)
+    edit(base, lambda t: t.update({Q: torch.zeros_like(update)}))
+    edit(tuned, lambda t: t.update({Q: update}))
+    with pytest.raises(ValueError, match=f"{Q}: .*float32: rescale"):
+        utils.extract_adapter(base, tuned, str(tmp_path / "out"), rank=2)
+    assert not (tmp_path / "out").exists()
+    with pytest.raises(ValueError, match=f"{Q}: .*float32: rescale"):
+        utils.compare_checkpoints(base, tuned)
+
+
 @pytest.mark.parametrize("rank", [0, 33])
 def test_a_rank_out_of_range_is_refused(save, tmp_path, rank):
     with pytest.raises(ValueError, match=f"rank={rank}: choose one from 1 to 32"):
