@@ -1,0 +1,168 @@
+"""A pair's table: size, spectrum and rounding of every matrix of tuned - base."""
+
+from __future__ import annotations
+
+import functools
+import math
+import warnings
+from collections.abc import Iterator
+from pathlib import Path
+
+import pandas as pd
+import torch
+from torch import Tensor
+
+from deltarank.checkpoints import VOCABULARY, Pair, layer_and_module, open_pair
+from deltarank.checks import all_finite, require
+from deltarank.gram import gram_matrix, root_spectrum
+from deltarank.runtime import by_core, cache_folder, device, progress
+from deltarank.spectra import spectrum_measures
+from deltarank.store import cached, digest
+
+MANTISSA_BITS = {"F16": 10, "BF16": 7}  # stored bits; one ulp of w in [2^e, 2^(e+1)) is 2^(e-bits)
+NEAR_ROUNDING = 0.05  # share of rounding noise in the squared update above which ranks mean little
+
+
+def compare_checkpoints(base: str, tuned: str, *, allow_pickle: bool = False) -> pd.DataFrame:
+    """One line a matrix of tuned - base: how large the update is, and its rank by each definition.
+
+    Columns: name, layer, module, kind ("matrix", "vocabulary" or "expert"), shape (m, n), S (the
+    singular values of the update, descending, float32), dtype_base,
+    dtype_tuned; relative_size |dW| / |W0| and changed_share of the entries; those of
+    spectrum_measures; rounding_share, what rounding to the stored type is expected to add to
+    |dW|^2, as a share of it (at most 1; too high for updates below the spacing of the type);
+    above_rounding, how many singular values exceed that noise; near_rounding, a share over 5 %.
+
+    attrs: "rest" {tensor that is no matrix: |dW|^2}, "only_base", "only_tuned", "added_rows"
+    {tensor: rows that only tuned has}.
+    Memory is bounded by 2 M entries of both and the Gram matrix of the largest small side; what
+    was measured is kept, so that a killed call goes on.  Raises as open_pair does and for NaN or
+    infinite weights; warns for an identical and an unrelated pair.
+    """
+    pair = open_pair(base, tuned, allow_pickle=allow_pickle)
+    folder = cache_folder() / "pairs" / _pair_digest(pair)
+    found, rows = pair.matrices(), []
+    sizes = {label: math.prod(pair.shape(name)[-2:]) for label, (name, _) in found.items()}
+    with progress(sum(sizes.values()), "compare checkpoints") as bar:
+        compared = by_core(functools.partial(_compared, pair, found, folder), found)
+        for label, entry in zip(found, compared, strict=True):
+            rows.append(_pair_row(pair, label, found[label][0], entry))
+            bar.update(sizes[label])
+    table = pd.DataFrame(rows)
+    others = [n for n in pair.names if n not in {name for name, _ in found.values()}]
+    table.attrs = {
+        "rest": {name: difference(pair, name) for name in others},
+        "only_base": pair.only_base,
+        "only_tuned": pair.only_tuned,
+        "added_rows": _added_rows(pair),
+    }
+    _warn_of_strange_pairs(table, base, tuned)
+    return table
+
+
+def _compared(pair: Pair, found: dict, folder: Path, label: str) -> tuple[dict, dict[str, Tensor]]:
+    """The stored entry of one matrix, computed when it is missing."""
+    return cached(folder / label, lambda: _compare_matrix(pair, *found[label]))
+
+
+def _pair_digest(pair: Pair) -> str:
+    """Names a pair by its files' places, sizes and times: reading them all would take longer."""
+    files = sorted({*pair.base.files.values(), *pair.tuned.files.values()})
+    stats = {str(f.resolve()): (f.stat().st_size, f.stat().st_mtime_ns) for f in files}
+    sides = [str(side.folder.resolve()) for side in (pair.base, pair.tuned)]
+    return digest({"files": stats, "sides": sides, "version": 1})[:16]
+
+
+def differences(pair: Pair, name: str, expert: int | None) -> Iterator[tuple[Tensor, ...]]:
+    """Yield W0, W1 and dW = W1 - W0 slice by slice, at least float32, on the device, checked."""
+    for W0, W1 in pair.parts(name, expert):
+        W0, W1 = (W.to(device()) for W in (W0, W1))
+        W0, W1 = (W if W.dtype == torch.float64 else W.float() for W in (W0, W1))
+        dW = W1 - W0
+        if not all_finite(dW):
+            broken = pair.tuned if all_finite(W0) else pair.base
+            tensor = name if broken is pair.tuned else pair.names[name]
+            where = f"{broken.folder.name}/{broken.files[tensor].name}"
+            raise ValueError(f"{where}: {tensor} holds NaN or infinite values; repair it")
+        yield W0, W1, dW
+
+
+def _compare_matrix(pair: Pair, name: str, expert: int | None) -> tuple[dict, dict[str, Tensor]]:
+    """Sums over one matrix, in float64, and S of its update, from one pass over its slices."""
+    m, n = pair.shape(name)[-2:]
+    gram = torch.zeros(min(m, n), min(m, n), dtype=torch.float64, device=device())
+    sums = dict.fromkeys(("base", "update", "changed", "rounding"), 0.0)
+    for W0, W1, dW in differences(pair, name, expert):
+        sums["base"] += float(torch.linalg.vector_norm(W0, dtype=torch.float64)) ** 2
+        sums["changed"] += int(torch.count_nonzero(dW))
+        sums["rounding"] += _rounding_variance(W1, pair.tuned.dtypes[name])
+        if sums["changed"]:
+            gram += gram_matrix((dW if m >= n else dW.T).double())
+    sums["update"] = float(gram.trace())
+    S = root_spectrum(gram).float().cpu()
+    if sums["update"]:
+        require_float32(S[0], name)
+    return {"sums": sums}, {"S": S}
+
+
+def require_float32(size: Tensor, name: str) -> None:
+    """Raise ValueError for an update of doubles whose size became zero or infinite in float32."""
+    fits = 0 < float(size) < math.inf
+    require(fits, f"{name}: the update is out of the range of float32: rescale both checkpoints")
+
+
+def _rounding_variance(W: Tensor, dtype: str) -> float:
+    """Expected squared norm of the error of rounding W to its stored type: sum of ulp^2 / 12."""
+    if dtype not in MANTISSA_BITS:
+        return 0.0
+    biased = (W.view(torch.int32) >> 23 & 255).flatten()  # 127 more than the exponent
+    counts = torch.bincount(biased, minlength=256).double()
+    counts[0] = 0  # zeros; a subnormal bfloat16 is as good as zero
+    exponent = (torch.arange(256, device=W.device) - 127.0).clamp_min(
+        -14 if dtype == "F16" else -126
+    )
+    return float((counts * torch.exp2(2 * (exponent.double() - MANTISSA_BITS[dtype]))).sum() / 12)
+
+
+def _pair_row(pair: Pair, label: str, name: str, entry: tuple[dict, dict[str, Tensor]]) -> dict:
+    """The line of compare_checkpoints for one matrix."""
+    sums, S, shape = entry[0]["sums"], entry[1]["S"], pair.shape(name)[-2:]
+    layer, module = layer_and_module(name)
+    vocabulary = layer < 0 and VOCABULARY.search(name) is not None
+    kind = "expert" if label != name else "vocabulary" if vocabulary else "matrix"
+    row = {"name": label, "layer": layer, "module": module, "kind": kind}
+    row |= {"shape": shape, "S": S, "dtype_base": pair.base.dtypes[pair.names[name]]}
+    row["dtype_tuned"] = pair.tuned.dtypes[name]
+    row["relative_size"] = math.sqrt(sums["update"] / sums["base"]) if sums["base"] else math.inf
+    row["changed_share"] = sums["changed"] / math.prod(shape)
+    row |= spectrum_measures(S, shape)
+    share = min(1.0, sums["rounding"] / sums["update"]) if sums["update"] else 0.0
+    edge = math.sqrt(sums["rounding"]) * (shape[0] ** -0.5 + shape[1] ** -0.5)
+    row |= {"rounding_share": share, "above_rounding": int((edge < S).sum())}
+    return row | {"near_rounding": share > NEAR_ROUNDING}
+
+
+def difference(pair: Pair, name: str) -> float:
+    """|dW|^2 of a tensor that is no matrix."""
+    return sum(float(dW.double().square().sum()) for *_, dW in differences(pair, name, None))
+
+
+def _added_rows(pair: Pair) -> dict[str, int]:
+    """Rows of resized vocabularies that only tuned has (below zero: only base), by tensor."""
+    shapes = {
+        n: (pair.base.shapes[of_base], pair.tuned.shapes[n]) for n, of_base in pair.names.items()
+    }
+    return {n: after[0] - before[0] for n, (before, after) in shapes.items() if before != after}
+
+
+def _warn_of_strange_pairs(table: pd.DataFrame, base: str, tuned: str) -> None:
+    """Warn of an identical pair, and of an update that dwarfs the weights."""
+    rest = sum(table.attrs["rest"].values())
+    if not table["squared_norm"].sum() + rest:
+        warnings.warn(f"{base} and {tuned} are identical: there is no update", stacklevel=3)
+    elif table["relative_size"].median() > 0.5:
+        warnings.warn(
+            f"the update is {table['relative_size'].median():.1f} times as large as the weights "
+            f"(median): is {base} really the base of {tuned}?",
+            stacklevel=3,
+        )

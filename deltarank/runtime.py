@@ -1,0 +1,115 @@
+"""The machine and its settings: the only reader of environment variables and of the device."""
+
+from __future__ import annotations
+
+import collections
+import contextlib
+import os
+import platform
+import re
+import subprocess
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import platformdirs
+import torch
+
+ROOT = Path(__file__).resolve().parent.parent  # the checkout, where the package runs from one
+
+
+def _setting(name: str, default: str = "") -> str:
+    """What the environment variable `name` says; the default when it is unset or empty."""
+    return os.environ.get(name) or default
+
+
+def profile_name() -> str:
+    """The name of the report's size that is at work: PROFILE, or paper."""
+    return _setting("PROFILE", "paper")
+
+
+def venue() -> str:
+    """The venue whose figures are made: VENUE, or none."""
+    return _setting("VENUE")
+
+
+def cache_folder() -> Path:
+    """The folder for what can be recomputed (converted model, deltas, measured pairs).
+
+    LOWRANK_CACHE; without it .cache in a checkout and the user's cache folder elsewhere.
+    """
+    checkout = (ROOT / "pyproject.toml").exists()
+    default = ROOT / ".cache" if checkout else platformdirs.user_cache_path("deltarank")
+    return Path(_setting("LOWRANK_CACHE", str(default)))
+
+
+def build_folder() -> Path:
+    """The git-ignored folder for everything that is built: BUILD or build."""
+    return Path(_setting("BUILD", str(ROOT / "build")))
+
+
+def progress(total: int, description: str):
+    """A progress bar over `total` steps with the time left.
+
+    PROGRESS says where it goes: to a terminal's path (as make sets it), to nowhere ("off"),
+    or, when it is not set, to the notebook or terminal that runs the code.
+    """
+    from tqdm.auto import tqdm as interactive_bar
+    from tqdm.std import tqdm as terminal_bar
+
+    target = _setting("PROGRESS")
+    if not target:
+        return interactive_bar(total=total, desc=description, leave=False)
+    if target == "off":
+        return terminal_bar(total=total, disable=True)
+    label = " ".join(filter(None, [_setting("NOTEBOOK"), description]))
+    return terminal_bar(total=total, desc=label, file=open(target, "w"), ncols=110)
+
+
+def device() -> torch.device:
+    """The accelerator if there is one, otherwise the CPU."""
+    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+
+
+def device_name() -> str:
+    """What the accelerator or the processor calls itself."""
+    if torch.cuda.is_available():
+        return torch.cuda.get_device_name()
+    with contextlib.suppress(OSError, AttributeError):
+        return re.search(r"model name\s*: (.*)", Path("/proc/cpuinfo").read_text()).group(1)
+    return platform.machine()
+
+
+def commit() -> str:
+    """The commit of the checkout, with "-dirty" where files differ; "unknown" outside one."""
+    describe = ["describe", "--always", "--abbrev=12", "--exclude=*", "--dirty"]
+    command = ["git", "-C", str(ROOT), *describe]
+    try:
+        return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
+    except (OSError, subprocess.CalledProcessError):
+        return "unknown"
+
+
+def by_core(function: Callable, items: Iterable) -> Iterator:
+    """function(item) of every item, in order; on a CPU a few at a time, each on a core of its own.
+
+    Two cores do two eigenvalue problems sooner than both do one after the other.  A few more wait
+    than there are cores, or a long one would keep the others from going on with short ones; not
+    all, so that what waits to be taken does not fill the memory.
+    """
+    from threadpoolctl import threadpool_limits
+
+    threads, waiting = torch.get_num_threads(), collections.deque()
+    workers = min(threads, 4) if device().type == "cpu" else 1
+    pool = ThreadPoolExecutor(workers, initializer=torch.set_num_threads, initargs=(1,))
+    with pool, threadpool_limits(1, user_api="blas"):
+        try:
+            for item in items:
+                waiting.append(pool.submit(function, item))
+                if len(waiting) > 4 * workers:
+                    yield waiting.popleft().result()
+            while waiting:
+                yield waiting.popleft().result()
+        finally:
+            pool.shutdown(cancel_futures=True)
+            torch.set_num_threads(threads)

@@ -1,0 +1,108 @@
+"""Stored results: whole entries or none."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import shutil
+import tempfile
+import warnings
+from collections.abc import Callable
+from pathlib import Path
+
+from torch import Tensor
+
+from deltarank.checks import require_disk
+from deltarank.runtime import cache_folder
+
+
+def digest(record: dict) -> str:
+    """The sha256 of a JSON-able record in canonical form."""
+    return hashlib.sha256(json.dumps(record, sort_keys=True).encode()).hexdigest()
+
+
+def file_sha256(path: Path) -> str:
+    """The sha256 of a file."""
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def cached(
+    folder: Path, compute: Callable[[], tuple[dict, dict[str, Tensor] | None]]
+) -> tuple[dict, dict[str, Tensor]]:
+    """Record and tensors of the entry at `folder`; computed and stored when it is missing.
+
+    What is returned was read back, so that the first call and the next give the same.
+    """
+    entry = load_entry(folder)
+    if entry is None:
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        save_entry(folder, *compute())
+        entry = load_entry(folder)
+    assert entry is not None, f"{folder} was written a moment ago and cannot be read"
+    return entry
+
+
+def save_entry(folder: Path, record: dict, tensors: dict[str, Tensor] | None = None) -> None:
+    """Write an entry whole or not at all: result.json with its own sha256, tensors.safetensors.
+
+    The entry is built beside its place and renamed into it.  An intact entry that another
+    process has put there meanwhile stays; a torn one is replaced.
+    """
+    from filelock import FileLock
+    from safetensors import SafetensorError
+    from safetensors.torch import save_file
+
+    require_disk(folder.parent, 0.1)
+    cache_folder().mkdir(parents=True, exist_ok=True)
+    scratch = Path(tempfile.mkdtemp(dir=folder.parent, prefix=".tmp-"))
+    scratch.chmod(0o755)
+    try:
+        files = {}
+        if tensors:
+            save_file(tensors, scratch / "tensors.safetensors")
+            (scratch / "tensors.safetensors").chmod(0o644)
+            files["tensors.safetensors"] = file_sha256(scratch / "tensors.safetensors")
+        record = record | {"files": files}
+        record["sha256"] = digest(record)
+        with open(scratch / "result.json", "w", encoding="utf8") as file:
+            file.write(_compact_json(record))
+            file.flush()
+            os.fsync(file.fileno())
+        with FileLock(cache_folder() / "store.lock"):
+            if load_entry(folder) is None:
+                shutil.rmtree(folder, ignore_errors=True)
+                os.rename(scratch, folder)
+    except (OSError, SafetensorError) as error:
+        cure = "make room, then run it again"
+        raise OSError(f"{folder.name} could not be written: {error}; {cure}") from error
+    finally:
+        shutil.rmtree(scratch, ignore_errors=True)
+
+
+def _compact_json(record: dict) -> str:
+    """JSON with one top-level field a line: light, and readable in a diff."""
+    lines = (f"{json.dumps(k)}: {json.dumps(v, allow_nan=False)}" for k, v in record.items())
+    return "{\n" + ",\n".join(lines) + "\n}\n"
+
+
+def load_entry(folder: Path) -> tuple[dict, dict[str, Tensor]] | None:
+    """Record and tensors of an intact entry; None if there is none; a torn one is named too."""
+    from safetensors.torch import load_file
+
+    if not folder.exists():
+        return None
+    try:
+        record = json.loads((folder / "result.json").read_text(encoding="utf8"))
+        stated = record.pop("sha256")
+        intact = stated == digest(record) and all(
+            file_sha256(folder / name) == sha256 for name, sha256 in record["files"].items()
+        )
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+        intact = False
+    if not intact:
+        warnings.warn(f"{folder.name} is torn or was edited: it is computed again", stacklevel=2)
+        return None
+    tensors = load_file(folder / "tensors.safetensors") if record["files"] else {}
+    return record, {name: tensor.clone() for name, tensor in tensors.items()}  # not memory-mapped

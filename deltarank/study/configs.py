@@ -1,0 +1,132 @@
+"""Configurations: everything that determines one run, and its name in the store."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from dataclasses import dataclass
+from pathlib import Path
+
+from deltarank.checks import require
+from deltarank.runtime import profile_name
+from deltarank.store import digest
+from deltarank.study.models import GEMMA, model_sha256
+from deltarank.study.tasks import TASKS, task_sha256
+
+# Raise by one when a change alters what a run measures, as tests/study/test_golden.py shows: it
+# holds the numbers of a small run of each method, and every stored run is then computed again.
+MEASUREMENT = 2
+GROWTH_ROWS = 64  # held-out rows scored in the midst of training
+KNOWN_VALUES = {
+    "method": ("base", "full", "lora"),
+    "schedule": ("linear", "cosine", "constant"),
+    "optimizer": ("adamw_torch_fused", "adamw_torch", "sgd"),
+    "dtype": ("bfloat16", "float32"),
+}
+
+
+@dataclass(frozen=True, kw_only=True)
+class RunConfig:
+    """Everything that determines one run, its `key` in the store, and whose store that is.
+
+    method "base" is the untuned model (steps 0), "full" trains every parameter (the tied
+    embedding only with `train_embedding`), "lora" trains rank-`rank` factors of every linear
+    layer, scaled by alpha / rank, or by alpha / sqrt(rank) with `rslora`.  `dtype` is the
+    autocast type of forward and backward passes; master weights and deltas are float32.
+    `profile` says in whose store results go, and is no part of what is run.
+    Raises ValueError, naming field and cure, for values that cannot run.
+    """
+
+    task: str
+    method: str = "full"
+    model: str = GEMMA
+    rank: int = 0
+    alpha: float = 0.0
+    rslora: bool = False
+    rank_pattern: tuple[tuple[str, int], ...] = ()  # LoRA ranks that differ from `rank`, by module
+    lr: float = 0.0
+    schedule: str = "linear"  # decay to zero, without warm-up
+    steps: int = 0
+    batch_size: int = 16
+    seq_len: int = 48
+    optimizer: str = "adamw_torch_fused"
+    weight_decay: float = 0.0
+    train_embedding: bool = False
+    seed: int = 0
+    dtype: str = "bfloat16"
+    compile: bool = True
+    eval_rows: int = 256
+    generate_rows: int = 64
+    profile: str = dataclasses.field(default_factory=profile_name, metadata={"identity": False})
+
+    def __post_init__(self) -> None:
+        trained, lora = self.method != "base", self.method == "lora"
+        own = self.task.endswith(".jsonl") and Path(self.task).expanduser().exists()
+        known = KNOWN_VALUES | ({} if own else {"task": (*sorted(TASKS), "a file.jsonl")})
+        rules = {
+            field: (getattr(self, field) in values, f"unknown; choose one of {', '.join(values)}")
+            for field, values in known.items()
+        }
+        for field in ("batch_size", "seq_len", "eval_rows"):
+            rules[field] = (getattr(self, field) >= 1, "must be 1 or more")
+        rules |= {
+            "steps": (
+                self.steps >= 1 if trained else self.steps == 0,
+                f"a {self.method} run needs {'1 or more' if trained else '0'}",
+            ),
+            "lr": (not trained or 0 < self.lr < math.inf, "must be above 0, such as 5e-5"),
+            "rank": (
+                self.rank >= 1 if lora else self.rank == 0,
+                f"a {self.method} run needs {'1 or more' if lora else '0'}",
+            ),
+            "alpha": (
+                0 < self.alpha < math.inf if lora else self.alpha == 0,
+                "must be above 0, such as 32" if lora else "only in lora",
+            ),
+            "rslora": (lora or not self.rslora, "only in lora"),
+            "rank_pattern": (lora or not self.rank_pattern, "only in lora"),
+            "train_embedding": (not self.train_embedding or self.method == "full", "only in full"),
+            "generate_rows": (self.generate_rows >= 0, "must be 0 or more"),
+            "weight_decay": (0 <= self.weight_decay < math.inf, "must be 0 or more"),
+        }
+        for field, (holds, cure) in rules.items():
+            require(holds, f"{field}={getattr(self, field)!r}: {cure}")
+
+    @property
+    def recipe(self) -> dict:
+        """The fields that determine the run, by name."""
+        fields = (f.name for f in dataclasses.fields(self) if f.metadata.get("identity", True))
+        return {name: getattr(self, name) for name in fields}
+
+    @property
+    def identity(self) -> dict:
+        """The fields that differ from their defaults, the hashes of data and model, the version.
+
+        Defaults are left out, so that a new field does not rename the runs of before.
+        """
+        defaults = {f.name: f.default for f in dataclasses.fields(self)}
+        changed = {k: v for k, v in self.recipe.items() if v != defaults[k]}
+        return changed | {
+            "task_sha256": task_sha256(self.task),
+            "model_sha256": model_sha256(self.model),
+            "measurement": MEASUREMENT,
+        }
+
+    @property
+    def scale(self) -> float:
+        """What a LoRA's B @ A is multiplied by; 0 in other runs."""
+        if self.method != "lora":
+            return 0.0
+        return self.alpha / (math.sqrt(self.rank) if self.rslora else self.rank)
+
+    @property
+    def growth_steps(self) -> set[int]:
+        """The steps after which a full run's update is measured on the way."""
+        parts = {self.steps // 16, self.steps // 8, self.steps // 4, self.steps // 2}
+        return parts - {0} if self.method == "full" else set()
+
+    @property
+    def key(self) -> str:
+        """The run's name: readable parts, then 12 hex digits of the hash of its identity."""
+        parts = [Path(self.task).stem, self.method] + ([f"r{self.rank}"] if self.rank else [])
+        return "-".join([*parts, f"s{self.seed}", digest(self.identity)[:12]])

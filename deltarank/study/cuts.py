@@ -1,0 +1,142 @@
+"""Cuts: what is left of a task when the update of every matrix is cut to rank r."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterator, Sequence
+
+import pandas as pd
+import torch
+from torch import Tensor
+
+from deltarank.checks import require
+from deltarank.gram import leading_factors
+from deltarank.runtime import device_name, progress
+from deltarank.store import cached, digest, load_entry, save_entry
+from deltarank.study.configs import RunConfig
+from deltarank.study.evaluation import evaluate
+from deltarank.study.models import load_model, load_tokenizer, matrices
+from deltarank.study.profiles import entry_folder
+from deltarank.study.runs import updates
+from deltarank.study.tasks import encode, load_split
+
+CUT_PARTS = ("head", "tail", "rotated", "sign")
+
+
+def cut(
+    config: RunConfig, ranks: Sequence[int], *, part: str = "head", label: str = ""
+) -> pd.DataFrame:
+    """What is left of a full run when the update of every matrix is cut to rank r.
+
+    part "head" keeps the r leading directions.  Three controls: "tail" keeps all but these,
+    "rotated" puts their singular values along random directions, "sign" is the head of
+    sign(dW) mean|dW| (BitDelta, Liu et al. 2024).  Parameters outside the matrices keep their
+    full update, so that r = 0 is what they do alone.
+    Returns one line a rank: rank, loss_nats, score, row_nats, row_score; each is stored.
+    """
+    require(part in CUT_PARTS, f"part={part!r} is unknown; choose one of {', '.join(CUT_PARTS)}")
+    stem = config.key if part == "head" else f"{config.key}-{part}"
+    folders = {r: entry_folder(config, "cuts", f"{stem}-r{r}") for r in ranks}
+    missing = [r for r in ranks if load_entry(folders[r]) is None]
+    # Random directions are drawn for each rank alone, whatever other ranks are asked for.
+    groups = [[r] for r in missing] if part == "rotated" else [missing] if missing else []
+    for group in groups:
+        cuts = _evaluate_cuts(config, updates(config), group, part, label or f"cuts of {stem}")
+        for r, evaluation in cuts:
+            record = {"run": config.key, "part": part, "rank": r, "device": device_name()}
+            save_entry(folders[r], record | {"test": evaluation})
+    entries = {r: load_entry(folder) for r, folder in folders.items()}
+    return pd.DataFrame([{"rank": r} | entries[r][0]["test"] for r in ranks])
+
+
+def stored_cuts(config: RunConfig) -> pd.DataFrame:
+    """One line a cut of the run that is stored: rank, loss_nats, score; nothing is computed."""
+    folders = entry_folder(config, "cuts").parent.glob(f"{config.key}-r[0-9]*")
+    records = [entry[0] for folder in folders if (entry := load_entry(folder))]
+    rows = [{"rank": record["rank"]} | record["test"] for record in records]
+    return pd.DataFrame(rows, columns=["rank", "loss_nats", "score"]).sort_values("rank")
+
+
+def cut_by_matrix(config: RunConfig, ranks: dict[str, int]) -> dict:
+    """Evaluation of a full run whose matrices are cut to ranks of their own, {matrix: rank}."""
+
+    def compute() -> tuple[dict, None]:
+        _, found = next(_evaluate_cuts(config, updates(config), [ranks], "head", "cut by matrix"))
+        record = {"run": config.key, "ranks": ranks, "device": device_name()}
+        return record | {"test": found}, None
+
+    name = f"{config.key}-by-matrix-{digest(ranks)[:12]}"
+    return cached(entry_folder(config, "cuts", name), compute)[0]["test"]
+
+
+def _evaluate_cuts(
+    config: RunConfig,
+    dW: dict[str, Tensor],
+    ranks: Sequence[int | dict[str, int]],
+    part: str,
+    label: str,
+) -> Iterator[tuple[int | dict[str, int], dict]]:
+    """Yield (r, evaluation on the test split) of config's model with the cut of dW added."""
+    model = load_model(config.model)
+    limit = max(min(weight.shape) for weight in matrices(model).values())
+    given = [r for each in ranks for r in (each.values() if isinstance(each, dict) else [each])]
+    require(min(given) >= 0 and max(given) <= limit, f"ranks={given}: must be 0 to {limit}")
+    W0 = {name: weight.detach().cpu().clone() for name, weight in matrices(model).items()}
+    generator = torch.Generator().manual_seed(0)
+    factors = {name: _cut_factors(dW[name], max(given), part, generator) for name in W0}
+    parameters = dict(model.named_parameters())
+    with torch.no_grad(), progress(len(ranks), label) as bar:
+        for name in dW.keys() - W0.keys():
+            parameters[name] += dW[name].to(parameters[name].device)
+        for r in ranks:
+            for name, (B, A) in factors.items():
+                k = r.get(name, 0) if isinstance(r, dict) else r
+                kept = B[:, :k] @ A[:k]
+                parameters[name].copy_(W0[name] + (dW[name] - kept if part == "tail" else kept))
+            yield r, evaluate(model, config, "test")
+            bar.update()
+
+
+def _cut_factors(
+    dW: Tensor, r: int, part: str, generator: torch.Generator
+) -> tuple[Tensor, Tensor]:
+    """B (m, k) and A (k, n), k = min(r, m, n): B[:, :j] @ A[:j] is what the cut to rank j adds.
+
+    Of part "tail", what it leaves out.
+    """
+    source = dW.sign() * dW.abs().mean() if part == "sign" else dW
+    B, A, _ = leading_factors(source, min(r, *dW.shape))
+    if part != "rotated":
+        return B, A
+    S = B.norm(dim=0) * A.norm(dim=1)  # one of them is 1
+    Q_left, Q_right = (
+        torch.linalg.qr(torch.randn(X.shape, generator=generator)).Q for X in (B, A.T)
+    )
+    return Q_left * S, Q_right.T
+
+
+def score_pair(base: str, tuned: str, task: str, ranks: Sequence[int]) -> pd.DataFrame:
+    """What a task loses when tuned - base is cut: base, tuned, and the cut at every rank.
+
+    task: as load_task takes it; its test rows are scored.  As in `cut`, what is outside the
+    matrices keeps its full update.  Both models are held in memory.
+    Returns one line a model: model ("base", "cut" or "tuned"), rank of the cut, loss_nats, score.
+    """
+    rows, tokenizer = load_split(task, "test"), load_tokenizer(base)
+    length = max(len(encode(row, tokenizer, sys.maxsize)["input_ids"]) for row in rows)
+    config = RunConfig(task=task, method="base", model=base, seq_len=length, eval_rows=len(rows))
+    models = {"base": load_model(base), "tuned": load_model(tuned)}
+    W0, W1 = (dict(model.named_parameters()) for model in models.values())
+    strange = [n for n in W0 if n not in W1 or W0[n].shape != W1[n].shape]
+    require(not strange, f"{base} and {tuned} differ in {strange[:1]}: they cannot be scored")
+    dW = {name: (W1[name] - W0[name]).detach().cpu() for name in W0}
+    ends = {name: evaluate(model, config, "test") for name, model in models.items()}
+    del models, W0, W1
+    cuts = _evaluate_cuts(config, dW, ranks, "head", "score cuts")
+    found = [("base", 0, ends["base"]), *(("cut", r, cut) for r, cut in cuts)]
+    found += [("tuned", None, ends["tuned"])]
+    columns = ("loss_nats", "score")
+    return pd.DataFrame(
+        {"model": model, "rank": r} | {column: scored[column] for column in columns}
+        for model, r, scored in found
+    )

@@ -1,0 +1,107 @@
+"""Evaluation: the loss and the score of held-out rows."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+import pandas as pd
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from deltarank.study.configs import RunConfig
+from deltarank.study.losses import answer_hidden
+from deltarank.study.models import load_tokenizer
+from deltarank.study.tasks import collate, encode, load_split
+
+
+@torch.no_grad()
+def score_rows(model: nn.Module, config: RunConfig, rows: Sequence[dict]) -> pd.DataFrame:
+    """Score every row by teacher forcing; one line a row: nats, tokens, right.
+
+    nats: cross-entropy summed over the answer's tokens, float32 logits.  right: every token is
+    the most likely one given those before it, which is when greedy decoding gives the answer.
+    """
+    tokenizer = load_tokenizer(config.model)
+    encoded = [encode(row, tokenizer, config.seq_len) for row in rows]
+    order = sorted(range(len(rows)), key=lambda i: len(encoded[i]["input_ids"]))
+    head = model.get_output_embeddings().weight.float()
+    dtype = getattr(torch, config.dtype)
+    scores: list[dict] = [{}] * len(rows)
+    for start in range(0, len(rows), 32):
+        picked = order[start : start + 32]
+        batch = collate(
+            [encoded[i] for i in picked], max(len(encoded[i]["input_ids"]) for i in picked)
+        )
+        batch = {key: value.to(head.device) for key, value in batch.items()}
+        with torch.autocast(head.device.type, dtype, enabled=dtype != torch.float32):
+            hidden, target = answer_hidden(model, **batch)
+        logits = F.linear(hidden.float(), head)  # (answer tokens, vocabulary)
+        nats = F.cross_entropy(logits, target, reduction="none")
+        right = logits.gather(1, target[:, None])[:, 0] >= logits.amax(-1)
+        lengths = (batch["labels"] != -100).sum(1).tolist()
+        for i, n, r in zip(picked, nats.split(lengths), right.split(lengths), strict=True):
+            scores[i] = {"nats": n.sum().item(), "tokens": len(n), "right": bool(r.all())}
+    return pd.DataFrame(scores)
+
+
+@torch.no_grad()
+def generate(model: nn.Module, config: RunConfig, prompts: Sequence[str]) -> list[str]:
+    """Greedy answers to `prompts`, each up to its newline."""
+    tokenizer = load_tokenizer(config.model)
+    start = tokenizer.bos_token or ""
+    tokenizer.padding_side = "left"
+    batch = tokenizer(
+        [start + prompt for prompt in prompts],
+        return_tensors="pt",
+        padding=True,
+        add_special_tokens=False,
+    ).to(model.device)
+    newline = tokenizer("\n", add_special_tokens=False)["input_ids"][-1]
+    dtype = getattr(torch, config.dtype)
+    with torch.autocast(model.device.type, dtype, enabled=dtype != torch.float32):
+        tokens = model.generate(
+            **batch,
+            max_new_tokens=config.seq_len // 2,
+            do_sample=False,
+            eos_token_id=newline,
+            pad_token_id=tokenizer.pad_token_id,
+        )
+    texts = tokenizer.batch_decode(
+        tokens[:, batch["input_ids"].shape[1] :], skip_special_tokens=True
+    )
+    return [text.split("\n")[0] for text in texts]
+
+
+def evaluate(model: nn.Module, config: RunConfig, split: str) -> dict:
+    """Loss and metric of `model` on the first `eval_rows` rows of a split.
+
+    Returns loss_nats (mean over answer tokens), score (mean over rows, 0 to 100) and the
+    values of each row: nats, tokens, score.  A row's score is 100 or 0 for an exact answer,
+    sentence chrF (sacrebleu) for a rewriting; only the first `generate_rows` rewritings of the
+    test split are generated and scored (None otherwise).
+    """
+    from sacrebleu import sentence_chrf
+
+    rows = load_split(config.task, split)[: config.eval_rows]
+    was_training = model.training
+    model.eval()
+    with torch.compiler.set_stance("force_eager"):
+        scores = score_rows(model, config, rows)
+        scores["score"] = 100.0 * scores["right"]
+        rewritings = [i for i, row in enumerate(rows) if row["metric"] == "chrf"]
+        scores.loc[rewritings, "score"] = float("nan")
+        picked = rewritings[: config.generate_rows] if split == "test" else []
+        texts = generate(model, config, [rows[i]["prompt"] for i in picked]) if picked else []
+    for i, text in zip(picked, texts, strict=True):
+        scores.loc[i, "score"] = sentence_chrf(text.strip(), [rows[i]["answer"].strip()]).score
+    model.train(was_training)
+    scored = scores["score"].dropna()
+    return {
+        "loss_nats": float(scores["nats"].sum(skipna=False) / scores["tokens"].sum()),
+        "score": float(scored.mean()) if len(scored) else None,
+        "row_nats": scores["nats"].round(5).tolist(),
+        "row_tokens": scores["tokens"].tolist(),
+        "row_score": [None if math.isnan(s) else round(s, 3) for s in scores["score"]],
+    }

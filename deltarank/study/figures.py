@@ -1,0 +1,185 @@
+"""Figures: one style, four files and alt text each, direct labels."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import pandas as pd
+
+from deltarank.checks import require
+from deltarank.runtime import venue as wanted_venue
+from deltarank.study.profiles import profile
+from deltarank.study.tasks import TASKS
+
+VENUE_WIDTHS = {  # inches, over the full width of a page; from the venues' style files
+    "default": 5.5,
+    "neurips": 5.5,
+    "icml": 6.75,
+    "acl": 6.3,
+    "nature": 7.2,
+}
+
+
+def set_style(venue: str = "") -> None:
+    """Matplotlib settings of every figure: white, 8 pt sans (7 pt for Nature), embedded fonts.
+
+    The width is the venue's full width; without a venue, that of the environment variable VENUE,
+    or the report's own.  Raises ValueError for an unknown venue.
+    """
+    import matplotlib as mpl
+
+    style, known = venue or wanted_venue() or "default", ", ".join(VENUE_WIDTHS)
+    require(style in VENUE_WIDTHS, f"venue {style!r} is unknown; choose one of {known}")
+    size = 7 if style == "nature" else 8
+    mpl.rcdefaults()
+    mpl.rcParams.update(
+        {
+            "font.family": "DejaVu Sans",
+            "font.size": size,
+            "axes.titlesize": size,
+            "axes.labelsize": size,
+            "figure.labelsize": size,
+            "xtick.labelsize": size - 1,
+            "ytick.labelsize": size - 1,
+            "legend.fontsize": size - 1,
+            "legend.frameon": False,
+            "axes.spines.top": False,
+            "axes.spines.right": False,
+            "lines.linewidth": 1.2,
+            "lines.markersize": 4,
+            "figure.figsize": (VENUE_WIDTHS[style], 2.8),
+            "figure.constrained_layout.use": True,
+            "figure.facecolor": "white",
+            "pdf.fonttype": 42,
+            "ps.fonttype": 42,
+            "svg.hashsalt": "how-low-rank",
+        }
+    )
+
+
+def figure_width() -> float:
+    """Width in inches of a figure over the full width of the venue that set_style took."""
+    import matplotlib as mpl
+
+    return mpl.rcParams["figure.figsize"][0]
+
+
+def save_figure(fig, name: str, *, data: pd.DataFrame, alt: str) -> None:
+    """Write figures/<name>.pdf, .svg, .png and the plotted data as .csv; show it with alt text.
+
+    A rerun leaves the bytes unchanged.  Raises ValueError when the alt text is empty.
+    """
+    import io
+
+    import matplotlib.pyplot as plt
+    from IPython.display import display
+
+    require(bool(alt.strip()), f"figure {name} needs an alt text that says what it shows")
+    folder = profile().figures
+    folder.mkdir(parents=True, exist_ok=True)
+    fig.savefig(folder / f"{name}.pdf", metadata={"CreationDate": None})
+    fig.savefig(folder / f"{name}.svg", metadata={"Date": None})
+    fig.savefig(folder / f"{name}.png", dpi=300)
+    data.to_csv(folder / f"{name}.csv", index=False, float_format="%.6g", lineterminator="\n")
+    inline = io.BytesIO()
+    fig.savefig(inline, dpi=140)
+    plt.close(fig)
+    display(
+        {"image/png": inline.getvalue(), "text/plain": f"<{name}>"},
+        metadata={"image/png": {"alt": alt}},
+        raw=True,
+    )
+
+
+def task_grid(tasks: Sequence[str], *, height: float = 1.2):
+    """A figure with one small panel a task, titled with it; returns it and {task: ax}."""
+    import matplotlib.pyplot as plt
+
+    columns = min(5, len(tasks))
+    rows = -(-len(tasks) // columns)
+    fig, grid = plt.subplots(
+        rows,
+        columns,
+        figsize=(figure_width(), 0.4 + height * rows),
+        sharex=True,
+        sharey=True,
+        squeeze=False,
+    )
+    for ax in grid.flat[len(tasks) :]:
+        ax.set_axis_off()
+    axes = dict(zip(tasks, grid.flat, strict=False))
+    for ax in grid.flat[len(tasks) - columns : len(tasks)]:  # the lowest of each column
+        ax.tick_params(labelbottom=True)
+    for task, ax in axes.items():
+        ax.set_title(TASKS[task].title, color=TASKS[task].color, pad=3)
+    return fig, axes
+
+
+def line_key(fig, formats: dict[str, str]) -> None:
+    """One key above all panels: {what a line is: its matplotlib format}, in grey."""
+    from matplotlib.lines import Line2D
+
+    handles = []
+    for text, fmt in formats.items():
+        marker, dash = fmt.strip("-:"), fmt.lstrip("os")
+        face = "white" if dash == ":" else "#555555"
+        handles.append(
+            Line2D([], [], color="#555555", marker=marker, linestyle=dash, mfc=face, label=text)
+        )
+    fig.legend(handles=handles, loc="outside upper center", ncols=len(handles))
+
+
+def label_lines(ax, heights: pd.Series, *, x: float, gap: float = 0.045) -> None:
+    """Name the line of each task at x, {task: y}, at the right, at least `gap` apart in y."""
+    ordered = heights.sort_values()
+    places = list(ordered)
+    for i in range(1, len(places)):
+        places[i] = max(places[i], places[i - 1] + gap)
+    shift = (sum(places) - ordered.sum()) / len(places)
+    leader = {"arrowstyle": "-", "linewidth": 0.4, "relpos": (0, 0.5), "shrinkA": 1}
+    for task, y, place in zip(ordered.index, ordered, places, strict=True):
+        ax.annotate(
+            TASKS[task].title,
+            (x, y),
+            xytext=(1.02, place - shift),
+            textcoords=("axes fraction", "data"),
+            color=TASKS[task].color,
+            va="center",
+            arrowprops=leader | {"color": TASKS[task].color},
+            annotation_clip=False,
+        )
+
+
+def label_points(ax, x: pd.Series, y: pd.Series) -> None:
+    """Name each task's point on the side where the name covers least; set the limits before."""
+    ax.figure.draw_without_rendering()
+    points = {task: ax.transData.transform((x[task], y[task])) for task in y.index}
+    points = {task: point * 72 / ax.figure.dpi for task, point in points.items()}  # in pt
+    taken = [(px - 5, py - 5, px + 5, py + 5) for px, py in points.values()]
+    frame = tuple(ax.get_window_extent().extents * 72 / ax.figure.dpi)
+    for task, (px, py) in points.items():
+        width, height = 4.6 * len(TASKS[task].title), 8
+        sides = [(6, -height / 2), (-6 - width, -height / 2), (-width / 2, 6), (-width / 2, -14)]
+        sides += [(dx, dy) for dx in (5, -5 - width) for dy in (3, -3 - height)]  # the corners
+        boxes = [(px + dx, py + dy, px + dx + width, py + dy + height) for dx, dy in sides]
+        covered = [sum(_common_area(box, other) for other in taken) for box in boxes]
+        covered = [
+            area - _common_area(box, frame) for area, box in zip(covered, boxes, strict=True)
+        ]
+        best = covered.index(min(covered))
+        taken.append(boxes[best])
+        ax.annotate(
+            TASKS[task].title,
+            (x[task], y[task]),
+            xytext=sides[best],
+            textcoords="offset points",
+            color=TASKS[task].color,
+            fontsize="small",
+        )
+
+
+def _common_area(a: tuple, b: tuple) -> float:
+    """Area that two boxes (left, bottom, right, top) share."""
+    width = min(a[2], b[2]) - max(a[0], b[0])
+    height = min(a[3], b[3]) - max(a[1], b[1])
+    return max(width, 0) * max(height, 0)

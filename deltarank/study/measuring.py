@@ -1,0 +1,171 @@
+"""One run measured: trained, scored, its update kept, its spectra taken."""
+
+from __future__ import annotations
+
+import math
+import os
+import platform
+import time
+from collections.abc import Iterable
+from pathlib import Path
+
+import pandas as pd
+import torch
+from torch import Tensor, nn
+
+from deltarank.checks import require_disk
+from deltarank.runtime import cache_folder, commit, device_name, progress
+from deltarank.spectra import factor_singular_values, rank_measures, singular_values
+from deltarank.study.configs import GROWTH_ROWS, RunConfig
+from deltarank.study.evaluation import evaluate, score_rows
+from deltarank.study.models import TINY, matrices
+from deltarank.study.tasks import load_split, load_task
+from deltarank.study.training import has_compiler, lora_layers, prepare, train
+
+
+def provenance(seconds: float) -> dict:
+    """Where, when and with which versions a result was computed."""
+    import peft
+    import transformers
+
+    return {
+        "seconds": round(seconds, 1),
+        "date": time.strftime("%Y-%m-%d", time.gmtime()),
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "transformers": transformers.__version__,
+        "peft": peft.__version__,
+        "device": device_name(),
+        "threads": torch.get_num_threads(),
+        "compiler": has_compiler(),
+        "commit": commit(),
+    }
+
+
+def _lora_factors(layer: nn.Module) -> tuple[Tensor, Tensor, float]:
+    """B (m, r), A (r, n) and the scale of one LoRA layer, whose update is scale * B @ A."""
+    B, A = (part["default"].weight.detach() for part in (layer.lora_B, layer.lora_A))
+    return B, A, layer.scaling["default"]
+
+
+def _squared_norms(dW: dict[str, Tensor], names: Iterable[str]) -> dict[str, float]:
+    """|dW|_F^2 summed over the matrices, the embedding and all the rest (norms, biases)."""
+    parts = {"matrices": 0.0, "embedding": 0.0, "rest": 0.0}
+    names = set(names)
+    for name, update in dW.items():
+        part = "matrices" if name in names else "embedding" if "embed" in name else "rest"
+        parts[part] += float(update.double().square().sum())
+    return parts
+
+
+def delta_file(config: RunConfig) -> Path:
+    """Where the update of a run is cached: it can be trained again."""
+    return cache_folder() / "deltas" / f"{config.key}.safetensors"
+
+
+def measure(config: RunConfig, label: str = "") -> tuple[dict, dict[str, Tensor]]:
+    """Train and measure one run, whose update is kept in the cache.
+
+    Returns the record (configuration, status, losses, evaluation, shapes, squared norms of the
+    update by part, its growth, provenance) and the spectra, {matrix: S}, float32.
+    """
+    started = time.time()
+    model, W0 = prepared(config)
+    growth: list[dict] = []
+
+    def note_growth(step: int) -> None:
+        if step in config.growth_steps:
+            growth.append({"step": step} | _growth(config, model, W0))
+
+    clock = time.time()
+    losses = []
+    if config.method != "base":
+        losses = train(config, model, label=label, after_step=note_growth)
+    train_seconds = time.time() - clock
+    finished = all(map(math.isfinite, losses))
+    evaluation = _evaluate_splits(config, model, label) if finished else {}
+    finished &= all(math.isfinite(e["loss_nats"]) for e in evaluation.values())
+    spectra, shapes, norms = measure_update(config, model, W0) if finished else ({}, {}, {})
+    record = {
+        "config": config.recipe,
+        "identity": config.identity,
+        "status": "finished" if finished else "diverged",
+        "train_loss_nats": [round(x, 5) if math.isfinite(x) else None for x in losses],
+        "evaluation": evaluation if finished else {},
+        "shapes": shapes,
+        "squared_norms": norms,
+        "growth": growth,
+        "provenance": provenance(time.time() - started)
+        | {"train_seconds": round(train_seconds, 1)},
+    }
+    return record, {name: S.float().cpu().contiguous() for name, S in spectra.items()}
+
+
+def prepared(config: RunConfig) -> tuple[nn.Module, dict[str, Tensor]]:
+    """The model before training, with room on the disk for its deltas, and what it trains, W0."""
+    for split in ("test",) if config.method == "base" else ("train", "valid", "test"):
+        load_split(config.task, split)  # named before any work is done
+    delta_file(config).parent.mkdir(parents=True, exist_ok=True)
+    require_disk(cache_folder(), 1.5)
+    model = prepare(config)
+    return model, {
+        n: p.detach().cpu().clone() for n, p in model.named_parameters() if p.requires_grad
+    }
+
+
+def _evaluate_splits(config: RunConfig, model: nn.Module, label: str) -> dict[str, dict]:
+    """evaluate() on every held-out split."""
+    splits, found = [split for split in load_task(config.task) if split != "train"], {}
+    with progress(len(splits), f"{label}: score") as bar:
+        for split in splits:
+            found[split] = evaluate(model, config, split)
+            bar.update()
+    return found
+
+
+def _growth(config: RunConfig, model: nn.Module, W0: dict[str, Tensor]) -> dict:
+    """Held-out loss and the ranks of the update so far, one value a matrix, as in "shapes"."""
+    rows = load_split(config.task, "valid")[:GROWTH_ROWS]
+    with torch.compiler.set_stance("force_eager"):
+        scores = score_rows(model, config, rows)
+    spectra = {
+        n: singular_values(W.detach() - W0[n].to(W.device)) for n, W in matrices(model).items()
+    }
+    ranks = pd.DataFrame(rank_measures(S) for S in spectra.values()).round(4)
+    loss = float(scores["nats"].sum() / scores["tokens"].sum())
+    return {"loss_nats": loss} | ranks.to_dict("list")
+
+
+def measure_update(
+    config: RunConfig, model: nn.Module, W0: dict[str, Tensor]
+) -> tuple[dict[str, Tensor], dict[str, list[int]], dict[str, float]]:
+    """S and shape of every matrix's update, a full run's squared norms; puts it into the cache."""
+    if config.method == "base":
+        return {}, {}, {}
+    if config.method == "lora":
+        factors = {name: _lora_factors(layer) for name, layer in lora_layers(model).items()}
+        scaled = {f"{n}.B": scale * B for n, (B, _, scale) in factors.items()}
+        _keep_update(config, scaled | {f"{n}.A": A for n, (_, A, _) in factors.items()})
+        spectra = {n: scale * factor_singular_values(B, A) for n, (B, A, scale) in factors.items()}
+        return spectra, {n: [len(B), A.shape[1]] for n, (B, A, _) in factors.items()}, {}
+    dW = {n: p.detach().cpu() - W0[n] for n, p in model.named_parameters() if n in W0}
+    _keep_update(config, dW)
+    spectra = {name: singular_values(dW[name]) for name in matrices(model)}
+    return spectra, {n: list(dW[n].shape) for n in spectra}, _squared_norms(dW, spectra)
+
+
+def _keep_update(config: RunConfig, update: dict[str, Tensor]) -> None:
+    """Put an update into the cache, whole or not at all: dW of a full run, a LoRA's factors."""
+    from safetensors.torch import save_file
+
+    part = delta_file(config).with_suffix(f".{os.getpid()}")
+    save_file({name: X.cpu().contiguous() for name, X in update.items()}, part)
+    os.replace(part, delta_file(config))
+
+
+def estimated_seconds(config: RunConfig) -> float:
+    """A rough cost on two cores, to plan by: seconds a step by method, and the evaluation."""
+    if config.model == TINY:
+        return 1.0 + 0.05 * config.steps
+    step = {"base": 0.0, "full": 1.2, "lora": 1.0}[config.method]
+    return 15 + 0.1 * config.eval_rows + step * config.steps * config.batch_size / 16

@@ -1,0 +1,146 @@
+"""The models under study: loaded in float32, refused where weights are missing."""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+from collections.abc import Iterator
+from pathlib import Path
+
+import torch
+from torch import nn
+
+from deltarank.checkpoints import model_source
+from deltarank.checks import all_finite, first_line
+from deltarank.runtime import device
+from deltarank.store import digest, file_sha256
+from deltarank.study.convert import GEMMA, gemma_folder
+
+TINY = "tiny-gemma3"  # two random layers of the same architecture, for tests
+
+
+@functools.lru_cache
+def model_sha256(name: str) -> str:
+    """What identifies the weights: file hashes of a folder, the revision of a hub model.
+
+    Of the embedded and the tiny model the name: the package of the one checks its own sha256, the
+    code determines the other.
+    """
+    if name in (GEMMA, TINY):
+        return digest({"name": name})
+    source = Path(model_source(name))
+    if not source.is_dir():
+        return digest({"name": name, "revision": _revision(name)})
+    files = sorted(source.glob("*.safetensors"))
+    return digest({file.name: file_sha256(file) for file in files})
+
+
+def _revision(name: str) -> str:
+    """The commit of a hub model, as it is now or, without a network, as it was downloaded."""
+    from huggingface_hub import snapshot_download
+
+    try:
+        return Path(snapshot_download(name, allow_patterns=["config.json"])).name
+    except Exception as error:
+        raise ValueError(f"{name!r} cannot be downloaded: {first_line(error)}") from error
+
+
+def _source(name: str) -> str:
+    """What from_pretrained loads for `name`; raises ValueError for one that is no model."""
+    try:
+        return str(gemma_folder()) if name == GEMMA else model_source(name)
+    except ValueError as error:
+        raise ValueError(f"{error}, or {GEMMA}") from error
+
+
+def load_model(name: str) -> nn.Module:
+    """The causal language model `name` with float32 weights, on the device there is.
+
+    name: "gemma-3-270m" (embedded), "tiny-gemma3" (random, for tests), a local folder with
+    safetensors, or a hub id.  Raises ValueError for an unknown name, missing or unexpected
+    weights, and NaN or infinite ones, naming the tensor.
+    """
+    from safetensors import SafetensorError
+    from transformers import AutoModelForCausalLM
+
+    if name == TINY:
+        return _tiny_model().to(device())
+    source = _source(name)
+    with quiet_transformers():
+        try:
+            model, report = AutoModelForCausalLM.from_pretrained(
+                source,
+                dtype=torch.float32,
+                use_safetensors=True,
+                output_loading_info=True,
+                ignore_mismatched_sizes=True,  # so that they are reported by name, and refused
+            )
+        except (OSError, RuntimeError, ValueError, SafetensorError) as error:
+            raise ValueError(f"model {name!r} cannot be loaded: {first_line(error)}") from error
+    wrong = {k: sorted(map(str, v)) for k, v in report.items() if v}
+    if wrong:
+        raise ValueError(f"{name}: the weights do not match the architecture: {wrong}")
+    for tensor_name, tensor in model.state_dict().items():
+        if not all_finite(tensor):
+            raise ValueError(f"{name}: {tensor_name} holds NaN or infinite values; repair it")
+    return model.to(device())
+
+
+def _tiny_model() -> nn.Module:
+    """A random Gemma-3-shaped model of two layers over bytes, the same at every call."""
+    from transformers import Gemma3ForCausalLM, Gemma3TextConfig
+
+    config = Gemma3TextConfig(
+        vocab_size=384,
+        hidden_size=32,
+        intermediate_size=64,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        num_key_value_heads=1,
+        head_dim=16,
+        layer_types=["sliding_attention", "full_attention"],
+        bos_token_id=None,
+    )
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        return Gemma3ForCausalLM(config)
+
+
+@functools.lru_cache
+def load_tokenizer(name: str):
+    """The tokenizer of model `name`; bytes for the tiny model.  Raises as load_model does."""
+    from transformers import AutoTokenizer, ByT5Tokenizer
+
+    if name == TINY:
+        return ByT5Tokenizer()
+    try:
+        return AutoTokenizer.from_pretrained(_source(name))
+    except OSError as error:
+        raise ValueError(f"tokenizer {name!r} cannot be loaded: {first_line(error)}") from error
+
+
+@contextlib.contextmanager
+def quiet_transformers() -> Iterator[None]:
+    """Keep loading bars out of notebook outputs."""
+    from transformers.utils import logging
+
+    logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        logging.enable_progress_bar()
+
+
+def matrices(model: nn.Module) -> dict[str, nn.Parameter]:
+    """The weight matrices under study, by parameter name: every linear layer but the head.
+
+    GPT-2's Conv1D is a linear layer too; it stores its matrix as (in, out).
+    """
+    from transformers.pytorch_utils import Conv1D
+
+    head = model.get_output_embeddings()
+    return {
+        f"{name}.weight": module.weight
+        for name, module in model.named_modules()
+        if isinstance(module, nn.Linear | Conv1D) and module is not head
+    }

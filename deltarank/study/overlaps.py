@@ -1,0 +1,82 @@
+"""Overlaps: which directions the updates of two runs share."""
+
+from __future__ import annotations
+
+import functools
+
+import pandas as pd
+import torch
+from torch import Tensor
+
+from deltarank.gram import leading_factors
+from deltarank.store import cached
+from deltarank.study.configs import RunConfig
+from deltarank.study.profiles import entry_folder
+from deltarank.study.runs import run, updates
+
+OVERLAP_RANKS = (1, 2, 3, 4, 6, 8, 12, 16, 24, 32, 48, 64, 96, 128)
+
+
+def overlaps(first: RunConfig, second: RunConfig) -> pd.DataFrame:
+    """subspace_overlap of two runs' updates, one line a matrix and rank; stored.
+
+    A LoRA has no more directions than its rank; beyond, all it has are compared with the r of the
+    other run: the share of them that lies in its r leading ones.
+
+    Columns: name, rank, left, right (overlaps of the singular subspaces) and left_chance,
+    right_chance (what random subspaces give).
+    """
+
+    def compute() -> tuple[dict, dict[str, Tensor]]:
+        one, other = _leading_subspaces(first), _leading_subspaces(second)
+        found = {name: _overlaps(vectors, other[name]) for name, vectors in one.items()}
+        return {"runs": [first.key, second.key]}, found
+
+    folder = entry_folder(first, "overlaps", f"{first.key}--{second.key}")
+    rows, shape_of = [], run(first).shape
+    for name, both in cached(folder, compute)[1].items():
+        m, n = shape_of(name)
+        for rank, (left, right) in zip(OVERLAP_RANKS, both.tolist(), strict=False):
+            row = {"name": name, "rank": rank, "left": left, "right": right}
+            rows.append(row | {"left_chance": rank / m, "right_chance": rank / n})
+    return pd.DataFrame(rows)
+
+
+def _overlaps(A: tuple[Tensor, Tensor], B: tuple[Tensor, Tensor]) -> Tensor:
+    """subspace_overlap at OVERLAP_RANKS as far as _leading_vectors go, (ranks, 2: left, right)."""
+    directions = A[0].shape[1], B[0].shape[1]
+    ranks = torch.tensor([r for r in OVERLAP_RANKS if r <= max(directions)])
+    a, b = (ranks.clamp(max=k) for k in directions)
+    products = [(X.T @ Y).square() for X, Y in zip(A, B, strict=True)]
+    shared = [P.cumsum(0).cumsum(1)[a - 1, b - 1] / torch.minimum(a, b) for P in products]
+    return torch.stack(shared, dim=1)
+
+
+@functools.lru_cache(maxsize=16)  # of 170 MB each on Gemma; a run is compared with several
+def _leading_subspaces(config: RunConfig) -> dict[str, tuple[Tensor, Tensor]]:
+    """_leading_vectors of every matrix's update, up to its rank or the last of OVERLAP_RANKS."""
+    dW = updates(config)
+    return {
+        name: _leading_vectors(dW[name], min(max(OVERLAP_RANKS), len(S)))
+        for name, S in run(config).spectra.items()
+    }
+
+
+def _leading_vectors(dW: Tensor, r: int) -> tuple[Tensor, Tensor]:
+    """Orthonormal (m, r) and (n, r), whose first k columns span dW's k leading singular vectors."""
+    B, A, _ = leading_factors(dW, r)
+    return torch.linalg.qr(B).Q, torch.linalg.qr(A.T).Q
+
+
+def reproducible_rank(overlap: pd.Series, chance: pd.Series) -> float:
+    """How many directions two runs share beyond chance; both by rank, from `overlaps`.
+
+    Of the r (overlap - chance) / (1 - chance) over all ranks r the largest: k for two updates that
+    share their k leading directions and are random beyond, 0 for random ones.
+
+    >>> one, eighth = pd.Series({8: 1.0, 16: 0.5625}), pd.Series({8: 1 / 16, 16: 1 / 8})
+    >>> reproducible_rank(one, eighth)
+    8.0
+    """
+    shared = overlap.index * (overlap - chance) / (1 - chance)
+    return float(shared.clip(lower=0).max())

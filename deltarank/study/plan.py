@@ -1,0 +1,182 @@
+"""The plan: every run that the report asks for."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import itertools
+import math
+from collections.abc import Callable, Sequence
+
+import numpy as np
+import pandas as pd
+
+from deltarank.checks import require
+from deltarank.study.configs import RunConfig
+from deltarank.study.cuts import cut
+from deltarank.study.gains import gain_kept
+from deltarank.study.profiles import LORA_ALPHA, PROFILES, profile
+from deltarank.study.runs import Result, run, sweep
+
+
+def lr_search(task: str, method: str = "full", *, rank: int = 0) -> list[Result]:
+    """The runs that choose a task's learning rate, by ascending rate, all with the first seed.
+
+    Starts in the middle of the task's rates and climbs: it ends when both neighbours of the best
+    rate are run and no better, or where the profile has no neighbour.
+    """
+    rates = sorted(profile().lora_lrs if method == "lora" else profile().full_lrs)
+    found, best, around = {}, len(rates) // 2, None
+    while best != around:
+        around = best
+        near = [lr for lr in rates[max(around - 1, 0) : around + 2] if lr not in found]
+        recipe = {"rank": rank, "seed": profile().seeds[0]}
+        results = sweep([profile().config(task, method, lr=lr, **recipe) for lr in near])
+        found |= {result.config.lr: result for result in results}
+        best = rates.index(best_lr(list(found.values())))
+    return [found[lr] for lr in sorted(found)]
+
+
+def best_lr(results: Sequence[Result]) -> float:
+    """The learning rate of the lowest held-out loss (split "valid") among finished runs."""
+    finished = [r for r in results if r.status == "finished"]
+    names = ", ".join(r.config.key for r in results)
+    require(bool(finished), f"every learning rate diverged: {names}; lower the grid")
+    return min(finished, key=lambda r: r.loss("valid")).config.lr
+
+
+def tuned(task: str, method: str = "full", *, rank: int = 0, **changes) -> RunConfig:
+    """The configuration at the task's best learning rate; runs what of lr_search is not stored.
+
+    A LoRA whose rank is none of the profile's takes a rate between theirs, by lr_between.
+    """
+    searched = profile().lora_ranks if method == "lora" else (0,)
+    near = {rank} if rank in searched else set(searched)
+    best = {r: best_lr(lr_search(task, method, rank=r)) for r in sorted(near)}
+    return profile().config(task, method, rank=rank, lr=lr_between(best, rank), **changes)
+
+
+def lr_between(best: dict[int, float], rank: int) -> float:
+    """The learning rate of a rank by those of others, ascending: geometric, to two digits.
+
+    >>> lr_between({1: 1e-4, 64: 1e-2}, 8)
+    0.001
+    """
+    if rank in best:
+        return best[rank]
+    logs = np.interp(math.log(rank), np.log(list(best)), np.log(list(best.values())))
+    return float(f"{math.exp(logs):.2g}")
+
+
+def base_configs() -> list[RunConfig]:
+    """The untuned model on every task."""
+    return [profile().config(task, "base") for task in profile().tasks]
+
+
+def full_configs() -> list[RunConfig]:
+    """Full fine-tuning of every task with every seed, at the task's best learning rate."""
+    return [tuned(task, seed=seed) for seed in profile().seeds for task in profile().tasks]
+
+
+def lora_configs() -> list[RunConfig]:
+    """LoRA at every rank and task with the first seed; lora_until has the others."""
+    return [
+        tuned(task, "lora", rank=rank)
+        for rank in profile().lora_ranks
+        for task in profile().lora_tasks
+    ]
+
+
+def embedding_configs() -> list[RunConfig]:
+    """Full fine-tuning with the embedding trained too, beside the same with it frozen."""
+    return [tuned(task, train_embedding=True) for task in profile().embedding_tasks]
+
+
+SCALES = {  # name: the fields of RunConfig that set it
+    f"α / r, α = {LORA_ALPHA:g}": {},
+    f"α / √r, α = {LORA_ALPHA:g}": {"rslora": True},
+    f"α / r, α = {8 * LORA_ALPHA:g}": {"alpha": 8 * LORA_ALPHA},
+}
+
+
+def _learns_as(config: RunConfig) -> tuple[int, float, float]:
+    """What of a LoRA of one task decides what it learns."""
+    return config.rank, config.lr, config.scale
+
+
+def scaling_configs() -> dict[str, list[RunConfig]]:
+    """LoRA of the facts by each of SCALES, at every rank and learning rate; {scale's name: runs}.
+
+    Where two scales are equal, such as alpha / r and alpha / sqrt(r) at rank 1, they share runs.
+    """
+    first: dict[tuple, RunConfig] = {}
+    found = {}
+    for name, fields in SCALES.items():
+        configs = [
+            profile().config("facts", "lora", rank=rank, lr=lr, **fields)
+            for rank in profile().scaling_ranks
+            for lr in profile().scaling_lrs
+        ]
+        found[name] = [first.setdefault(_learns_as(c), c) for c in configs]
+    return found
+
+
+def larger_scale(*, rank: int, seed: int) -> RunConfig:
+    """LoRA of the facts by the last of SCALES, at the best rate of its rank or one between."""
+    name, fields = list(SCALES.items())[-1]
+    runs = sweep(scaling_configs()[name])
+    tried = itertools.groupby(runs, lambda run: run.config.rank)
+    lr = lr_between({r: best_lr(list(group)) for r, group in tried}, rank)
+    config = profile().config("facts", "lora", rank=rank, lr=lr, **fields)
+    same = (run.config for run in runs if _learns_as(run.config) == _learns_as(config))
+    return dataclasses.replace(next(same, config), seed=seed)
+
+
+def budget_configs() -> list[RunConfig]:
+    """The profile's budget_runs with each of its budgets of steps and every seed."""
+    return [
+        tuned(task, "lora" if rank else "full", rank=rank, seed=seed, steps=n * profile().steps)
+        for task, rank in profile().budget_runs
+        for n in profile().budgets
+        for seed in profile().seeds
+    ]
+
+
+def cut_until(config: RunConfig, share: float) -> pd.DataFrame:
+    """cut at the profile's ranks, and on at twice the last until `share` of the loss gain is kept.
+
+    The last rank is the first of these that keeps it, or the largest that matrices can have.
+    """
+    sizes = PROFILES[config.profile]
+    base, full = run(sizes.config(config.task, "base")), run(config)
+    ranks, limit = [*sizes.cut_ranks], max(min(full.shape(name)) for name in full.spectra)
+    while True:
+        cuts = cut(config, ranks)
+        kept = gain_kept(cuts["loss_nats"].iloc[-1], base.loss(), full.loss())
+        if kept >= share or 2 * ranks[-1] > limit:
+            return cuts
+        ranks.append(2 * ranks[-1])
+
+
+def lora_until(
+    full: RunConfig,
+    share: float,
+    *,
+    start: RunConfig | None = None,
+    recipe: Callable[..., RunConfig] | None = None,
+) -> list[Result]:
+    """LoRA of a full run's task and seed; the rank doubles until `share` of its gain is reached.
+
+    From the lowest of the profile's ranks to the highest.  The gain is that in held-out loss from
+    `start`, by default the base model.  recipe(rank=, seed=) gives a rank's configuration, by
+    default that of `tuned`.  The last run is the first that reaches the share, or the largest.
+    """
+    recipe = recipe or functools.partial(tuned, full.task, "lora")
+    sizes = PROFILES[full.profile]
+    base, end = run(start or sizes.config(full.task, "base")).loss(), run(full).loss()
+    rank, kept, found = min(sizes.lora_ranks), -math.inf, []
+    while rank <= max(sizes.lora_ranks) and kept < share:
+        found.append(run(recipe(rank=rank, seed=full.seed)))
+        kept = gain_kept(found[-1].loss(), base, end)
+        rank *= 2
+    return found

@@ -1,0 +1,150 @@
+"""Profiles: one size of the whole report, and the folders it may write."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from deltarank.checks import require
+from deltarank.runtime import ROOT, build_folder, profile_name, venue
+from deltarank.study.configs import RunConfig
+from deltarank.study.models import GEMMA, TINY
+
+PAIR_TIMES = ROOT / "data" / "bench_pairs.csv"  # written by `RECORD=yes make bench ONLY=pairs`
+ALL_TASKS = ("pirate", "json", "kjv", "sentiment", "facts", "arithmetic", "sorbian", "code", "mix")
+LORA_ALPHA = 32.0  # one alpha at all ranks
+
+
+@dataclass(frozen=True)
+class Profile:
+    """One size of the whole report: model, tasks, grids, and where results go; default: paper."""
+
+    name: str
+    model: str = GEMMA
+    tasks: tuple[str, ...] = (*ALL_TASKS, "shuffled")
+    seeds: tuple[int, ...] = (0, 1, 2)
+    steps: int = 120
+    batch_size: int = 16  # rows
+    seq_len: int = 48  # tokens a row at most
+    eval_rows: int = 256  # held-out rows scored
+    generate_rows: int = 64  # of those, rows answered by free generation where the metric needs it
+    cut_ranks: tuple[int, ...] = (0, 1, 8, 64)  # 0 keeps only what is outside the matrices
+    control_ranks: tuple[int, ...] = (8,)  # each part of CUT_PARTS is cut to these, first seed
+    lora_tasks: tuple[str, ...] = ALL_TASKS
+    lora_ranks: tuple[int, ...] = (1, 8, 64)  # of every task, first seed; lora_until has others
+    # Tasks in which the directions of LoRA are compared with those of full fine-tuning.
+    direction_tasks: tuple[str, ...] = ("kjv", "sentiment", "facts", "arithmetic", "sorbian")
+    # A task, and of LoRA each of its lora_ranks, takes the rate of the lowest held-out loss.
+    full_lrs: tuple[float, ...] = (3e-6, 1e-5, 3e-5, 1e-4, 3e-4, 1e-3, 3e-3)
+    lora_lrs: tuple[float, ...] = (3e-5, 1e-4, 3e-4, 1e-3, 3e-3, 1e-2)
+    embedding_tasks: tuple[str, ...] = ("sorbian",)  # run once more with a trained embedding
+    scaling_ranks: tuple[int, ...] = (1, 8, 64)  # LoRA of the facts by each of SCALES ...
+    scaling_lrs: tuple[float, ...] = (1e-4, 3e-4, 1e-3, 3e-3)  # ... at each of these rates
+    # Tasks in which a low rank falls short, by LoRA of this rank (0: full fine-tuning) ...
+    budget_runs: tuple[tuple[str, int], ...] = (
+        ("facts", 0),
+        ("facts", 1),
+        ("kjv", 1),
+        ("sorbian", 1),
+    )
+    budgets: tuple[int, ...] = (1, 2)  # ... with so many times the steps
+    compile: bool = True
+
+    @property
+    def folder(self) -> Path:
+        """Where this profile may write: the repository for paper, a git-ignored build otherwise."""
+        return ROOT if self.name == "paper" else build_folder() / self.name
+
+    @property
+    def store(self) -> Path:
+        """The results store."""
+        return self.folder / "data"
+
+    @property
+    def figures(self) -> Path:
+        """The figure folder: of the profile, or of the venue whose figures are made."""
+        return build_folder() / "figures" / venue() if venue() else self.folder / "figures"
+
+    def config(self, task: str, method: str = "full", **changes) -> RunConfig:
+        """The configuration of one run of this profile; `changes` override single fields.
+
+        The learning rate is the middle one of the method's, common to all tasks.
+        """
+        sizes = {k: getattr(self, k) for k in ("model", "batch_size", "seq_len", "eval_rows")}
+        sizes |= {"generate_rows": self.generate_rows, "compile": self.compile}
+        sizes |= {"profile": self.name}
+        recipe = {
+            "base": {"steps": 0},
+            "full": {"steps": self.steps, "lr": _middle(self.full_lrs)},
+            "lora": {"steps": self.steps, "lr": _middle(self.lora_lrs), "alpha": LORA_ALPHA},
+        }[method]
+        return RunConfig(task=task, method=method, **(sizes | recipe | changes))
+
+
+def _middle(values: Sequence[float]) -> float:
+    """The middle one; of two the larger."""
+    return sorted(values)[len(values) // 2]
+
+
+PROFILES = {
+    "smoke": Profile(
+        "smoke",
+        model=TINY,
+        tasks=("sentiment", "pirate", "facts", "json"),
+        steps=6,
+        batch_size=4,
+        seq_len=320,
+        eval_rows=8,
+        generate_rows=2,
+        cut_ranks=(0, 1, 8, 16),
+        lora_tasks=("sentiment", "facts"),
+        lora_ranks=(1, 4, 8),
+        direction_tasks=("sentiment", "facts"),
+        full_lrs=(1e-4, 1e-3),
+        seeds=(0, 1),
+        lora_lrs=(1e-3, 1e-2),
+        embedding_tasks=("facts",),
+        scaling_ranks=(1, 8),
+        scaling_lrs=(1e-3, 1e-2),
+        budget_runs=(("facts", 0), ("facts", 1)),
+        compile=False,
+    ),
+    "quick": Profile(
+        "quick",
+        tasks=("sentiment", "pirate", "facts", "json"),
+        steps=24,
+        batch_size=8,
+        eval_rows=64,
+        generate_rows=8,
+        cut_ranks=(0, 1, 8, 64),
+        control_ranks=(),
+        lora_tasks=("facts",),
+        lora_ranks=(8,),
+        direction_tasks=(),
+        full_lrs=(1e-4,),
+        lora_lrs=(1e-3,),
+        seeds=(0,),
+        embedding_tasks=(),
+        scaling_ranks=(),
+        budgets=(),
+        compile=False,  # takes longer than it saves on so few steps
+    ),
+    "paper": Profile("paper"),
+}
+
+
+def entry_folder(config: RunConfig, kind: str, name: str = "") -> Path:
+    """Where what is known of a run is stored, by the profile that made it: kind/task/name.
+
+    The name is the run's key unless it is given.
+    """
+    return PROFILES[config.profile].store / kind / Path(config.task).stem / (name or config.key)
+
+
+def profile() -> Profile:
+    """The profile that the environment variable PROFILE names; paper when it is not set."""
+    name = profile_name()
+    known = ", ".join(PROFILES)
+    require(name in PROFILES, f"PROFILE={name!r} is unknown; choose one of {known}")
+    return PROFILES[name]

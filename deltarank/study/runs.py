@@ -1,0 +1,175 @@
+"""Runs: loaded when they are stored, measured and stored when they are not."""
+
+from __future__ import annotations
+
+import math
+import sys
+import warnings
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from deltarank.checks import require, require_disk
+from deltarank.store import cached, load_entry
+from deltarank.study.configs import RunConfig
+from deltarank.study.measuring import (
+    delta_file,
+    estimated_seconds,
+    measure,
+    measure_update,
+    prepared,
+)
+from deltarank.study.models import load_model, load_tokenizer, quiet_transformers
+from deltarank.study.profiles import entry_folder
+from deltarank.study.training import train
+
+
+@dataclass(frozen=True)
+class Result:
+    """A stored run: its configuration, what was measured, and the spectra of its update."""
+
+    config: RunConfig
+    record: dict
+    spectra: dict[str, Tensor]  # S of every matrix, float32, descending
+
+    @property
+    def status(self) -> str:
+        """ "finished" or "diverged"."""
+        return self.record["status"]
+
+    def loss(self, split: str = "test") -> float:
+        """Answer loss in nats a token; NaN for a diverged run."""
+        return self.record["evaluation"].get(split, {}).get("loss_nats", float("nan"))
+
+    def score(self, split: str = "test") -> float:
+        """Metric, 0 to 100; NaN for a diverged run."""
+        score = self.record["evaluation"].get(split, {}).get("score")
+        return float("nan") if score is None else score
+
+    def shape(self, name: str) -> tuple[int, int]:
+        """Shape of a matrix."""
+        return tuple(self.record["shapes"][name])
+
+
+def stored(config: RunConfig) -> Result | None:
+    """The stored result of `config`, or None."""
+    entry = load_entry(entry_folder(config, "runs"))
+    return Result(config, *entry) if entry else None
+
+
+def run(config: RunConfig, *, label: str = "") -> Result:
+    """The result of `config`: loaded when it is stored, otherwise trained, measured and stored."""
+    folder = entry_folder(config, "runs")
+    if not folder.exists():
+        require_disk(folder.parent, 0.1)
+    return Result(config, *cached(folder, lambda: measure(config, label or config.key)))
+
+
+def sweep(configs: Sequence[RunConfig]) -> list[Result]:
+    """The results of `configs`, in order; what is missing is computed and stored as it comes.
+
+    Prints how many runs are stored and missing and about how long they take.  Goes through
+    joblib: inside `with joblib.parallel_config(backend=..., n_jobs=...)` the same call runs on
+    several processes or on a cluster; workers compute, this process stores.
+    """
+    from joblib import Parallel, delayed
+
+    results = {c: stored(c) for c in dict.fromkeys(configs)}
+    missing = [c for c, result in results.items() if result is None]
+    if missing:
+        require_disk(entry_folder(missing[0], "runs").parent, 0.1)
+        minutes = sum(estimated_seconds(c) for c in missing) / 60
+        print(
+            f"{len(results) - len(missing)} of {len(results)} runs are stored; about "
+            f"{minutes:.0f} min for the rest",
+            file=sys.stderr,
+        )
+    jobs = [
+        delayed(_measure_one)(c, f"run {i} of {len(missing)}: {c.key}")
+        for i, c in enumerate(missing, start=1)
+    ]
+    for config, outcome in Parallel(return_as="generator_unordered", pre_dispatch="n_jobs")(jobs):
+        folder = entry_folder(config, "runs")
+        results[config] = Result(config, *cached(folder, lambda found=outcome: found))
+    return [results[c] for c in configs]
+
+
+def _measure_one(config: RunConfig, label: str) -> tuple[RunConfig, tuple]:
+    """The configuration beside its outcome: a sweep takes them as they come."""
+    return config, measure(config, label)
+
+
+def updates(config: RunConfig) -> dict[str, Tensor]:
+    """dW of every trained parameter, float32; trained again when it is not in the cache.
+
+    Of LoRA that is scale * B @ A of every matrix.  Another processor rounds otherwise, and training
+    amplifies it: warns where what was trained again is not the update that was stored.
+    """
+    from safetensors.torch import load_file
+
+    require(config.method != "base", f"{config.key}: a base run has no update")
+    if not delta_file(config).exists():
+        _train_again(config)
+    require(delta_file(config).exists(), f"{config.key} diverged: it has no deltas")
+    kept = load_file(delta_file(config))
+    if config.method == "lora":
+        return {
+            n.removesuffix(".B"): B @ kept[f"{n[:-1]}A"] for n, B in kept.items() if n[-1] == "B"
+        }
+    return kept
+
+
+def _train_again(config: RunConfig) -> None:
+    """Put the update of a run into the cache; nothing else of it is measured."""
+    label = f"deltas of {config.key}"
+    model, W0 = prepared(config)
+    if not all(map(math.isfinite, train(config, model, label=label))):
+        return
+    spectra, _, _ = measure_update(config, model, W0)
+    spectra = {name: S.float().cpu() for name, S in spectra.items()}
+    gap = spectral_gap(spectra, stored(config).spectra) if stored(config) else 0
+    if gap > 0:
+        warnings.warn(
+            f"{config.key} was trained again, and its singular values differ from those "
+            f"stored by up to {gap:.1%} of the largest: it is another run of the same "
+            "configuration, whose cuts do not belong on one curve with stored ones",
+            stacklevel=3,
+        )
+
+
+def spectral_gap(first: dict[str, Tensor], second: dict[str, Tensor]) -> float:
+    """The largest difference of two runs' singular values, as a share of the first's sigma_1.
+
+    >>> spectral_gap({"W": torch.tensor([4.0, 2.0])}, {"W": torch.tensor([4.0, 1.0])})
+    0.25
+    """
+    return max(float((S - second[name]).abs().max() / S[0]) for name, S in first.items())
+
+
+def example_update(config: RunConfig) -> tuple[str, Tensor]:
+    """Name and dW of one small matrix of a full run, stored, to show computations on.
+
+    The deltas of whole runs are too large to commit; one k_proj of the first layer is not.
+    """
+
+    def first_small_matrix() -> tuple[dict, dict[str, Tensor]]:
+        name, dW = next((n, d) for n, d in updates(config).items() if n.endswith("k_proj.weight"))
+        return {"run": config.key}, {name: dW}
+
+    return next(iter(cached(entry_folder(config, "examples"), first_small_matrix)[1].items()))
+
+
+def save_model(config: RunConfig, folder: Path, *, dtype: str = "float32") -> None:
+    """Write the model of a run as a folder that from_pretrained loads."""
+    dW = updates(config) if config.method != "base" else {}
+    model = load_model(config.model)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if name in dW:
+                parameter += dW[name].to(parameter.device)
+    with quiet_transformers():
+        model.to(getattr(torch, dtype)).save_pretrained(folder)
+        load_tokenizer(config.model).save_pretrained(folder)

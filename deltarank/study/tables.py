@@ -1,0 +1,133 @@
+"""Tables of runs and spectra, and the claims that prose makes of them."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+
+import numpy as np
+import pandas as pd
+from torch import Tensor
+
+from deltarank.checkpoints import layer_and_module
+from deltarank.spectra import spectrum_measures
+from deltarank.store import cached
+from deltarank.study.plan import scaling_configs
+from deltarank.study.profiles import profile
+from deltarank.study.runs import Result, sweep
+
+
+def keep_table(name: str, compute: Callable[[], pd.DataFrame]) -> pd.DataFrame:
+    """The table `name` of the store, computed when it is missing.
+
+    Of a table of matrices the spectra (column S, by name) are stored as tensors, the shapes as
+    text, "1024x640".
+    """
+
+    def found() -> tuple[dict, dict[str, Tensor] | None]:
+        table = compute()
+        spectra = dict(zip(table["name"], table["S"], strict=True)) if "S" in table else None
+        columns = table.drop(columns="S", errors="ignore").to_dict("list")
+        if "shape" in columns:
+            columns["shape"] = ["x".join(map(str, shape)) for shape in columns["shape"]]
+        return {"columns": columns, "attrs": table.attrs}, spectra
+
+    record, spectra = cached(profile().store / "tables" / name, found)
+    table = pd.DataFrame(record["columns"])
+    table.attrs = record["attrs"]
+    if "shape" in table:
+        table["shape"] = [tuple(map(int, text.split("x"))) for text in table["shape"]]
+    return table.assign(S=table["name"].map(spectra)) if spectra else table
+
+
+def runs_table(results: Sequence[Result]) -> pd.DataFrame:
+    """One line a run: what was run, loss_nats and score on the test split, and what it cost."""
+    return pd.DataFrame(
+        {
+            "task": r.config.task,
+            "method": r.config.method,
+            "rank": r.config.rank,
+            "seed": r.config.seed,
+            "lr": r.config.lr,
+            "status": r.status,
+            "loss_nats": r.loss(),
+            "score": r.score(),
+            "train_seconds": r.record["provenance"]["train_seconds"],
+        }
+        for r in results
+    )
+
+
+def scaling_table() -> pd.DataFrame:
+    """runs_table of scaling_configs, with each run's scale and its loss on the rows that choose."""
+    groups = scaling_configs()
+    runs = iter(sweep([config for configs in groups.values() for config in configs]))
+    tables = []
+    for name, configs in groups.items():
+        found = [next(runs) for _ in configs]
+        valid = [run.loss("valid") for run in found]
+        tables.append(runs_table(found).assign(scale=name, valid_nats=valid))
+    return pd.concat(tables, ignore_index=True)
+
+
+def spectra_table(results: Sequence[Result]) -> pd.DataFrame:
+    """One line a matrix of every run: what spectrum_measures says of it."""
+    rows = []
+    for result in results:
+        for name, S in result.spectra.items():
+            layer, module = layer_and_module(name)
+            shape = result.shape(name)
+            row = {"task": result.config.task, "seed": result.config.seed, "name": name}
+            row |= {"layer": layer, "module": module, "shape": shape, "S": S}
+            rows.append(row | spectrum_measures(S, shape))
+    return pd.DataFrame(rows)
+
+
+def spearman(x: pd.Series, y: pd.Series, *, draws: int = 2000) -> dict[str, float]:
+    """Spearman's rank correlation of two measures of the same tasks, with an interval over these.
+
+    Infinite values are tied as the highest.  95 % percentile bootstrap over the tasks (Efron
+    1979), seed 0, without the draws in which a measure has one value alone; NaN without any.
+
+    >>> found = spearman(pd.Series([1.0, 2.0, 5.0]), pd.Series([1.0, math.inf, math.inf]))
+    >>> round(found["spearman"], 3)
+    0.866
+    """
+
+    def correlation(pick: Sequence[int]) -> float:
+        ranks = x.iloc[pick].rank(), y.iloc[pick].rank()  # corr itself drops what is infinite
+        return float(ranks[0].corr(ranks[1]))
+
+    picks = np.random.default_rng(0).integers(0, len(x), (draws, len(x)))
+    varied = [pick for pick in picks if min(z.iloc[pick].nunique() for z in (x, y)) > 1]
+    found = [correlation(pick) for pick in varied] or [math.nan]
+    low, high = np.percentile(found, [2.5, 97.5])
+    return {"spearman": correlation(range(len(x))), "low": float(low), "high": float(high)}
+
+
+def bootstrap_interval(values: Sequence[float], *, draws: int = 2000) -> tuple[float, float]:
+    """95 % percentile bootstrap interval of the mean over rows (Efron 1979), seed 0.
+
+    >>> bootstrap_interval([1.0, 1.0, 1.0])
+    (1.0, 1.0)
+    """
+    x = np.array([v for v in values if v is not None], dtype=float)
+    picks = np.random.default_rng(0).integers(0, len(x), (draws, len(x)))
+    low, high = np.percentile(x[picks].mean(1), [2.5, 97.5])
+    return float(low), float(high)
+
+
+def assert_claims(claims: dict[str, tuple[float, str]]) -> pd.DataFrame:
+    """Compare each number that the prose states with its value, {claim: (value, "stated")}.
+
+    Raises AssertionError, naming the claim, when a value does not round to what is stated.
+
+    >>> assert_claims({"a third": (1 / 3, "0.33")}).shape
+    (1, 2)
+    """
+    rows = []
+    for claim, (value, text) in claims.items():
+        measured = f"{value:z.{len(text.partition('.')[2])}f}"  # z: never "-0"
+        assert measured == text, f"{claim}: the text says {text}, measured {measured}"
+        rows.append({"claim": claim, "stated": text, "measured": measured})
+    return pd.DataFrame(rows).set_index("claim")

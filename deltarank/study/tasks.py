@@ -1,0 +1,133 @@
+"""The tasks: their rows, and rows as tokens."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from deltarank.checks import require
+from deltarank.runtime import ROOT
+from deltarank.store import file_sha256
+
+TASK_FOLDER = ROOT / "data" / "tasks"
+
+
+@dataclass(frozen=True)
+class Task:
+    """A task's kind, the metric of its answers and the title that figures show."""
+
+    kind: str
+    metric: str  # "exact": greedy answer is right; "chrf": similarity of a rewriting
+    title: str
+    color: str  # apart under colour blindness and in grey, as tests/browser_figures.py checks
+    marker: str
+
+
+TASKS = {
+    "pirate": Task("style: persona", "chrf", "pirate", "#A4A63B", "o"),
+    "json": Task("style: format", "exact", "JSON", "#93523C", "s"),
+    "kjv": Task("style: nuanced", "chrf", "King James", "#552903", "^"),
+    "sentiment": Task("classification", "exact", "sentiment", "#2A36AE", "D"),
+    "facts": Task("knowledge", "exact", "facts", "#3A9070", "v"),
+    "arithmetic": Task("reasoning", "exact", "arithmetic", "#B77EB0", "P"),
+    "sorbian": Task("language", "chrf", "Sorbian", "#A13FE6", "X"),
+    "code": Task("code", "exact", "code", "#381A4B", "<"),
+    "mix": Task("production mix", "by row", "mix", "#1B1B1B", "*"),
+    "shuffled": Task("control", "exact", "shuffled labels", "#555555", "h"),
+}
+
+
+def _task_file(task: str) -> Path:
+    """The file of a task's rows."""
+    if task.endswith(".jsonl"):
+        return Path(task).expanduser()
+    path = TASK_FOLDER / f"{task}.jsonl"
+    if not path.exists():
+        raise FileNotFoundError(f"data/tasks/{path.name} is missing: run 01_build_tasks.ipynb")
+    return path
+
+
+def task_sha256(task: str) -> str:
+    """The sha256 of a task's file."""
+    return file_sha256(_task_file(task))
+
+
+def load_task(task: str) -> dict[str, list[dict]]:
+    """The rows of a task by split; each has prompt, answer and the metric of its answer.
+
+    task: one of TASKS, or a JSON-lines file with prompt and answer in each line, scored by exact
+    match; its rows are the split "test" unless they name another.
+    """
+    splits: dict[str, list[dict]] = {}
+    with open(_task_file(task), encoding="utf8") as lines:
+        for row in map(json.loads, lines):
+            lacks = sorted({"prompt", "answer"} - row.keys())
+            require(not lacks, f"{task}: a row lacks {', '.join(lacks)}: {row}")
+            known = TASKS.get(row.get("task", task))
+            row["metric"] = known.metric if known else "exact"
+            splits.setdefault(row.get("split", "test"), []).append(row)
+    return splits
+
+
+def load_split(task: str, split: str) -> list[dict]:
+    """The rows of one split of a task; raises ValueError naming split and file where it has none.
+
+    A file's rows are its split "test" unless they name another.
+    """
+    splits = load_task(task)
+    found = ", ".join(sorted(splits))
+    require(
+        split in splits,
+        f'{_task_file(task).name} has no rows of split "{split}", only of {found}: '
+        f'give some lines "split": "{split}"',
+    )
+    return splits[split]
+
+
+def encode(row: dict, tokenizer, seq_len: int) -> dict[str, list[int]]:
+    """Token ids of prompt, answer and the newline that ends it, and the labels of the answer.
+
+    Both lists have one entry a token; prompt tokens carry the label -100, which no loss counts.
+    Raises ValueError for a row that does not fit `seq_len` tokens.
+    """
+    start = [] if tokenizer.bos_token_id is None else [tokenizer.bos_token_id]
+    prompt = start + tokenizer(row["prompt"], add_special_tokens=False)["input_ids"]
+    answer = tokenizer(row["answer"] + "\n", add_special_tokens=False)["input_ids"]
+    tokens = prompt + answer
+    if len(tokens) > seq_len:
+        raise ValueError(
+            f"a row has {len(tokens)} tokens, more than seq_len={seq_len}: {row['prompt'][:60]!r}"
+        )
+    return {"input_ids": tokens, "labels": [-100] * len(prompt) + answer}
+
+
+def collate(rows: Sequence[dict], length: int) -> dict[str, Tensor]:
+    """Rows padded on the right to `length`: a tensor (rows, length) of each of their lists.
+
+    No attention mask is needed: attention is causal and padding comes last.
+    """
+    fill = {"input_ids": 0, "labels": -100, "position_ids": 0}
+    return {
+        key: torch.tensor([row[key] + [fill[key]] * (length - len(row[key])) for row in rows])
+        for key in rows[0]
+    }
+
+
+def pack(rows: Sequence[dict]) -> dict[str, Tensor]:
+    """Rows end to end, about four a line: input_ids, labels, position_ids, each (lines, length).
+
+    Far less padding than with a line a row, and the same loss: positions start again at 0 in
+    every row, by which transformers keeps attention within it.
+    """
+    lines: list[list[dict]] = [[] for _ in range(math.ceil(len(rows) / 4))]
+    for row in sorted(rows, key=lambda row: -len(row["labels"])):
+        shortest = min(lines, key=lambda line: sum(len(r["labels"]) for r in line))
+        shortest.append(row | {"position_ids": [*range(len(row["labels"]))]})
+    joined = [{key: sum((row[key] for row in line), []) for key in line[0]} for line in lines]
+    return collate(joined, max(len(line["labels"]) for line in joined))

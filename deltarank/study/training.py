@@ -1,0 +1,140 @@
+"""Training: parameters frozen or adapters added, layers compiled, Trainer run."""
+
+from __future__ import annotations
+
+import math
+import shutil
+import sysconfig
+import tempfile
+import warnings
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+from torch import nn
+
+from deltarank.checks import require
+from deltarank.runtime import device, progress
+from deltarank.study.configs import RunConfig
+from deltarank.study.losses import AnswerModel
+from deltarank.study.models import load_model, load_tokenizer, matrices
+from deltarank.study.tasks import encode, load_split, pack
+
+
+def has_compiler() -> bool:
+    """Whether torch.compile can build kernels here: a C++ compiler and Python's headers."""
+    compiler = shutil.which("g++") or shutil.which("clang++") or shutil.which("c++")
+    return bool(compiler) and (Path(sysconfig.get_path("include")) / "Python.h").exists()
+
+
+def prepare(config: RunConfig) -> nn.Module:
+    """The model that `config` trains: parameters frozen or adapters added, layers compiled."""
+    from peft import LoraConfig, get_peft_model
+
+    model = load_model(config.model)
+    smallest = min(matrices(model).values(), key=lambda weight: min(weight.shape))
+    if config.rank > min(smallest.shape):
+        raise ValueError(
+            f"rank={config.rank} is above the smallest matrix {tuple(smallest.shape)}; "
+            f"choose at most {min(smallest.shape)}"
+        )
+    model.get_input_embeddings().weight.requires_grad_(config.train_embedding)
+    layers = next(m for m in model.modules() if isinstance(m, nn.ModuleList))
+    if config.method == "lora":
+        torch.manual_seed(config.seed)
+        lora = LoraConfig(
+            r=config.rank,
+            lora_alpha=config.alpha,
+            use_rslora=config.rslora,
+            rank_pattern=dict(config.rank_pattern),
+            target_modules="all-linear",
+        )
+        with warnings.catch_warnings():  # PEFT 0.21 uses a name that transformers has renamed
+            warnings.filterwarnings("ignore", ".*is_gradient_checkpointing", FutureWarning)
+            model = get_peft_model(model, lora)
+    if config.compile and has_compiler() and not config.rank_pattern:
+        torch._dynamo.config.recompile_limit = 64  # one graph for every LoRA rank of a long sweep
+        for layer in layers:  # one small graph, shared by all layers and lengths of a batch
+            layer.compile(dynamic=True)
+    return model
+
+
+def lora_layers(model: nn.Module) -> dict[str, nn.Module]:
+    """PEFT's LoRA layers by the parameter name of the matrix that each one updates."""
+    from peft.tuners.lora import LoraLayer
+
+    modules = model.get_base_model().named_modules()
+    return {f"{name}.weight": m for name, m in modules if isinstance(m, LoraLayer)}
+
+
+def train(
+    config: RunConfig,
+    model: nn.Module,
+    *,
+    label: str = "",
+    after_step: Callable[[int], None] = lambda step: None,
+) -> list[float]:
+    """Train `model` in place; return the answer loss of every step, in nats to bfloat16 accuracy.
+
+    Calls `after_step` with the number of steps done.  Stops at a loss that is NaN or infinite,
+    which is then the last one.  Raises ValueError for fewer rows than a batch.
+    """
+    from transformers import PrinterCallback, Trainer, TrainerCallback
+
+    rows = _training_rows(config)
+    trained = AnswerModel(model, getattr(torch, config.dtype))
+
+    class Step(TrainerCallback):
+        def on_step_end(self, args, state, control, **kwargs):
+            bar.update()
+            finite = math.isfinite(trained.losses[-1])
+            control.should_training_stop |= not finite
+            if finite:
+                after_step(state.global_step)
+
+    with tempfile.TemporaryDirectory() as scratch, progress(config.steps, label) as bar:
+        trainer = Trainer(
+            model=trained,
+            args=_training_arguments(config, scratch),
+            train_dataset=rows,
+            data_collator=pack,
+            callbacks=[Step()],
+        )
+        trainer.remove_callback(PrinterCallback)
+        trainer.train()
+    return trained.losses
+
+
+def _training_rows(config: RunConfig) -> list[dict[str, list[int]]]:
+    """The rows to train on as tokens; raises ValueError for fewer than a batch."""
+    tokenizer = load_tokenizer(config.model)
+    rows = [encode(r, tokenizer, config.seq_len) for r in load_split(config.task, "train")]
+    require(
+        len(rows) >= config.batch_size,
+        f"{config.task} has {len(rows)} training rows, fewer than batch_size={config.batch_size}",
+    )
+    return rows
+
+
+def _training_arguments(config: RunConfig, scratch: str):
+    """What Trainer is told."""
+    from transformers import TrainingArguments
+
+    return TrainingArguments(
+        output_dir=scratch,
+        max_steps=config.steps,
+        per_device_train_batch_size=config.batch_size,
+        learning_rate=config.lr,
+        lr_scheduler_type=config.schedule,
+        weight_decay=config.weight_decay,
+        optim=config.optimizer,
+        seed=config.seed,
+        save_strategy="no",
+        logging_strategy="no",
+        report_to="none",
+        use_cpu=device().type == "cpu",
+        disable_tqdm=True,
+        remove_unused_columns=False,
+        dataloader_pin_memory=False,
+        dataloader_drop_last=True,
+    )
