@@ -6,11 +6,9 @@ BUILD ?= $(CURDIR)/build
 BIN := .venv/bin
 READY := .venv/ready
 SITE := $(BIN)/python notebooks/site/build.py
-EXPORT := $(BIN)/python notebooks/site/export.py
+FIGURE_LIST := $(BIN)/python notebooks/site/list_figures.py
 LAST := notebooks/00_read_the_report.ipynb
 NOTEBOOKS := $(sort $(filter-out $(LAST),$(wildcard notebooks/*.ipynb))) $(LAST)
-
-path = $(if $(wildcard $1),$(abspath $1),$1)# what is there as an absolute path
 
 export BUILD
 report paper: export OMP_WAIT_POLICY ?= active# trains faster; elsewhere spinning threads hinder
@@ -19,16 +17,18 @@ help: ## print this list
 	@grep -E '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
 
 report: export PROFILE := $(if $(filter smoke,$(PROFILE)),smoke,quick)
+report: LEAVE = --TagRemovePreprocessor.enabled=True \
+	--TagRemovePreprocessor.remove_cell_tags=paper-only# claims, and what only paper has runs for
 report: $(READY) ## run the quick profile from scratch; notebooks, HTML, figures in build/quick
 	@mkdir -p $(BUILD)/$(PROFILE)
-	@$(MAKE) --no-print-directory notebooks TO="--output-dir $(BUILD)/$(PROFILE)"
+	@$(MAKE) --no-print-directory notebooks TO="--output-dir $(BUILD)/$(PROFILE) $(LEAVE)"
 	@$(SITE) $(BUILD)/$(PROFILE) $(BUILD)/$(PROFILE)/figures $(BUILD)/$(PROFILE)/html
 	@echo "Done. Open $(BUILD)/$(PROFILE)/html/00_read_the_report.html"
 
 paper: export PROFILE = paper
 paper: $(READY) ## run the committed notebooks in place: load what is stored, compute the rest
 	@$(MAKE) --no-print-directory notebooks TO=--inplace
-	@$(EXPORT) figures notebooks figures/README.md
+	@$(FIGURE_LIST) notebooks figures/README.md
 
 figures: export PROFILE = paper
 figures: export VENUE := $(or $(VENUE),default)
@@ -36,8 +36,7 @@ figures: $(READY) ## [VENUE=neurips|icml|acl|nature]: every figure and table at 
 	@$(BIN)/python -c "import utils; utils.set_style()"
 	@mkdir -p $(BUILD)/figures/$(VENUE)
 	@$(MAKE) --no-print-directory notebooks TO="--output-dir $(BUILD)/figures/$(VENUE)/notebooks"
-	@$(EXPORT) tables $(BUILD)/figures/$(VENUE)/notebooks $(BUILD)/figures/$(VENUE)/tables
-	@echo "Done: $(BUILD)/figures/$(VENUE) has the figures, its tables/ the LaTeX"
+	@echo "Done: $(BUILD)/figures/$(VENUE) has the figures, and the tables as LaTeX"
 
 notebooks: # run the sequence; 00 comes last, since it sums up the others
 	@set -e; progress=$$(tty -s && tty || echo off); n=0; for notebook in $(NOTEBOOKS); do \
@@ -48,32 +47,30 @@ notebooks: # run the sequence; 00 comes last, since it sums up the others
 			$(TO) $$notebook; \
 	done
 
-test: $(READY) ## run the tests
-	@$(BIN)/python -m pytest -q
+test: $(READY) ## run the quick tests
+	@$(BIN)/python -m pytest -q -m "not slow"
 
-lint: $(READY) ## check style and format of modules and notebooks
-	@$(BIN)/ruff check . && $(BIN)/ruff format --check .
+test-slow: $(READY) ## run the tests that train, kill or run whole notebooks
+	@$(BIN)/python -m pytest -q -m slow
+
+lint: $(READY) ## check style, format and types
+	@$(BIN)/ruff check . && $(BIN)/ruff format --check . && $(BIN)/mypy
 
 html: $(READY) ## build the report as a static site in build/html, from what is committed
 	@$(SITE) notebooks figures $(BUILD)/html
 	@echo "Done. Open $(BUILD)/html/index.html"
 
 test-browser: $(READY) ## test site and figures as readers see them (needs chromium: apt-get install chromium)
-	@$(BIN)/python -m pip install -q --disable-pip-version-check -r requirements-browser.txt
+	@$(BIN)/python -m pip install -q --disable-pip-version-check -e .[browser] -c requirements.lock
 	@$(BIN)/python -m pytest -q tests/browser_*.py
 
-inspect: export PROFILE = inspect
-inspect: $(READY) ## BASE=… TUNED=… [TASK=…] [OUT=…]: spectra, ranks and adapter of your own models
+inspect: $(READY) ## BASE=… TUNED=… [TASK=…] [OUT=…]: a page on your own models, their adapter in OUT
 	@test -n "$(BASE)" -a -n "$(TUNED)" || { \
 		echo "Say which: make inspect BASE=folder TUNED=folder [TASK=sentiment or rows.jsonl]"; exit 2; }
-	@mkdir -p $(BUILD)/inspect && rm -rf $(BUILD)/inspect/figures
-	@BASE="$(call path,$(BASE))" TUNED="$(call path,$(TUNED))" TASK="$(call path,$(TASK))" \
-		OUT="$(if $(OUT),$(abspath $(OUT)))" PROGRESS=$$(tty -s && tty || echo off) \
-		$(BIN)/jupyter nbconvert --log-level ERROR --to html --execute --no-input \
-		--TagRemovePreprocessor.enabled=True --TagRemovePreprocessor.remove_cell_tags=report-only \
-		--output-dir $(BUILD)/inspect notebooks/08_inspect_your_checkpoints.ipynb
-	@cat $(BUILD)/inspect/verdict.txt
-	@echo "Open $(BUILD)/inspect/08_inspect_your_checkpoints.html"
+	@mkdir -p $(BUILD)/inspect
+	@$(BIN)/deltarank inspect "$(BASE)" "$(TUNED)" --html $(BUILD)/inspect/page.html \
+		$(if $(TASK),--task "$(TASK)")
+	@$(if $(OUT),$(BIN)/deltarank extract "$(BASE)" "$(TUNED)" "$(OUT)")
 
 bench: $(READY) ## time training, spectra and pairs against stock recipes [ONLY=pairs] [RECORD=yes]
 	@$(BIN)/python tests/bench.py $(ONLY)
@@ -83,22 +80,25 @@ lab: $(READY) ## open JupyterLab
 
 lock: $(READY) ## write requirements.lock from what is installed, for every platform
 	@$(BIN)/python -m pip install -q uv
-	@$(BIN)/python -m pip freeze | sed -E 's/\+[a-z0-9.]+$$//' \
+	@mkdir -p .cache
+	@$(BIN)/python -m pip freeze --exclude-editable | sed -E 's/\+[a-z0-9.]+$$//' \
 		| grep -vE '^(beautifulsoup4|soupsieve)=' > .cache/installed.txt
 	@$(BIN)/uv pip compile -q --universal --no-header --no-annotate --python-version 3.11 \
-		-c .cache/installed.txt requirements.txt | grep -vE '^(nvidia|cuda|triton)' > requirements.lock
+		--extra study --extra dev --extra browser -c .cache/installed.txt pyproject.toml \
+		| grep -vE '^(nvidia|cuda|triton)' > requirements.lock
 
 clean: ## remove what was built; the store, the cache and .venv stay
-	@rm -rf build data/*/.tmp-* .pytest_cache .ruff_cache __pycache__ tests/__pycache__
+	@rm -rf build data/*/.tmp-* data/*/*/.tmp-* .pytest_cache .ruff_cache .mypy_cache
+	@find . -name __pycache__ -not -path "./.venv/*" -prune -exec rm -rf {} +
 
-$(READY): requirements.txt requirements.lock
+$(READY): pyproject.toml requirements.lock
 	@$(PYTHON) -c "import sys; v = sys.version_info; v < (3, 11) and sys.exit( \
 		'Python 3.11 or newer is needed, this is %d.%d: make PYTHON=python3.12' % v[:2])"
 	@echo "Installing into .venv (a few minutes, once)"
 	@$(PYTHON) -m venv .venv
-	@$(BIN)/python -m pip install -q --disable-pip-version-check -r requirements.txt \
+	@$(BIN)/python -m pip install -q --disable-pip-version-check -e .[study,dev] \
 		-c requirements.lock
 	@touch $(READY)
 
-.PHONY: help report paper figures notebooks test lint html test-browser inspect bench lab lock clean
+.PHONY: help report paper figures notebooks test test-slow lint html test-browser inspect bench lab lock clean
 .DEFAULT_GOAL := help

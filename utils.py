@@ -31,6 +31,7 @@ from deltarank.spectra import (
     truncate,
 )
 from deltarank.store import load_entry, save_entry
+from deltarank.study.claims import assert_claims, assert_table
 from deltarank.study.configs import GROWTH_ROWS, KNOWN_VALUES, MEASUREMENT, RunConfig
 from deltarank.study.convert import GEMMA
 from deltarank.study.cuts import CUT_PARTS, cut, cut_by_matrix, score_pair, stored_cuts
@@ -41,7 +42,10 @@ from deltarank.study.figures import (
     label_lines,
     label_points,
     line_key,
+    plot_by_task,
+    rank_axis,
     save_figure,
+    save_table,
     set_style,
     task_grid,
 )
@@ -78,11 +82,14 @@ from deltarank.study.runs import (
     updates,
 )
 from deltarank.study.tables import (
-    assert_claims,
     bootstrap_interval,
+    cut_gains,
+    ends,
+    gain,
     keep_table,
     runs_table,
     scaling_table,
+    show_row,
     spearman,
     spectra_table,
 )

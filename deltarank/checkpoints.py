@@ -175,12 +175,13 @@ class Pair:
 
     def matrices(self) -> dict[str, tuple[str, int | None]]:
         """What has a spectrum, {label: (tensor in tuned, expert)}: 2-D, experts of a 3-D one."""
-        found = {}
+        found: dict[str, tuple[str, int | None]] = {}
         for name in self.names:
             shape = self.tuned.shapes[name]
-            if len(shape) == 2 and math.prod(shape):
+            entries = math.prod(shape)
+            if len(shape) == 2 and entries:
                 found[name] = (name, None)
-            elif len(shape) == 3 and math.prod(shape) and "conv" not in name:
+            elif len(shape) == 3 and entries and "conv" not in name:
                 found |= {f"{name}[{i}]": (name, i) for i in range(shape[0])}
         return found
 

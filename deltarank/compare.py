@@ -126,18 +126,18 @@ def _rounding_variance(W: Tensor, dtype: str) -> float:
 
 def _pair_row(pair: Pair, label: str, name: str, entry: tuple[dict, dict[str, Tensor]]) -> dict:
     """The line of compare_checkpoints for one matrix."""
-    sums, S, shape = entry[0]["sums"], entry[1]["S"], pair.shape(name)[-2:]
+    sums, S, (m, n) = entry[0]["sums"], entry[1]["S"], pair.shape(name)[-2:]
     layer, module = layer_and_module(name)
     vocabulary = layer < 0 and VOCABULARY.search(name) is not None
     kind = "expert" if label != name else "vocabulary" if vocabulary else "matrix"
     row = {"name": label, "layer": layer, "module": module, "kind": kind}
-    row |= {"shape": shape, "S": S, "dtype_base": pair.base.dtypes[pair.names[name]]}
+    row |= {"shape": (m, n), "S": S, "dtype_base": pair.base.dtypes[pair.names[name]]}
     row["dtype_tuned"] = pair.tuned.dtypes[name]
     row["relative_size"] = math.sqrt(sums["update"] / sums["base"]) if sums["base"] else math.inf
-    row["changed_share"] = sums["changed"] / math.prod(shape)
-    row |= spectrum_measures(S, shape)
+    row["changed_share"] = sums["changed"] / (m * n)
+    row |= spectrum_measures(S, (m, n))
     share = min(1.0, sums["rounding"] / sums["update"]) if sums["update"] else 0.0
-    edge = math.sqrt(sums["rounding"]) * (shape[0] ** -0.5 + shape[1] ** -0.5)
+    edge = math.sqrt(sums["rounding"]) * (m**-0.5 + n**-0.5)
     row |= {"rounding_share": share, "above_rounding": int((edge < S).sum())}
     return row | {"near_rounding": share > NEAR_ROUNDING}
 

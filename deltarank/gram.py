@@ -64,7 +64,7 @@ def leading_eigenvectors(gram: Tensor, r: int, *, tolerance: float = 0.0) -> tup
     ([[0.0, 0.0], [1.0, 0.0], [0.0, 1.0]], 5.0)
     """
     sizes = (r + max(2 * r, 64), r + max(3 * r, 128))  # the first is enough for most updates
-    if tolerance and len(gram) >= 2.5 * sizes[0]:
+    if r and tolerance and len(gram) >= 2.5 * sizes[0]:
         for V, theta, residuals in _block_lanczos(gram, r, sizes):
             most = _confirmed_bound(gram, V, theta, residuals)
             missing = (most - float(theta.double().sum())) / float(gram.trace())
@@ -85,8 +85,8 @@ def _eigh(gram: Tensor) -> tuple[Tensor, Tensor]:
     try:
         return torch.linalg.eigh(gram)
     except torch.linalg.LinAlgError:
-        found = np.linalg.eigh(gram.double().cpu().numpy())
-        return tuple(torch.from_numpy(x).to(gram) for x in found)
+        values, vectors = np.linalg.eigh(gram.double().cpu().numpy())
+        return torch.from_numpy(values).to(gram), torch.from_numpy(vectors).to(gram)
 
 
 def _block_lanczos(

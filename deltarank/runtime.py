@@ -9,7 +9,7 @@ import platform
 import re
 import subprocess
 from collections.abc import Callable, Iterable, Iterator
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 
 import platformdirs
@@ -75,8 +75,10 @@ def device_name() -> str:
     """What the accelerator or the processor calls itself."""
     if torch.cuda.is_available():
         return torch.cuda.get_device_name()
-    with contextlib.suppress(OSError, AttributeError):
-        return re.search(r"model name\s*: (.*)", Path("/proc/cpuinfo").read_text()).group(1)
+    with contextlib.suppress(OSError):
+        name = re.search(r"model name\s*: (.*)", Path("/proc/cpuinfo").read_text())
+        if name:
+            return name.group(1)
     return platform.machine()
 
 
@@ -99,7 +101,8 @@ def by_core(function: Callable, items: Iterable) -> Iterator:
     """
     from threadpoolctl import threadpool_limits
 
-    threads, waiting = torch.get_num_threads(), collections.deque()
+    threads = torch.get_num_threads()
+    waiting: collections.deque[Future] = collections.deque()
     workers = min(threads, 4) if device().type == "cpu" else 1
     pool = ThreadPoolExecutor(workers, initializer=torch.set_num_threads, initargs=(1,))
     with pool, threadpool_limits(1, user_api="blas"):

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+import re
 from collections.abc import Sequence
 
 import pandas as pd
@@ -89,6 +91,81 @@ def save_figure(fig, name: str, *, data: pd.DataFrame, alt: str) -> None:
         metadata={"image/png": {"alt": alt}},
         raw=True,
     )
+
+
+def save_table(
+    table: pd.DataFrame, name: str, *, caption: str, digits: int | dict = 2, above: str = ""
+) -> pd.DataFrame:
+    """Write figures/<name>.tex (booktabs) and return the table as it is to be shown, as text.
+
+    digits: of all numbers or by column; a column that is not named keeps its own.  NaN is shown as
+    a dash, infinity as `above`, "> 64" for a rank above a grid that ends there.
+    """
+    shown = table.copy().astype(object)
+    for column in table:
+        places = digits.get(column) if isinstance(digits, dict) else digits
+        shown[column] = [_as_text(value, places, above) for value in table[column]]
+    folder = profile().figures
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / f"{name}.tex").write_text(_latex(shown, caption, f"tab:{name}"), encoding="utf8")
+    return shown
+
+
+def _as_text(value, places: int | None, above: str) -> str:
+    """A cell as it is shown: integers as they are, other numbers with so many decimal places."""
+    if not isinstance(value, float):
+        return str(value)
+    if math.isnan(value):
+        return "–"
+    if math.isinf(value):
+        return above or "inf"
+    return f"{value:g}" if places is None else f"{value:z.{places}f}"
+
+
+LATEX = {"σ": r"$\sigma$", "Σ": r"$\Sigma$", "α": r"$\alpha$", "²": r"$^2$", "₁": r"$_1$",
+         "→": r"$\to$", "≥": r"$\ge$", "≤": r"$\le$", "−": r"$-$", "×": r"$\times$",
+         "√": r"$\surd$", "–": "--", ">": r"$>$", "…": r"\ldots{}"}  # fmt: skip
+
+
+def _latex(table: pd.DataFrame, caption: str, label: str) -> str:
+    """A booktabs table of texts, its index as first columns; cells, headers, caption escaped."""
+    flat = table.reset_index() if any(table.index.names) else table.reset_index(names="")
+    flat.columns = [
+        " ".join(filter(None, map(str, c if isinstance(c, tuple) else [c]))) for c in flat
+    ]
+    numbers = [flat[c].map(lambda text: bool(NUMBER.fullmatch(str(text)))).all() for c in flat]
+    styled = flat.style.hide(axis="index").format(escape="latex")
+    text = styled.format_index(escape="latex", axis=1).to_latex(
+        hrules=True,
+        caption=re.sub(r"([%&#_$])", r"\\\1", caption),
+        label=label,
+        position_float="centering",
+        column_format="".join("r" if right else "l" for right in numbers),
+    )
+    return "".join(LATEX.get(letter, letter) for letter in text)
+
+
+NUMBER = re.compile(r"(> ?)?-?[\d.]+%?|–|")
+
+
+def rank_axis(ax, *ticks: int) -> None:
+    """A logarithmic axis of ranks, marked at these."""
+    ax.set_xscale("log", base=2)
+    ax.set_xticks(ticks, ticks)
+
+
+def plot_by_task(
+    ax, lines: pd.DataFrame, *, label_at: float | None = None, gap: float = 0.045, **options
+) -> None:
+    """A line a task, labelled at the right: lines has x as its index and a column a task.
+
+    label_at: the x whose heights place the labels, the last by default; gap: their least distance
+    in y; options go to ax.plot.
+    """
+    for task in lines:
+        ax.plot(lines.index, lines[task], **(TASKS[task].look | options))
+    x = lines.index[-1] if label_at is None else label_at
+    label_lines(ax, lines.loc[x], x=x, gap=gap)
 
 
 def task_grid(tasks: Sequence[str], *, height: float = 1.2):

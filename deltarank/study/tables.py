@@ -1,4 +1,4 @@
-"""Tables of runs and spectra, and the claims that prose makes of them."""
+"""Tables: of runs, their gains, their spectra, and statistics over them."""
 
 from __future__ import annotations
 
@@ -12,9 +12,11 @@ from torch import Tensor
 from deltarank.checkpoints import layer_and_module
 from deltarank.spectra import spectrum_measures
 from deltarank.store import cached
-from deltarank.study.plan import scaling_configs
-from deltarank.study.profiles import profile
-from deltarank.study.runs import Result, sweep
+from deltarank.study.configs import RunConfig
+from deltarank.study.gains import captured_energy, gain_kept
+from deltarank.study.plan import scaling_configs, tuned
+from deltarank.study.profiles import PROFILES, profile
+from deltarank.study.runs import Result, run, sweep
 
 
 def keep_table(name: str, compute: Callable[[], pd.DataFrame]) -> pd.DataFrame:
@@ -38,6 +40,40 @@ def keep_table(name: str, compute: Callable[[], pd.DataFrame]) -> pd.DataFrame:
     if "shape" in table:
         table["shape"] = [tuple(map(int, text.split("x"))) for text in table["shape"]]
     return table.assign(S=table["name"].map(spectra)) if spectra else table
+
+
+def ends(config: RunConfig) -> tuple[Result, Result]:
+    """Base model and full fine-tune, between which the gain of a run is measured.
+
+    The full fine-tune has the run's task and seed and the task's best learning rate.
+    """
+    base = PROFILES[config.profile].config(config.task, "base")
+    return run(base), run(tuned(config.task, seed=config.seed))
+
+
+def gain(result: Result, *, by: str = "loss") -> float:
+    """The share of its full fine-tune's gain that a run reaches on test rows, by loss or score."""
+    base, full = (getattr(end, by)() for end in ends(result.config))
+    return gain_kept(getattr(result, by)(), base, full)
+
+
+def cut_gains(config: RunConfig, cuts: pd.DataFrame) -> pd.DataFrame:
+    """Cuts of a full run (from `cut`), one line a rank, beside what they keep of update and task.
+
+    Columns: task, seed, rank, loss_nats, score; energy, the share of the squared update of all
+    matrices; kept_loss and kept_score, shares of the gain from the base model to the run.
+    """
+    base, full = run(PROFILES[config.profile].config(config.task, "base")), run(config)
+    table = cuts[["rank", "loss_nats", "score"]].assign(task=config.task, seed=config.seed)
+    table["energy"] = [captured_energy(full, rank) for rank in table["rank"]]
+    table["kept_loss"] = [gain_kept(x, base.loss(), full.loss()) for x in table["loss_nats"]]
+    table["kept_score"] = [gain_kept(x, base.score(), full.score()) for x in table["score"]]
+    return table
+
+
+def show_row(row: dict) -> None:
+    """Print a row of a task as a model reads it: the prompt, and after a bar the answer."""
+    print(f"{row['prompt']} |{row['answer']}")
 
 
 def runs_table(results: Sequence[Result]) -> pd.DataFrame:
@@ -115,19 +151,3 @@ def bootstrap_interval(values: Sequence[float], *, draws: int = 2000) -> tuple[f
     picks = np.random.default_rng(0).integers(0, len(x), (draws, len(x)))
     low, high = np.percentile(x[picks].mean(1), [2.5, 97.5])
     return float(low), float(high)
-
-
-def assert_claims(claims: dict[str, tuple[float, str]]) -> pd.DataFrame:
-    """Compare each number that the prose states with its value, {claim: (value, "stated")}.
-
-    Raises AssertionError, naming the claim, when a value does not round to what is stated.
-
-    >>> assert_claims({"a third": (1 / 3, "0.33")}).shape
-    (1, 2)
-    """
-    rows = []
-    for claim, (value, text) in claims.items():
-        measured = f"{value:z.{len(text.partition('.')[2])}f}"  # z: never "-0"
-        assert measured == text, f"{claim}: the text says {text}, measured {measured}"
-        rows.append({"claim": claim, "stated": text, "measured": measured})
-    return pd.DataFrame(rows).set_index("claim")

@@ -57,6 +57,18 @@ def with_formulas(page: BeautifulSoup) -> None:
         text.replace_with(BeautifulSoup(html, "html.parser"))
 
 
+def fold_claims(page: BeautifulSoup) -> None:
+    """Fold each cell that holds the numbers of the prose against what was measured."""
+    for cell in page.select("div[class*=celltag_paper-only]"):
+        if not re.search(r"assert_(claims|table)", cell.select_one("div.input").get_text()):
+            continue
+        count = len(cell.select("tbody tr"))
+        fold = cell.wrap(page.new_tag("details", attrs={"class": "claims"}))
+        summary = page.new_tag("summary")
+        summary.string = f"{count} line{'s' * (count != 1)} of numbers checked"
+        fold.insert(0, summary)
+
+
 def finished(html: str) -> str:
     """The body of a page: formulas, folded code, tables that scroll, links between the pages."""
     page = BeautifulSoup(html, "html.parser")
@@ -69,6 +81,7 @@ def finished(html: str) -> str:
         summary = page.new_tag("summary")
         summary.string = f"code, {lines} line{'s' * (lines != 1)}"
         fold.insert(0, summary)
+    fold_claims(page)
     for prompt in page.select("div.prompt"):
         prompt.decompose()
     for table in page.select("table"):
