@@ -14,7 +14,7 @@ from deltarank.checkpoints import (
 from deltarank.compare import MANTISSA_BITS, NEAR_ROUNDING, compare_checkpoints
 from deltarank.gram import leading_eigenvectors, leading_factors
 from deltarank.ranks import lora_arguments, rank_of, recommend_ranks, verdict
-from deltarank.runtime import ROOT, build_folder, cache_folder, device, progress
+from deltarank.runtime import ROOT, build_folder, cache_folder, device, interactive, progress
 from deltarank.spectra import (
     above_edge,
     common_energy,
@@ -31,6 +31,7 @@ from deltarank.spectra import (
     truncate,
 )
 from deltarank.store import load_entry, save_entry
+from deltarank.study import taskdata
 from deltarank.study.claims import assert_claims, assert_table
 from deltarank.study.configs import GROWTH_ROWS, KNOWN_VALUES, MEASUREMENT, RunConfig
 from deltarank.study.convert import GEMMA
@@ -54,6 +55,7 @@ from deltarank.study.losses import AnswerModel, HeadCrossEntropy, answer_hidden,
 from deltarank.study.measuring import measure, provenance
 from deltarank.study.models import TINY, load_model, load_tokenizer, matrices, model_sha256
 from deltarank.study.overlaps import OVERLAP_RANKS, overlaps, reproducible_rank
+from deltarank.study.pairs import FolderPair, RunPair
 from deltarank.study.plan import (
     SCALES,
     base_configs,

@@ -15,6 +15,7 @@ from deltarank.runtime import device_name, progress
 from deltarank.store import cached, digest, load_entry, save_entry
 from deltarank.study.configs import RunConfig
 from deltarank.study.evaluation import evaluate
+from deltarank.study.losses import require_own_loss
 from deltarank.study.models import load_model, load_tokenizer, matrices
 from deltarank.study.profiles import entry_folder
 from deltarank.study.runs import updates
@@ -126,6 +127,8 @@ def score_pair(base: str, tuned: str, task: str, ranks: Sequence[int]) -> pd.Dat
     length = max(len(encode(row, tokenizer, sys.maxsize)["input_ids"]) for row in rows)
     config = RunConfig(task=task, method="base", model=base, seq_len=length, eval_rows=len(rows))
     models = {"base": load_model(base), "tuned": load_model(tuned)}
+    for model in models.values():
+        require_own_loss(model)
     W0, W1 = (dict(model.named_parameters()) for model in models.values())
     strange = [n for n in W0 if n not in W1 or W0[n].shape != W1[n].shape]
     require(not strange, f"{base} and {tuned} differ in {strange[:1]}: they cannot be scored")

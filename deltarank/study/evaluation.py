@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from deltarank.study.configs import RunConfig
-from deltarank.study.losses import answer_hidden
+from deltarank.study.losses import answer_hidden, logit_rule, scoring
 from deltarank.study.models import load_tokenizer
 from deltarank.study.tasks import collate, encode, load_split
 
@@ -26,7 +26,7 @@ def score_rows(model: nn.Module, config: RunConfig, rows: Sequence[dict]) -> pd.
     tokenizer = load_tokenizer(config.model)
     encoded = [encode(row, tokenizer, config.seq_len) for row in rows]
     order = sorted(range(len(rows)), key=lambda i: len(encoded[i]["input_ids"]))
-    head = model.get_output_embeddings().weight.float()
+    head, rule = model.get_output_embeddings().weight.float(), logit_rule(model)
     dtype = getattr(torch, config.dtype)
     scores: list[dict] = [{}] * len(rows)
     for start in range(0, len(rows), 32):
@@ -37,7 +37,7 @@ def score_rows(model: nn.Module, config: RunConfig, rows: Sequence[dict]) -> pd.
         batch = {key: value.to(head.device) for key, value in batch.items()}
         with torch.autocast(head.device.type, dtype, enabled=dtype != torch.float32):
             hidden, target = answer_hidden(model, **batch)
-        logits = F.linear(hidden.float(), head)  # (answer tokens, vocabulary)
+        logits = rule.logits(F.linear(hidden.float(), head))  # (answer tokens, vocabulary)
         nats = F.cross_entropy(logits, target, reduction="none")
         right = logits.gather(1, target[:, None])[:, 0] >= logits.amax(-1)
         lengths = (batch["labels"] != -100).sum(1).tolist()
@@ -47,8 +47,10 @@ def score_rows(model: nn.Module, config: RunConfig, rows: Sequence[dict]) -> pd.
 
 
 @torch.no_grad()
-def generate(model: nn.Module, config: RunConfig, prompts: Sequence[str]) -> list[str]:
-    """Greedy answers to `prompts`, each up to its newline."""
+def generate(
+    model: nn.Module, config: RunConfig, prompts: Sequence[str], *, max_new_tokens: int
+) -> list[str]:
+    """Greedy answers to `prompts`, each up to its newline or to `max_new_tokens` tokens."""
     tokenizer = load_tokenizer(config.model)
     start = tokenizer.bos_token or ""
     tokenizer.padding_side = "left"
@@ -63,7 +65,7 @@ def generate(model: nn.Module, config: RunConfig, prompts: Sequence[str]) -> lis
     with torch.autocast(model.device.type, dtype, enabled=dtype != torch.float32):
         tokens = model.generate(
             **batch,
-            max_new_tokens=config.seq_len // 2,
+            max_new_tokens=max_new_tokens,
             do_sample=False,
             eos_token_id=newline,
             pad_token_id=tokenizer.pad_token_id,
@@ -72,6 +74,18 @@ def generate(model: nn.Module, config: RunConfig, prompts: Sequence[str]) -> lis
         tokens[:, batch["input_ids"].shape[1] :], skip_special_tokens=True
     )
     return [text.split("\n")[0] for text in texts]
+
+
+def _generate_answers(model: nn.Module, config: RunConfig, rows: Sequence[dict]) -> list[str]:
+    """Greedy answers to the rows' prompts, with room for the longest of their answers.
+
+    That is seq_len / 2 tokens or as many as that answer has.  Its newline needs no room, for it is
+    cut off, and so none is left: more would let a model that never ends its answers write more.
+    """
+    tokenizer = load_tokenizer(config.model)
+    answers = tokenizer([row["answer"] for row in rows], add_special_tokens=False)["input_ids"]
+    room = max(config.seq_len // 2, *map(len, answers))
+    return generate(model, config, [row["prompt"] for row in rows], max_new_tokens=room)
 
 
 def evaluate(model: nn.Module, config: RunConfig, split: str) -> dict:
@@ -85,18 +99,15 @@ def evaluate(model: nn.Module, config: RunConfig, split: str) -> dict:
     from sacrebleu import sentence_chrf
 
     rows = load_split(config.task, split)[: config.eval_rows]
-    was_training = model.training
-    model.eval()
-    with torch.compiler.set_stance("force_eager"):
+    with scoring(model):
         scores = score_rows(model, config, rows)
         scores["score"] = 100.0 * scores["right"]
         rewritings = [i for i, row in enumerate(rows) if row["metric"] == "chrf"]
         scores.loc[rewritings, "score"] = float("nan")
         picked = rewritings[: config.generate_rows] if split == "test" else []
-        texts = generate(model, config, [rows[i]["prompt"] for i in picked]) if picked else []
+        texts = _generate_answers(model, config, [rows[i] for i in picked]) if picked else []
     for i, text in zip(picked, texts, strict=True):
         scores.loc[i, "score"] = sentence_chrf(text.strip(), [rows[i]["answer"].strip()]).score
-    model.train(was_training)
     scored = scores["score"].dropna()
     return {
         "loss_nats": float(scores["nats"].sum(skipna=False) / scores["tokens"].sum()),

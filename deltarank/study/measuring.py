@@ -18,6 +18,7 @@ from deltarank.runtime import cache_folder, commit, device_name, progress
 from deltarank.spectra import factor_singular_values, rank_measures, singular_values
 from deltarank.study.configs import GROWTH_ROWS, RunConfig
 from deltarank.study.evaluation import evaluate, score_rows
+from deltarank.study.losses import scoring
 from deltarank.study.models import TINY, matrices
 from deltarank.study.tasks import load_split, load_task
 from deltarank.study.training import has_compiler, lora_layers, prepare, train
@@ -126,7 +127,7 @@ def _evaluate_splits(config: RunConfig, model: nn.Module, label: str) -> dict[st
 def _growth(config: RunConfig, model: nn.Module, W0: dict[str, Tensor]) -> dict:
     """Held-out loss and the ranks of the update so far, one value a matrix, as in "shapes"."""
     rows = load_split(config.task, "valid")[:GROWTH_ROWS]
-    with torch.compiler.set_stance("force_eager"):
+    with scoring(model):
         scores = score_rows(model, config, rows)
     spectra = {
         n: singular_values(W.detach() - W0[n].to(W.device)) for n, W in matrices(model).items()

@@ -101,7 +101,7 @@ def _tiny_model() -> nn.Module:
         layer_types=["sliding_attention", "full_attention"],
         bos_token_id=None,
     )
-    with torch.random.fork_rng():
+    with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
         return Gemma3ForCausalLM(config)
 

@@ -28,6 +28,11 @@ class Task:
     color: str  # apart under colour blindness and in grey, as tests/browser_figures.py checks
     marker: str
 
+    @property
+    def look(self) -> dict[str, str]:
+        """Colour and marker, as ax.plot takes them."""
+        return {"color": self.color, "marker": self.marker}
+
 
 TASKS = {
     "pirate": Task("style: persona", "chrf", "pirate", "#A4A63B", "o"),
@@ -119,11 +124,16 @@ def collate(rows: Sequence[dict], length: int) -> dict[str, Tensor]:
     }
 
 
+def a_line_each(rows: Sequence[dict]) -> dict[str, Tensor]:
+    """Rows padded to the longest: input_ids and labels, each (rows, length)."""
+    return collate(rows, max(len(row["labels"]) for row in rows))
+
+
 def pack(rows: Sequence[dict]) -> dict[str, Tensor]:
     """Rows end to end, about four a line: input_ids, labels, position_ids, each (lines, length).
 
     Far less padding than with a line a row, and the same loss: positions start again at 0 in
-    every row, by which transformers keeps attention within it.
+    every row, by which most models of transformers keep attention within it (see losses.packs).
     """
     lines: list[list[dict]] = [[] for _ in range(math.ceil(len(rows) / 4))]
     for row in sorted(rows, key=lambda row: -len(row["labels"])):

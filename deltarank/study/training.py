@@ -16,9 +16,11 @@ from torch import nn
 from deltarank.checks import require
 from deltarank.runtime import device, progress
 from deltarank.study.configs import RunConfig
-from deltarank.study.losses import AnswerModel
+from deltarank.study.losses import AnswerModel, packs, require_own_loss
 from deltarank.study.models import load_model, load_tokenizer, matrices
-from deltarank.study.tasks import encode, load_split, pack
+from deltarank.study.tasks import a_line_each, encode, load_split, pack
+
+GRAPHS = 64  # compiled graphs of a layer in one process: one for every LoRA rank of a long sweep
 
 
 def has_compiler() -> bool:
@@ -28,7 +30,10 @@ def has_compiler() -> bool:
 
 
 def prepare(config: RunConfig) -> nn.Module:
-    """The model that `config` trains: parameters frozen or adapters added, layers compiled."""
+    """The model that `config` trains: parameters frozen or adapters added, layers compiled.
+
+    Raises ValueError for a rank above the smallest matrix, and for a model whose loss is not ours.
+    """
     from peft import LoraConfig, get_peft_model
 
     model = load_model(config.model)
@@ -38,6 +43,7 @@ def prepare(config: RunConfig) -> nn.Module:
             f"rank={config.rank} is above the smallest matrix {tuple(smallest.shape)}; "
             f"choose at most {min(smallest.shape)}"
         )
+    require_own_loss(model)
     model.get_input_embeddings().weight.requires_grad_(config.train_embedding)
     layers = next(m for m in model.modules() if isinstance(m, nn.ModuleList))
     if config.method == "lora":
@@ -53,9 +59,8 @@ def prepare(config: RunConfig) -> nn.Module:
             warnings.filterwarnings("ignore", ".*is_gradient_checkpointing", FutureWarning)
             model = get_peft_model(model, lora)
     if config.compile and has_compiler() and not config.rank_pattern:
-        torch._dynamo.config.recompile_limit = 64  # one graph for every LoRA rank of a long sweep
         for layer in layers:  # one small graph, shared by all layers and lengths of a batch
-            layer.compile(dynamic=True)
+            layer.compile(dynamic=True, recompile_limit=GRAPHS)
     return model
 
 
@@ -76,6 +81,7 @@ def train(
 ) -> list[float]:
     """Train `model` in place; return the answer loss of every step, in nats to bfloat16 accuracy.
 
+    Rows go end to end where the model keeps them apart, a line each where it does not (see packs).
     Calls `after_step` with the number of steps done.  Stops at a loss that is NaN or infinite,
     which is then the last one.  Raises ValueError for fewer rows than a batch.
     """
@@ -97,7 +103,7 @@ def train(
             model=trained,
             args=_training_arguments(config, scratch),
             train_dataset=rows,
-            data_collator=pack,
+            data_collator=pack if packs(model) else a_line_each,
             callbacks=[Step()],
         )
         trainer.remove_callback(PrinterCallback)
@@ -117,10 +123,17 @@ def _training_rows(config: RunConfig) -> list[dict[str, list[int]]]:
 
 
 def _training_arguments(config: RunConfig, scratch: str):
-    """What Trainer is told."""
+    """What Trainer is told; of several GPUs it is to use one, as its batch is one batch."""
     from transformers import TrainingArguments
 
-    return TrainingArguments(
+    class OneDevice(TrainingArguments):
+        @property
+        def n_gpu(self) -> int:
+            return min(super().n_gpu, 1)
+
+    if device().type == "cuda" and torch.cuda.device_count() > 1:
+        warnings.warn(f"{torch.cuda.device_count()} GPUs are visible, one is used", stacklevel=3)
+    return OneDevice(
         output_dir=scratch,
         max_steps=config.steps,
         per_device_train_batch_size=config.batch_size,

@@ -1,0 +1,82 @@
+"""Pairs to inspect: two folders of a reader's, or a run of the report; the same three questions."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import pandas as pd
+
+from deltarank.adapters import extract_adapter
+from deltarank.compare import compare_checkpoints
+from deltarank.runtime import cache_folder
+from deltarank.store import digest
+from deltarank.study.configs import RunConfig
+from deltarank.study.cuts import cut, score_pair
+from deltarank.study.profiles import PROFILES
+from deltarank.study.runs import run, save_model
+from deltarank.study.tables import keep_table
+
+
+@dataclass(frozen=True)
+class FolderPair:
+    """Two folders (or hub ids) of weights, and the task that cuts are scored on, if any."""
+
+    base: str
+    tuned: str
+    task: str = ""
+    out: str = "adapter"  # the folder for the adapter
+
+    def compare(self) -> pd.DataFrame:
+        """compare_checkpoints of the pair."""
+        return compare_checkpoints(self.base, self.tuned)
+
+    def extract(self, ranks: dict) -> pd.DataFrame:
+        """extract_adapter of the pair, by what recommend_ranks returned."""
+        return extract_adapter(self.base, self.tuned, self.out, ranks=ranks)
+
+    def score(self, ranks: tuple[int, ...]) -> pd.DataFrame:
+        """What the task loses, a line a model as score_pair has it; none without a task."""
+        if not self.task:
+            return pd.DataFrame(columns=["model", "rank", "loss_nats", "score"])
+        return score_pair(self.base, self.tuned, self.task, ranks)
+
+
+@dataclass(frozen=True)
+class RunPair:
+    """A full run of the report beside its base model; what is found of it is stored."""
+
+    config: RunConfig
+    dtype: str = "float32"  # in which the tuned model is saved
+
+    def folders(self) -> tuple[str, str]:
+        """Base and tuned model as folders in the cache, written when they are missing."""
+        start = PROFILES[self.config.profile].config(self.config.task, "base")
+        kinds = {start: "float32", self.config: self.dtype}
+        places = {c: cache_folder() / "checkpoints" / f"{c.key}-{d}" for c, d in kinds.items()}
+        for config, folder in places.items():
+            if not folder.exists():
+                save_model(config, folder, dtype=kinds[config])
+        base, tuned = map(str, places.values())
+        return base, tuned
+
+    def compare(self) -> pd.DataFrame:
+        """compare_checkpoints of the pair."""
+        name = f"{self.config.key}-{self.dtype}"
+        return keep_table(name, lambda: compare_checkpoints(*self.folders()))
+
+    def extract(self, ranks: dict) -> pd.DataFrame:
+        """extract_adapter of the pair, by what recommend_ranks returned."""
+        name = f"{self.config.key}-adapter-{digest(ranks)[:12]}"
+        out = str(cache_folder() / "adapters" / name)
+        return keep_table(name, lambda: extract_adapter(*self.folders(), out, ranks=ranks))
+
+    def score(self, ranks: tuple[int, ...]) -> pd.DataFrame:
+        """Loss and score of base, cuts and tuned model, a line a model as score_pair has it."""
+        base = run(PROFILES[self.config.profile].config(self.config.task, "base"))
+        full, cuts = run(self.config), cut(self.config, ranks).assign(model="cut")
+        ends = pd.DataFrame(
+            {"model": model, "rank": rank, "loss_nats": result.loss(), "score": result.score()}
+            for model, rank, result in (("base", 0, base), ("tuned", None, full))
+        )
+        columns = ["model", "rank", "loss_nats", "score"]
+        return pd.concat([ends[:1], cuts[columns], ends[1:]], ignore_index=True)

