@@ -8,6 +8,7 @@ import os
 import platform
 import re
 import subprocess
+import sys
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
@@ -52,18 +53,25 @@ def progress(total: int, description: str):
     """A progress bar over `total` steps with the time left.
 
     PROGRESS says where it goes: to a terminal's path (as make sets it), to nowhere ("off"),
-    or, when it is not set, to the notebook or terminal that runs the code.
+    or, when it is not set, to the notebook or terminal that runs the code; elsewhere (a pipe, a
+    log) there is none.
     """
     from tqdm.auto import tqdm as interactive_bar
     from tqdm.std import tqdm as terminal_bar
 
     target = _setting("PROGRESS")
+    watched = target or sys.stderr.isatty() or "ipykernel" in sys.modules
+    if target == "off" or not watched:
+        return terminal_bar(total=total, disable=True)
     if not target:
         return interactive_bar(total=total, desc=description, leave=False)
-    if target == "off":
-        return terminal_bar(total=total, disable=True)
     label = " ".join(filter(None, [_setting("NOTEBOOK"), description]))
     return terminal_bar(total=total, desc=label, file=open(target, "w"), ncols=110)
+
+
+def interactive() -> bool:
+    """Whether somebody may be there to move a slider: make and the tests set PROGRESS."""
+    return not _setting("PROGRESS")
 
 
 def device() -> torch.device:
