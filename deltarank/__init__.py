@@ -1,4 +1,4 @@
-"""How low-rank is fine-tuning?  Spectra, ranks and adapters of a checkpoint pair.
+"""How low-rank a fine-tune is: spectra, ranks and adapters of two checkpoints.
 
     dW = W1 - W0                      W0 before, W1 after, both fp32, shape (out, in)
     U, S, Vh = svd(dW)                S descending: S[0] >= S[1] >= ...

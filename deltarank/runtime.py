@@ -15,6 +15,7 @@ from pathlib import Path
 
 import platformdirs
 import torch
+from tqdm import tqdm
 
 ROOT = Path(__file__).resolve().parent.parent  # the checkout, where the package runs from one
 
@@ -49,7 +50,7 @@ def build_folder() -> Path:
     return Path(_setting("BUILD", str(ROOT / "build")))
 
 
-def progress(total: int, description: str):
+def progress(total: int, description: str) -> tqdm:
     """A progress bar over `total` steps with the time left.
 
     PROGRESS says where it goes: to a terminal's path (as make sets it), to nowhere ("off"),
@@ -57,16 +58,15 @@ def progress(total: int, description: str):
     log) there is none.
     """
     from tqdm.auto import tqdm as interactive_bar
-    from tqdm.std import tqdm as terminal_bar
 
     target = _setting("PROGRESS")
     watched = target or sys.stderr.isatty() or "ipykernel" in sys.modules
     if target == "off" or not watched:
-        return terminal_bar(total=total, disable=True)
+        return tqdm(total=total, disable=True)
     if not target:
         return interactive_bar(total=total, desc=description, leave=False)
     label = " ".join(filter(None, [_setting("NOTEBOOK"), description]))
-    return terminal_bar(total=total, desc=label, file=open(target, "w"), ncols=110)
+    return tqdm(total=total, desc=label, file=open(target, "w"), ncols=110)
 
 
 def interactive() -> bool:

@@ -22,8 +22,14 @@ import pandas as pd
 import psutil
 import torch
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-import utils
+from deltarank.checkpoints import layer_and_module
+from deltarank.runtime import cache_folder, commit, device, device_name
+from deltarank.spectra import singular_values
+from deltarank.study import training
+from deltarank.study.configs import RunConfig
+from deltarank.study.models import load_model, load_tokenizer
+from deltarank.study.profiles import PAIR_TIMES, PROFILES
+from deltarank.study.tasks import collate, encode, load_split
 
 STEPS = 10  # the first four warm up and compile
 
@@ -62,24 +68,22 @@ class Stamps(list):
         return statistics.median(b - a for a, b in zip(self[3:], self[4:], strict=False))
 
 
-def our_step(config: utils.RunConfig) -> tuple[float, float]:
+def our_step(config: RunConfig) -> tuple[float, float]:
     """Seconds and peak GB of a step of the report's recipe."""
     stamps = Stamps()
-    utils.progress, bar = lambda total, label: stamps, utils.progress
+    training.progress, bar = lambda total, label: stamps, training.progress
     with peak_memory() as peak:
-        utils.train(config, utils.prepare(config))
-    utils.progress = bar
+        training.train(config, training.prepare(config))
+    training.progress = bar
     return stamps.seconds_per_step(), peak[0]
 
 
-def stock_step(config: utils.RunConfig) -> tuple[float, float]:
+def stock_step(config: RunConfig) -> tuple[float, float]:
     """Seconds and peak GB of a step of `Trainer(bf16=True)` on the same batches."""
     from transformers import PrinterCallback, Trainer, TrainerCallback, TrainingArguments
 
-    tokenizer = utils.load_tokenizer(config.model)
-    rows = [
-        utils.encode(r, tokenizer, config.seq_len) for r in utils.load_task(config.task)["train"]
-    ]
+    tokenizer = load_tokenizer(config.model)
+    rows = [encode(r, tokenizer, config.seq_len) for r in load_split(config.task, "train")]
     stamps = Stamps()
 
     class Clock(TrainerCallback):
@@ -97,14 +101,14 @@ def stock_step(config: utils.RunConfig) -> tuple[float, float]:
             save_strategy="no",
             logging_strategy="no",
             report_to="none",
-            use_cpu=utils.device().type == "cpu",  # without it bf16 is refused
+            use_cpu=device().type == "cpu",  # without it bf16 is refused
             disable_tqdm=True,
         )
         trainer = Trainer(
-            model=utils.load_model(config.model),
+            model=load_model(config.model),
             args=arguments,
             train_dataset=rows,
-            data_collator=lambda batch: utils.collate(batch, config.seq_len),
+            data_collator=lambda batch: collate(batch, config.seq_len),
             callbacks=[Clock()],
         )
         trainer.remove_callback(PrinterCallback)
@@ -115,7 +119,7 @@ def stock_step(config: utils.RunConfig) -> tuple[float, float]:
 def bench_training() -> None:
     """Print a step of each recipe, for short and for long answers."""
     for task in ("sentiment", "json"):
-        config = utils.PROFILES["paper"].config(task, steps=STEPS)
+        config = PROFILES["paper"].config(task, steps=STEPS)
         print(f"training step, {config.batch_size} x {config.seq_len} tokens, {task}:")
         seconds, memory = stock_step(config)
         print(f"  stock Trainer(bf16=True): {seconds:.2f} s, {memory:.1f} GB")
@@ -139,7 +143,7 @@ def bench_spectra() -> None:
     torch.manual_seed(0)
     matrices = [torch.randn(shape) * 1e-4 for _ in range(18) for shape in shapes]
     clock = time.perf_counter()
-    ours = [utils.singular_values(dW) for dW in matrices]
+    ours = [singular_values(dW) for dW in matrices]
     our_seconds = time.perf_counter() - clock
     clock = time.perf_counter()
     for dW in matrices:
@@ -213,7 +217,7 @@ def write_pair(folder: Path, model_class: str, dtype: torch.dtype, sizes: dict) 
         shapes = {n: p.shape for n, p in architecture(config).named_parameters()}
     groups: dict[int, list[str]] = {}
     for name in shapes:
-        groups.setdefault(utils.layer_and_module(name)[0], []).append(name)
+        groups.setdefault(layer_and_module(name)[0], []).append(name)
     index: dict[str, str] = {}
     for side in ("base", "tuned"):
         (folder / side).mkdir(parents=True)
@@ -264,27 +268,28 @@ def timed(command: list[str], scratch: Path) -> tuple[float, float]:
 
 def mergekit() -> str:
     """The path of mergekit-extract-lora, installed beside the cache on first use."""
-    home = utils.cache_folder() / "mergekit"
+    home = cache_folder() / "mergekit"
     if not (home / "bin" / "mergekit-extract-lora").exists():
         subprocess.run([sys.executable, "-m", "venv", home], check=True)
         subprocess.run([home / "bin" / "pip", "install", "-q", MERGEKIT], check=True)
     return str(home / "bin" / "mergekit-extract-lora")
 
 
-def programs(model_class: str, pair: Path, out: Path) -> dict[str, list[str]]:
+def programs(pair: Path, out: Path) -> dict[str, list[str]]:
     """The command line of each program: ours, mergekit, plain SVD, and two that only start."""
-    call = "import sys; sys.path.insert(0, '.'); import utils; "
+    spectra = "from deltarank.compare import compare_checkpoints; compare_checkpoints"
+    adapter = "from deltarank.adapters import extract_adapter; extract_adapter"
     python, base, tuned = [sys.executable, "-c"], f"{pair}/base", f"{pair}/tuned"
     theirs = [mergekit(), "--model", tuned, "--base-model", base, "--out-path", f"{out}/theirs"]
     theirs += ["--max-rank", str(ADAPTER_RANK), "--no-embed-lora"]
-    adapter = f"utils.extract_adapter('{base}', '{tuned}', '{out}/ours', rank={ADAPTER_RANK})"
+    adapter += f"('{base}', '{tuned}', '{out}/ours', rank={ADAPTER_RANK}).to_csv('{out}/ours.csv')"
     plain = [base, tuned, f"{out}/plain.csv", str(ADAPTER_RANK)]
     return {
-        "spectra": [*python, f"{call}utils.compare_checkpoints('{base}', '{tuned}')"],
-        "adapter": [*python, f"{call}{adapter}.to_csv('{out}/ours.csv')"],
+        "spectra": [*python, f"{spectra}('{base}', '{tuned}')"],
+        "adapter": [*python, adapter],
         "mergekit": [*theirs, "--exclude-regex", "embed|lm_head"],
         "plain SVD": [*python, PLAIN_SCRIPT, *plain],
-        "start": [*python, f"{call}utils._import_peft(); from transformers import {model_class}"],
+        "start": [*python, "import deltarank.adapters"],
         "start of mergekit": [mergekit(), "--help"],
     }
 
@@ -294,24 +299,24 @@ def bench_pairs() -> None:
     mergekit()
     tables = []
     for title, (model_class, dtype, sizes) in PAIRS.items():
-        with tempfile.TemporaryDirectory(dir=utils.cache_folder()) as scratch:
+        with tempfile.TemporaryDirectory(dir=cache_folder()) as scratch:
             print(f"pair, {title}:", flush=True)
             torch.manual_seed(0)
             write_pair(Path(scratch), model_class, dtype, sizes)
-            rows = [row for i in range(ROUNDS) for row in one_round(model_class, Path(scratch), i)]
+            rows = [row for i in range(ROUNDS) for row in one_round(Path(scratch), i)]
             tables.append(pd.DataFrame(rows).assign(pair=title, **energy_held(Path(scratch) / "0")))
         print_pair(tables[-1])
     if os.environ.get("RECORD"):
-        machine = {"device": utils._device_name(), "threads": torch.get_num_threads()}
-        machine |= {"torch": torch.__version__, "commit": utils._commit()}
-        pd.concat(tables).assign(**machine).to_csv(utils.PAIR_TIMES, index=False)
+        machine = {"device": device_name(), "threads": torch.get_num_threads()}
+        machine |= {"torch": torch.__version__, "commit": commit()}
+        pd.concat(tables).assign(**machine).to_csv(PAIR_TIMES, index=False)
 
 
-def one_round(model_class: str, pair: Path, i: int) -> Iterator[dict]:
+def one_round(pair: Path, i: int) -> Iterator[dict]:
     """Run the programs one after the other and yield time and memory; plain SVD but once."""
     out = pair / str(i)
     out.mkdir()
-    for name, command in programs(model_class, pair, out).items():
+    for name, command in programs(pair, out).items():
         if i and name == "plain SVD":  # takes longest, and says the same of accuracy every time
             continue
         seconds, memory = timed(command, out / "cache")
@@ -349,6 +354,6 @@ def print_pair(table: pd.DataFrame) -> None:
 PARTS = {"spectra": bench_spectra, "training": bench_training, "pairs": bench_pairs}
 
 if __name__ == "__main__":
-    print(f"{utils._device_name()}, {torch.get_num_threads()} threads, torch {torch.__version__}")
+    print(f"{device_name()}, {torch.get_num_threads()} threads, torch {torch.__version__}")
     for part in sys.argv[1:] or PARTS:
         PARTS[part]()

@@ -1,5 +1,6 @@
 """What every test shares: the smoke profile in temporary folders, and a guard over the results."""
 
+import functools
 import json
 import os
 import sys
@@ -7,14 +8,14 @@ from pathlib import Path
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # tiny matrices: more threads only spin
 
+import pairs
 import pytest
 import torch
 
+from deltarank.study import tasks
+from deltarank.study.profiles import profile
+
 ROOT = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(ROOT))
-
-import utils  # noqa: E402
-
 torch.set_num_threads(1)
 COMMITTED = tuple(str(ROOT / folder) + os.sep for folder in ("data", "figures"))
 WRITES = {
@@ -23,6 +24,7 @@ WRITES = {
     "os.rename": lambda *_: True,
     "os.remove": lambda *_: True,
     "os.rmdir": lambda *_: True,
+    "os.truncate": lambda *_: True,
     "shutil.rmtree": lambda *_: True,
 }
 
@@ -36,6 +38,13 @@ def _guard(event: str, arguments: tuple) -> None:
 
 
 sys.addaudithook(_guard)
+
+
+def pytest_collection_modifyitems(items):
+    """Everything under tests/slow is slow."""
+    for item in items:
+        if item.path.is_relative_to(ROOT / "tests" / "slow"):
+            item.add_marker("slow")
 
 
 @pytest.fixture(autouse=True, scope="session")
@@ -53,13 +62,19 @@ def cache(tmp_path_factory):
 def store(monkeypatch, tmp_path):
     """An empty results store."""
     monkeypatch.setenv("BUILD", str(tmp_path / "build"))
-    return utils.profile().store
+    return profile().store
 
 
 @pytest.fixture
 def config(store):
     """A small full run of the smoke profile, in an empty store."""
-    return utils.profile().config("sentiment", steps=2, eval_rows=4)
+    return profile().config("sentiment", steps=2, eval_rows=4)
+
+
+@pytest.fixture
+def save(tmp_path):
+    """A function that saves base and tuned of an architecture and returns their folders."""
+    return functools.partial(pairs.save, tmp_path)
 
 
 ANSWERS = ("red", "blue", "red", "green", "blue", "red", "green", "blue")
@@ -68,17 +83,15 @@ ANSWERS = ("red", "blue", "red", "green", "blue", "red", "green", "blue")
 @pytest.fixture
 def write_task(monkeypatch, tmp_path):
     """A function that puts rows where the task `sentiment` is read; returns the file."""
-    monkeypatch.setattr(utils, "TASK_FOLDER", tmp_path / "tasks")
+    monkeypatch.setattr(tasks, "TASK_FOLDER", tmp_path / "tasks")
 
     def write(rows):
         path = tmp_path / "tasks" / "sentiment.jsonl"
         path.parent.mkdir(exist_ok=True)
         path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf8")
-        _forget_tasks()
         return path
 
-    yield write
-    _forget_tasks()
+    return write
 
 
 @pytest.fixture
@@ -88,8 +101,3 @@ def small_task(write_task):
     splits = {"train": rows[:4], "valid": rows[:2], "test": rows}
     write_task([{"split": name} | row for name, part in splits.items() for row in part])
     return rows
-
-
-def _forget_tasks():
-    if hasattr(utils.load_task, "cache_clear"):
-        utils.load_task.cache_clear()

@@ -1,73 +1,170 @@
-"""The project's own files: one list of requirements, notebooks without this machine's paths."""
+"""The project's own files: one list of what it needs, notebooks that can be read and moved."""
 
+import ast
 import json
 import re
+import statistics
+import sys
+import tomllib
 
-import pytest
 import yaml
 
-import utils
+from deltarank.runtime import ROOT
 
-NOTEBOOKS = sorted((utils.ROOT / "notebooks").glob("*.ipynb"))
+PYPROJECT = (ROOT / "pyproject.toml").read_text("utf8")
+PROJECT = tomllib.loads(PYPROJECT)["project"]
+LISTS = {"core": PROJECT["dependencies"]} | PROJECT["optional-dependencies"]
+NOTEBOOKS = {
+    path.name: json.loads(path.read_text("utf8"))
+    for path in sorted((ROOT / "notebooks").glob("*.ipynb"))
+}
+
+# What the project needs
 
 
-def requirement_lines():
-    lines = (utils.ROOT / "requirements.txt").read_text().splitlines()
-    return [line for line in lines if line.strip() and not line.startswith("#")]
+def packages(*lists):
+    """The names of the packages in these lists of pyproject.toml."""
+    return [re.match(r"[\w.-]+", line)[0].lower() for name in lists for line in LISTS[name]]
 
 
-def test_environment_yml_lists_python_pip_and_the_requirements_only():
-    listed = yaml.safe_load((utils.ROOT / "environment.yml").read_text())["dependencies"]
+def test_every_package_is_listed_once():
+    assert set(LISTS) == {"core", "study", "dev", "browser", "data"}
+    names = packages(*LISTS)
+    assert len(names) > 30
+    assert sorted(names) == sorted(set(names))
+    assert [path.name for path in ROOT.glob("requirements*.txt")] == []
+
+
+def test_environment_yml_lists_python_pip_and_the_project_only():
+    listed = yaml.safe_load((ROOT / "environment.yml").read_text())["dependencies"]
     names = [re.match(r"\w+", line)[0] for line in listed if isinstance(line, str)]
     assert names == ["python", "pip"]
-    assert [line for line in listed if not isinstance(line, str)] == [
-        {"pip": ["-r requirements.txt"]}
-    ]
+    others = [line for line in listed if not isinstance(line, str)]
+    assert others == [{"pip": ["-e .[study,dev]"]}]
 
 
-def test_every_requirement_says_where_it_is_used():
-    lines = requirement_lines()
-    assert lines
-    assert [line for line in lines if not re.search(r"\s# *\w", line)] == []
+def test_every_package_says_where_it_is_used():
+    said = set(re.findall(r'^ *"(.+?)",? +# *\w', PYPROJECT, re.MULTILINE))
+    assert [line for lines in LISTS.values() for line in lines if line not in said] == []
 
 
-def test_every_requirement_has_a_version_and_none_is_local():
-    for line in requirement_lines():
-        requirement = line.partition("#")[0]
-        assert re.search(r"[=<>~]=?\s*\d", requirement), line
-        assert "+cpu" not in requirement
+def test_every_package_has_a_version_and_none_is_local():
+    lines = [line for name in LISTS for line in LISTS[name]]
+    assert [line for line in lines if not re.search(r"[=<>~]=?\d", line)] == []
+    assert [line for line in LISTS["data"] if "==" not in line] == []  # so that the bytes are fixed
+    assert [line for line in lines if re.search(r"[+@/]", line)] == []
+
+
+def imported(folder, pattern):
+    """{package: a file that imports it}, other than Python's own and this project's."""
+    found = {}
+    for path in sorted((ROOT / folder).glob(pattern)):
+        for node in ast.walk(ast.parse(path.read_text("utf8"))):
+            names = [alias.name for alias in node.names] if isinstance(node, ast.Import) else []
+            names += [node.module] if isinstance(node, ast.ImportFrom) else []
+            found |= {name.split(".")[0].lower().replace("_", "-"): path.name for name in names}
+    known = {"deltarank", *(name.lower().replace("_", "-") for name in sys.stdlib_module_names)}
+    return {name: file for name, file in found.items() if name not in known}
+
+
+def test_what_the_code_imports_is_in_the_list():
+    tool, study = imported("deltarank", "*.py"), imported("deltarank/study", "**/*.py")
+    assert {"torch", "safetensors"} <= tool.keys() and {"peft", "joblib"} <= study.keys()
+    assert {n: file for n, file in tool.items() if n not in packages("core")} == {}
+    lists = packages("core", "study", "data")
+    assert {n: file for n, file in study.items() if n not in lists} == {}
+
+
+# Notebooks
+
+
+def code_of(notebook):
+    """The sources of a notebook's code cells, as lists of the lines that are not empty."""
+    cells = ["".join(c["source"]) for c in notebook["cells"] if c["cell_type"] == "code"]
+    return [[line for line in cell.splitlines() if line.strip()] for cell in cells]
+
+
+def mentions(pattern):
+    """The lines of code that hold a pattern, by notebook."""
+    lines = {
+        n: [line for c in code_of(notebook) for line in c] for n, notebook in NOTEBOOKS.items()
+    }
+    found = {n: [line for line in code if re.search(pattern, line)] for n, code in lines.items()}
+    return {name: code for name, code in found.items() if code}
 
 
 def test_there_are_notebooks_in_the_order_of_their_numbers():
-    numbers = [path.name[:2] for path in NOTEBOOKS]
+    numbers = [name[:2] for name in NOTEBOOKS]
     assert numbers == sorted(set(numbers)) and numbers[:6] == [f"{i:02d}" for i in range(6)]
-    assert numbers
 
 
-@pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
-def test_a_notebook_names_no_absolute_path(path):
-    notebook = json.loads(path.read_text(encoding="utf8"))
-    for cell in notebook["cells"]:
-        for output in cell.get("outputs", []):
-            for kind in [k for k in output.get("data", {}) if k.startswith("image/")]:
-                del output["data"][kind]
-        absolute = r"(?<![\w./:<])/(?:home|root|work|tmp|Users|usr|opt|mnt|var)/|\b[A-Z]:\\\\"
-        assert re.findall(absolute, json.dumps(cell)) == []
+def without_images(cell):
+    """A cell whose images, which are letters at random, are left out."""
+    outputs = [
+        output | {"data": {k: v for k, v in output["data"].items() if not k.startswith("image/")}}
+        if "data" in output
+        else output
+        for output in cell.get("outputs", [])
+    ]
+    return cell | {"outputs": outputs}
 
 
-@pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
-def test_a_notebook_is_under_one_megabyte(path):
-    assert path.stat().st_size < 1e6
+def test_no_notebook_names_an_absolute_path():
+    start = r"(?:(?<![\w./:<])/(?:home|root|work|tmp|Users|usr|opt|mnt|var)/|\b[A-Z]:\\\\)"
+    texts = {n: json.dumps([*map(without_images, b["cells"])]) for n, b in NOTEBOOKS.items()}
+    found = {name: re.findall(start + ".{,40}", text) for name, text in texts.items()}
+    assert {name: paths for name, paths in found.items() if paths} == {}
 
 
-@pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
-def test_a_notebook_is_committed_as_it_ran_in_cells_that_can_be_read(path):
-    notebook = json.loads(path.read_text(encoding="utf8"))
-    code = [cell for cell in notebook["cells"] if cell["cell_type"] == "code"]
-    assert [cell["execution_count"] for cell in code] == list(range(1, len(code) + 1))
-    lines = ["".join(cell["source"]).splitlines() for cell in code]
-    assert max(sum(map(bool, map(str.strip, cell))) for cell in lines) <= 25
-    kinds = "".join(cell["cell_type"][0] for cell in notebook["cells"])
-    assert "cccc" not in kinds, "four cells of code without a word between them"
-    bars = [o for cell in code for o in cell["outputs"] if "widget" in " ".join(o.get("data", {}))]
-    assert bars == [] and "widgets" not in notebook["metadata"]
+def test_every_notebook_is_under_one_megabyte():
+    sizes = {name: (ROOT / "notebooks" / name).stat().st_size for name in NOTEBOOKS}
+    assert {name: size for name, size in sizes.items() if size >= 1e6} == {}
+
+
+def test_every_notebook_is_committed_as_it_ran():
+    counts = {
+        name: [c["execution_count"] for c in notebook["cells"] if c["cell_type"] == "code"]
+        for name, notebook in NOTEBOOKS.items()
+    }
+    assert [n for n, found in counts.items() if found != list(range(1, len(found) + 1))] == []
+
+
+def test_no_notebook_holds_a_widget():
+    found = [
+        name
+        for name, notebook in NOTEBOOKS.items()
+        for cell in notebook["cells"]
+        for output in cell.get("outputs", [])
+        if "widget" in " ".join(output.get("data", {}))
+    ]
+    assert found == [] and [n for n in NOTEBOOKS if "widgets" in NOTEBOOKS[n]["metadata"]] == []
+
+
+def test_a_cell_of_code_has_at_most_25_lines():
+    longest = {name: max(map(len, code_of(notebook))) for name, notebook in NOTEBOOKS.items()}
+    assert {name: lines for name, lines in longest.items() if lines > 25} == {}
+
+
+def test_no_four_cells_of_code_follow_each_other_without_a_word():
+    kinds = {n: "".join(c["cell_type"][0] for c in book["cells"]) for n, book in NOTEBOOKS.items()}
+    assert [name for name, cells in kinds.items() if "cccc" in cells] == []
+
+
+def test_no_notebook_touches_the_path_or_the_environment():
+    assert mentions(r"\bsys\.path\b") == {}
+    assert mentions(r"\bos\.(environ|getenv|putenv)\b") == {}
+
+
+def test_the_notebooks_are_short():
+    cells = [len(cell) for notebook in NOTEBOOKS.values() for cell in code_of(notebook)]
+    assert sum(cells) <= 2100
+    assert statistics.median(cells) <= 8
+
+
+def test_a_line_of_code_comes_with_eight_words():
+    ratios = {}
+    for name, notebook in NOTEBOOKS.items():
+        prose = [c for c in notebook["cells"] if c["cell_type"] == "markdown"]
+        words = sum(len("".join(cell["source"]).split()) for cell in prose)
+        ratios[name] = round(words / sum(map(len, code_of(notebook))), 1)
+    assert {name: ratio for name, ratio in ratios.items() if ratio < 8} == {}

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
 import pandas as pd
 
@@ -12,6 +13,10 @@ from deltarank.checks import require
 from deltarank.runtime import venue as wanted_venue
 from deltarank.study.profiles import profile
 from deltarank.study.tasks import TASKS
+
+if TYPE_CHECKING:  # matplotlib is imported where it draws
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
 
 VENUE_WIDTHS = {  # inches, over the full width of a page; from the venues' style files
     "default": 5.5,
@@ -168,7 +173,7 @@ def plot_by_task(
     label_lines(ax, lines.loc[x], x=x, gap=gap)
 
 
-def task_grid(tasks: Sequence[str], *, height: float = 1.2):
+def task_grid(tasks: Sequence[str], *, height: float = 1.2) -> tuple[Figure, dict[str, Axes]]:
     """A figure with one small panel a task, titled with it; returns it and {task: ax}."""
     import matplotlib.pyplot as plt
 

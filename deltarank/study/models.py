@@ -6,6 +6,7 @@ import contextlib
 import functools
 from collections.abc import Iterator
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
 from torch import nn
@@ -15,6 +16,9 @@ from deltarank.checks import all_finite, first_line
 from deltarank.runtime import device
 from deltarank.store import digest, file_sha256
 from deltarank.study.convert import GEMMA, gemma_folder
+
+if TYPE_CHECKING:  # transformers is imported where it loads
+    from transformers import PreTrainedTokenizerBase
 
 TINY = "tiny-gemma3"  # two random layers of the same architecture, for tests
 
@@ -107,7 +111,7 @@ def _tiny_model() -> nn.Module:
 
 
 @functools.lru_cache
-def load_tokenizer(name: str):
+def load_tokenizer(name: str) -> PreTrainedTokenizerBase:
     """The tokenizer of model `name`; bytes for the tiny model.  Raises as load_model does."""
     from transformers import AutoTokenizer, ByT5Tokenizer
 

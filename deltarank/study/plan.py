@@ -124,11 +124,11 @@ def scaling_configs() -> dict[str, list[RunConfig]]:
 def larger_scale(*, rank: int, seed: int) -> RunConfig:
     """LoRA of the facts by the last of SCALES, at the best rate of its rank or one between."""
     name, fields = list(SCALES.items())[-1]
-    runs = sweep(scaling_configs()[name])
-    tried = itertools.groupby(runs, lambda run: run.config.rank)
+    results = sweep(scaling_configs()[name])
+    tried = itertools.groupby(results, lambda result: result.config.rank)
     lr = lr_between({r: best_lr(list(group)) for r, group in tried}, rank)
     config = profile().config("facts", "lora", rank=rank, lr=lr, **fields)
-    same = (run.config for run in runs if _learns_as(run.config) == _learns_as(config))
+    same = (r.config for r in results if _learns_as(r.config) == _learns_as(config))
     return dataclasses.replace(next(same, config), seed=seed)
 
 

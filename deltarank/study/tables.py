@@ -97,11 +97,11 @@ def runs_table(results: Sequence[Result]) -> pd.DataFrame:
 def scaling_table() -> pd.DataFrame:
     """runs_table of scaling_configs, with each run's scale and its loss on the rows that choose."""
     groups = scaling_configs()
-    runs = iter(sweep([config for configs in groups.values() for config in configs]))
+    results = iter(sweep([config for configs in groups.values() for config in configs]))
     tables = []
     for name, configs in groups.items():
-        found = [next(runs) for _ in configs]
-        valid = [run.loss("valid") for run in found]
+        found = [next(results) for _ in configs]
+        valid = [result.loss("valid") for result in found]
         tables.append(runs_table(found).assign(scale=name, valid_nats=valid))
     return pd.concat(tables, ignore_index=True)
 

@@ -1,4 +1,4 @@
-"""The committed task data: form, splits, leaks, and what each task promises."""
+"""The tasks: form, splits, leaks, what each promises; and rows as tokens."""
 
 import hashlib
 import json
@@ -7,14 +7,21 @@ from collections import Counter
 
 import pytest
 
-import utils
+from deltarank.runtime import ROOT
+from deltarank.study import measuring, tasks
+from deltarank.study.configs import RunConfig
+from deltarank.study.cuts import score_pair
+from deltarank.study.models import TINY, load_tokenizer
+from deltarank.study.profiles import PROFILES, profile
+from deltarank.study.runs import run
+from deltarank.study.tasks import TASK_FOLDER, collate, encode, load_split, load_task
 
-TASKS = sorted(utils.TASKS)
+TASKS = sorted(tasks.TASKS)
 SHARED = {"facts", "mix"}  # memorised on purpose; mix holds rows of facts
 
 
 def rows_of(task):
-    lines = (utils.TASK_FOLDER / f"{task}.jsonl").read_text(encoding="utf8").splitlines()
+    lines = (TASK_FOLDER / f"{task}.jsonl").read_text(encoding="utf8").splitlines()
     return [json.loads(line) for line in lines]
 
 
@@ -23,12 +30,12 @@ def prompts(task, split):
 
 
 def test_every_file_is_a_task_and_every_task_a_file():
-    assert sorted(path.stem for path in utils.TASK_FOLDER.glob("*")) == TASKS
+    assert sorted(path.stem for path in TASK_FOLDER.glob("*")) == TASKS
 
 
 @pytest.mark.parametrize("task", TASKS)
 def test_a_file_is_small(task):
-    assert (utils.TASK_FOLDER / f"{task}.jsonl").stat().st_size <= 2e6
+    assert (TASK_FOLDER / f"{task}.jsonl").stat().st_size <= 2e6
 
 
 @pytest.mark.parametrize("task", TASKS)
@@ -53,7 +60,7 @@ def test_a_task_has_its_splits(task):
 @pytest.mark.parametrize("task", TASKS)
 def test_rows_fit_the_bytes_of_the_smoke_profile(task):
     longest = max(len(f"{row['prompt']}{row['answer']}\n".encode()) for row in rows_of(task))
-    assert longest <= utils.PROFILES["smoke"].seq_len
+    assert longest <= PROFILES["smoke"].seq_len
 
 
 @pytest.mark.parametrize("task", [task for task in TASKS if task not in SHARED])
@@ -147,9 +154,101 @@ def test_json_answers_hold_the_values_of_their_prompt():
 
 @pytest.mark.parametrize("task", TASKS)
 def test_the_sizes_and_the_sha256_in_the_readme_are_those_of_the_file(task):
-    line = re.search(rf"^\| {task} \|.*$", (utils.ROOT / "data/README.md").read_text(), re.M)[0]
-    content = (utils.TASK_FOLDER / f"{task}.jsonl").read_bytes()
+    line = re.search(rf"^\| {task} \|.*$", (ROOT / "data/README.md").read_text(), re.M)[0]
+    content = (TASK_FOLDER / f"{task}.jsonl").read_bytes()
     assert hashlib.sha256(content).hexdigest() in line
     sizes = Counter(row["split"] for row in rows_of(task))
     splits = ["train", "valid", "test"] + (["paraphrase"] if task == "facts" else [])
     assert f"| {'/'.join(str(sizes[split]) for split in splits)} |" in line
+
+
+def test_every_row_of_a_task_has_the_metric_of_its_origin():
+    rows = load_task("mix")["test"]
+    assert {row["metric"] for row in rows if row["task"] in ("kjv", "pirate", "sorbian")} == {
+        "chrf"
+    }
+    assert {row["metric"] for row in rows if row["task"] in ("facts", "code")} == {"exact"}
+
+
+def test_labels_cover_the_answer_and_its_newline_only():
+    tokenizer = load_tokenizer(TINY)
+    row = encode({"prompt": "Ask:", "answer": " é"}, tokenizer, 16)
+    prompt = len(b"Ask:")
+    assert row["labels"][:prompt] == [-100] * prompt
+    assert row["labels"][prompt:] == row["input_ids"][prompt:]
+    assert tokenizer.decode(row["input_ids"]) == "Ask: é\n"
+
+
+@pytest.mark.parametrize("seq_len", [8, 9])
+def test_a_row_that_does_not_fit_is_refused_by_name(seq_len):
+    row = {"prompt": "Ask:", "answer": " yes"}  # 9 bytes with the newline
+    if seq_len == 9:
+        assert len(encode(row, load_tokenizer(TINY), 9)["labels"]) == 9
+    else:
+        with pytest.raises(ValueError, match=r"9 tokens.*seq_len=8.*Ask"):
+            encode(row, load_tokenizer(TINY), 8)
+
+
+def test_collate_pads_on_the_right():
+    rows = [{"input_ids": [5, 6], "labels": [-100, 6]}, {"input_ids": [7], "labels": [7]}]
+    batch = collate(rows, 3)
+    assert batch["input_ids"].tolist() == [[5, 6, 0], [7, 0, 0]]
+    assert batch["labels"].tolist() == [[-100, 6, -100], [7, -100, -100]]
+
+
+def test_an_own_task_needs_prompt_and_answer(tmp_path):
+    path = tmp_path / "own.jsonl"
+    path.write_text('{"prompt": "a"}\n')
+    with pytest.raises(ValueError, match="a row lacks answer"):
+        load_task(str(path))
+    with pytest.raises(ValueError, match="nowhere.jsonl"):
+        RunConfig(task="nowhere.jsonl", method="base")
+
+
+@pytest.fixture
+def own(tmp_path):
+    """A function that writes a reader's own task with these splits (None: unnamed)."""
+
+    def write(*splits):
+        rows = [{"prompt": f"p{i}:", "answer": " a"} for i in range(4)]
+        named = [row | ({"split": split} if split else {}) for split in splits for row in rows]
+        path = tmp_path / "own.jsonl"
+        path.write_text("".join(json.dumps(row) + "\n" for row in named))
+        return str(path)
+
+    return write
+
+
+@pytest.mark.parametrize("method", ["full", "lora"])
+@pytest.mark.parametrize(
+    ("splits", "lacks"),
+    [
+        ([None], "train"),
+        (["test", "valid"], "train"),
+        (["train", "test"], "valid"),
+        (["train", "valid"], "test"),
+    ],
+)
+def test_an_own_task_without_a_split_is_named_in_a_line_before_training(
+    store, own, monkeypatch, method, splits, lacks
+):
+    monkeypatch.setattr(measuring, "prepare", lambda config: pytest.fail("a model was prepared"))
+    rank = {"rank": 2} if method == "lora" else {}
+    config = profile().config(own(*splits), method, **rank)
+    with pytest.raises(ValueError, match=rf'^own\.jsonl has no rows of split "{lacks}"') as refused:
+        run(config)
+    assert "\n" not in str(refused.value)
+
+
+def test_an_own_task_without_test_rows_is_named_where_models_are_only_scored(store, own):
+    path = own("train", "valid")
+    with pytest.raises(ValueError, match='own.jsonl has no rows of split "test"'):
+        run(profile().config(path, "base"))
+    with pytest.raises(ValueError, match='own.jsonl has no rows of split "test"'):
+        score_pair("base", "tuned", path, [1])
+
+
+def test_the_rows_of_an_own_task_are_for_testing_unless_they_say_otherwise(store, own):
+    assert len(load_split(own(None), "test")) == 4
+    assert run(profile().config(own(None), "base")).status == "finished"
+    assert run(profile().config(own("train", "valid", "test"), steps=1)).status == "finished"

@@ -6,7 +6,8 @@ import joblib
 import pytest
 import torch
 
-import utils
+from deltarank import store
+from deltarank.study.runs import stored, sweep
 
 
 @pytest.fixture
@@ -25,10 +26,10 @@ def configs(config):
 
 def test_a_sweep_on_a_cluster_gives_the_same_results(cluster, configs, monkeypatch, tmp_path):
     with joblib.parallel_config(backend="dask"):
-        together = utils.sweep(configs)
+        together = sweep(configs)
     monkeypatch.setenv("BUILD", str(tmp_path / "alone"))
-    assert utils.stored(configs[0]) is None
-    alone = utils.sweep(configs)
+    assert stored(configs[0]) is None
+    alone = sweep(configs)
     for one, other in zip(together, alone, strict=True):
         assert one.config == other.config
         assert one.loss() == pytest.approx(other.loss(), rel=1e-6)
@@ -38,22 +39,22 @@ def test_a_sweep_on_a_cluster_gives_the_same_results(cluster, configs, monkeypat
 def test_a_cluster_that_dies_in_mid_sweep_loses_only_what_it_had_not_returned(
     cluster, configs, monkeypatch
 ):
-    save_entry = utils.save_entry
+    save_entry = store.save_entry
 
     def save_and_lose_the_cluster(*arguments):
         save_entry(*arguments)
         cluster.close()
 
-    monkeypatch.setattr(utils, "save_entry", save_and_lose_the_cluster)
+    monkeypatch.setattr(store, "save_entry", save_and_lose_the_cluster)
     with (
         joblib.parallel_config(backend="dask"),
         pytest.raises(Exception, match=r"(?i)cancel|close|kill"),
     ):
-        utils.sweep(configs)
-    kept = [config for config in configs if utils.stored(config)]
+        sweep(configs)
+    kept = [config for config in configs if stored(config)]
     assert 1 <= len(kept) < len(configs)
 
-    monkeypatch.setattr(utils, "save_entry", save_entry)
-    before = {config: utils.stored(config).record for config in kept}
-    assert [result.config for result in utils.sweep(configs)] == configs
-    assert all(utils.stored(config).record == before[config] for config in kept)
+    monkeypatch.setattr(store, "save_entry", save_entry)
+    before = {config: stored(config).record for config in kept}
+    assert [result.config for result in sweep(configs)] == configs
+    assert all(stored(config).record == before[config] for config in kept)

@@ -1,0 +1,46 @@
+"""Claims: a stated number is held against its measured value, at its own precision."""
+
+import math
+
+import pandas as pd
+import pytest
+
+from deltarank.study.claims import assert_claims, assert_table
+
+
+@pytest.mark.parametrize(
+    ("value", "stated"),
+    [(1 / 3, "0.33"), (-0.3, "0"), (-0.04, "0.0"), (-0.6, "-1"), (96.6, "97"), (12.0, "12")],
+)
+def test_a_number_that_rounds_to_what_is_stated_holds(value, stated):
+    found = assert_claims({"it": (value, stated)})
+    assert found.loc["it"].tolist() == [stated, stated]
+
+
+@pytest.mark.parametrize(
+    ("value", "stated"),
+    [(1 / 3, "0.34"), (-0.3, "-0"), (-0.6, "0"), (96.4, "97"), (12.0, "12.1"), (math.nan, "0")],
+)
+def test_a_number_that_does_not_is_named_with_what_was_measured(value, stated):
+    with pytest.raises(AssertionError, match=f"it: the text says {stated}, measured"):
+        assert_claims({"it": (value, stated)})
+
+
+SHARES = pd.DataFrame({"head": {"json": 0.83, "facts": 0.46}, "tail": {"json": 0.97, "facts": 0.6}})
+
+
+def test_a_table_is_held_against_what_is_stated_of_its_rows():
+    found = assert_table(SHARES, {"json": "97 83", "facts": "60 ."}, columns=["tail", "head"],
+                         scale=100)  # fmt: skip
+    assert found.loc["json"].tolist() == ["97", "83"]
+    assert assert_table(SHARES, {"facts": "0.46 0.60"}).shape == (1, 2)
+
+
+def test_a_wrong_cell_is_named_by_row_and_column():
+    with pytest.raises(AssertionError, match="facts, tail: the text says 61, measured 60"):
+        assert_table(SHARES, {"json": "83 97", "facts": "46 61"}, scale=100)
+
+
+def test_a_row_with_a_number_too_few_is_refused():
+    with pytest.raises(ValueError):
+        assert_table(SHARES, {"json": "83"}, scale=100)

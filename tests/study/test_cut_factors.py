@@ -1,0 +1,28 @@
+"""The factors of a cut and of its three controls, against float64 SVD."""
+
+import pytest
+import torch
+from matrices import gaussian
+
+from deltarank.spectra import truncate
+from deltarank.study import cuts
+from deltarank.study.cuts import CUT_PARTS
+
+
+@pytest.mark.parametrize("part", CUT_PARTS)
+def test_the_factors_of_a_cut(part):
+    dW = gaussian(30, 20).float()
+    B, A = cuts._cut_factors(dW, 8, part, torch.Generator().manual_seed(0))
+    oracle = dW.sign() * dW.abs().mean() if part == "sign" else dW
+    assert torch.allclose(torch.linalg.svdvals(B @ A)[:8], torch.linalg.svdvals(oracle)[:8])
+    head = truncate(oracle, 3)
+    assert torch.allclose(B[:, :3] @ A[:3], head, atol=1e-4) == (part != "rotated")
+    assert torch.allclose(
+        torch.linalg.svdvals(B[:, :3] @ A[:3])[:3], torch.linalg.svdvals(head)[:3]
+    )
+
+
+@pytest.mark.parametrize("part", CUT_PARTS)
+def test_the_cut_of_no_update_is_none(part):
+    B, A = cuts._cut_factors(torch.zeros(6, 4), 2, part, torch.Generator().manual_seed(0))
+    assert torch.equal(B @ A, torch.zeros(6, 4))

@@ -1,0 +1,131 @@
+"""Cuts, against models whose updates are truncated by hand."""
+
+import dataclasses
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from small_runs import saved_pair
+
+from deltarank.spectra import truncate
+from deltarank.study import cuts
+from deltarank.study.cuts import CUT_PARTS, cut, cut_by_matrix, score_pair, stored_cuts
+from deltarank.study.evaluation import evaluate
+from deltarank.study.models import load_model, matrices
+from deltarank.study.profiles import profile
+from deltarank.study.runs import run, stored, updates
+from deltarank.study.tasks import load_task
+
+
+def tuned(config):
+    """The tuned model, from the base and the updates."""
+    model, dW = load_model(config.model), updates(config)
+    return model, dW, dict(model.named_parameters())
+
+
+def test_a_cut_to_rank_0_keeps_what_lies_outside_the_matrices(config):
+    config = dataclasses.replace(config, lr=1e-2, dtype="float32")
+    result = run(config)
+    model, dW, parameters = tuned(config)
+    base = evaluate(model, config, "test")["loss_nats"]
+    with torch.no_grad():
+        for name in dW.keys() - matrices(model).keys():
+            parameters[name] += dW[name]
+    expected = evaluate(model, config, "test")["loss_nats"]
+    found = cut(config, [0])["loss_nats"].item()
+    assert found == pytest.approx(expected, abs=1e-6)
+    assert abs(found - base) > 1e-4
+    assert abs(found - result.loss()) > 1e-4
+
+
+def test_a_cut_is_the_model_with_truncated_updates(config):
+    config = dataclasses.replace(config, lr=1e-2, dtype="float32")
+    model, dW, parameters = tuned(config)
+    with torch.no_grad():
+        for name, update in dW.items():
+            parameters[name] += truncate(update, 2) if name in matrices(model) else update
+    expected = evaluate(model, config, "test")["loss_nats"]
+    assert cut(config, [2])["loss_nats"].item() == pytest.approx(expected, abs=1e-5)
+
+
+def test_a_cut_above_the_rank_of_the_update_is_the_tuned_model(small_task, store):
+    # one step of plain gradient descent on one row of at most 16 tokens: rank(dW) <= 16
+    sizes = {"steps": 1, "batch_size": 1, "seq_len": 16, "dtype": "float32"}
+    config = profile().config("sentiment", optimizer="sgd", lr=3.0, **sizes)
+    result = run(config)
+    base = run(profile().config("sentiment", "base", seq_len=16, dtype="float32"))
+    table = cut(config, [0, 1, 16])
+    assert table["rank"].tolist() == [0, 1, 16]
+    assert table["loss_nats"].iloc[-1] == pytest.approx(result.loss(), abs=1e-4)
+    assert abs(base.loss() - result.loss()) > 1e-2
+    assert abs(table["loss_nats"].iloc[0] - result.loss()) > 1e-3
+
+
+def test_cuts_are_stored(config, monkeypatch):
+    first = cut(config, [0, 1])
+    monkeypatch.setattr(cuts, "updates", lambda config: pytest.fail("cut again"))
+    assert cut(config, [1, 0])["loss_nats"].tolist() == first["loss_nats"].tolist()[::-1]
+
+
+def test_head_and_tail_of_a_cut_meet_at_the_ends(config):
+    config = dataclasses.replace(config, lr=1e-2, dtype="float32")
+    head, tail = (cut(config, [0, 32], part=part)["loss_nats"] for part in ("head", "tail"))
+    assert tail[0] == pytest.approx(run(config).loss(), abs=1e-5)
+    assert tail[1] == pytest.approx(head[0], abs=1e-5)
+    assert abs(tail[0] - tail[1]) > 1e-3
+
+
+def test_parts_of_a_cut_are_stored_apart(config):
+    losses = {part: cut(config, [4], part=part)["loss_nats"][0] for part in CUT_PARTS}
+    assert len(set(losses.values())) == 4
+    assert losses == {part: cut(config, [4], part=part)["loss_nats"][0] for part in losses}
+    assert stored_cuts(config)["loss_nats"].tolist() == [losses["head"]]
+    with pytest.raises(ValueError, match="part='middle'.*head, tail"):
+        cut(config, [4], part="middle")
+
+
+@pytest.mark.parametrize("rank", [-1, 33])
+def test_a_cut_refuses_a_rank_that_a_matrix_cannot_have(config, rank):
+    with pytest.raises(ValueError, match="rank"):
+        cut(config, [1, rank])
+
+
+@pytest.mark.parametrize("part", CUT_PARTS)
+def test_a_cut_is_the_same_whatever_other_ranks_are_asked_for(config, monkeypatch, tmp_path, part):
+    config = dataclasses.replace(config, lr=1e-2, dtype="float32")
+    alone = cut(config, [8], part=part)
+    monkeypatch.setenv("BUILD", str(tmp_path / "other"))  # whose store is empty
+    beside = cut(config, [8, 16, 4], part=part)
+    assert beside["rank"].tolist() == [8, 16, 4]
+    assert beside["loss_nats"].nunique() == 3
+    assert beside["row_nats"][0] == pytest.approx(alone["row_nats"][0], abs=2e-5)
+
+
+@pytest.fixture
+def tiny_pair(store, tmp_path):
+    """Base and tuned folder of a small run of the smoke profile, and its configuration."""
+    return saved_pair(tmp_path)
+
+
+def test_scores_of_a_pair_are_those_of_the_run(tiny_pair):
+    base, tuned, config = tiny_pair
+    rows = [{"prompt": r["prompt"], "answer": r["answer"]} for r in load_task("facts")["test"]]
+    own = Path(base).parent / "own.jsonl"
+    own.write_text("".join(json.dumps(row) + "\n" for row in rows[: config.eval_rows]))
+    scores = score_pair(base, tuned, str(own), [1, 32]).set_index("model")
+    tuned_loss = run(config).loss()
+    assert scores.loc["tuned", "loss_nats"] == pytest.approx(tuned_loss, rel=1e-3)
+    assert scores.loc["base", "loss_nats"] > tuned_loss
+    one, all_of_it = scores.loc["cut", "loss_nats"]
+    assert all_of_it == pytest.approx(tuned_loss, rel=1e-3)
+    assert one == pytest.approx(cut(config, [1])["loss_nats"][0], rel=1e-3)
+
+
+def test_a_cut_by_matrix_is_the_cut_where_all_ranks_are_one(tiny_pair):
+    config = tiny_pair[2]
+    names = stored(config).spectra
+    uniform = cut(config, [2])["loss_nats"][0]
+    assert cut_by_matrix(config, dict.fromkeys(names, 2))["loss_nats"] == uniform
+    ranks = dict.fromkeys(names, 2) | {next(iter(names)): 0}
+    assert cut_by_matrix(config, ranks)["loss_nats"] != uniform

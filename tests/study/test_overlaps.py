@@ -1,0 +1,48 @@
+"""Directions that two updates share, against subspace_overlap and planted ones."""
+
+import pandas as pd
+import pytest
+import torch
+from matrices import gaussian, planted
+
+from deltarank.spectra import subspace_overlap
+from deltarank.study import overlaps
+from deltarank.study.overlaps import OVERLAP_RANKS, reproducible_rank
+
+
+def overlap_by_rank(A, B):
+    """Overlap of two matrices at OVERLAP_RANKS, (ranks, 2: left, right)."""
+    r = min(128, *A.shape)
+    return overlaps._overlaps(overlaps._leading_vectors(A, r), overlaps._leading_vectors(B, r))
+
+
+def test_overlaps_equal_subspace_overlap():
+    A, B = gaussian(40, 30), gaussian(40, 30, seed=1)
+    found = overlap_by_rank(A, B)
+    ranks = [r for r in OVERLAP_RANKS if r <= 30]
+    assert found[:, 0].tolist() == pytest.approx([subspace_overlap(A, B, r) for r in ranks])
+    right = [subspace_overlap(A.T, B.T, r) for r in ranks]
+    assert found[:, 1].tolist() == pytest.approx(right)
+
+
+def test_overlaps_with_a_low_rank_update_tell_how_much_of_it_the_other_holds():
+    A, B = gaussian(40, 4) @ gaussian(4, 30), gaussian(40, 30, seed=1)
+    found = overlaps._overlaps(overlaps._leading_vectors(A, 4), overlaps._leading_vectors(B, 30))
+    U, _, Vh = torch.linalg.svd(B, full_matrices=False)
+    columns, rows = torch.linalg.qr(A[:, :4]).Q, torch.linalg.qr(A[:4].T).Q
+    for r, (left, right) in zip(OVERLAP_RANKS, found.tolist(), strict=False):
+        if r >= 4:
+            assert left == pytest.approx(float((U[:, :r].T @ columns).square().sum() / 4))
+            assert right == pytest.approx(float((Vh[:r] @ rows).square().sum() / 4))
+
+
+@pytest.mark.parametrize("shared", [0, 4, 16])
+def test_reproducible_rank_finds_the_directions_that_two_updates_share(shared):
+    shape, common = (300, 200), planted([500.0] * shared, (300, 200), seed=9) if shared else 0
+    first, second = (common + gaussian(*shape, seed=seed) for seed in (1, 2))
+    overlap = overlap_by_rank(first, second)
+    ranks = pd.Index([r for r in OVERLAP_RANKS if r <= 200])
+    for side, size in enumerate(shape):
+        chance = pd.Series(ranks / size, ranks)
+        found = reproducible_rank(pd.Series(overlap[:, side].numpy(), ranks), chance)
+        assert found == pytest.approx(shared, abs=1.0)

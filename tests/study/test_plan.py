@@ -1,0 +1,153 @@
+"""The plan: searches that climb, grids that share runs, ranks that double until it is enough."""
+
+import dataclasses
+
+import pandas as pd
+import pytest
+import torch
+
+from deltarank.study import plan
+from deltarank.study.plan import (
+    best_lr,
+    cut_until,
+    larger_scale,
+    lora_until,
+    lr_search,
+    scaling_configs,
+    tuned,
+)
+from deltarank.study.profiles import PROFILES, profile
+from deltarank.study.runs import Result
+
+
+@pytest.fixture
+def losses(monkeypatch):
+    """A table {(rank, lr): held-out loss} that stands in for the runs of every grid."""
+    table = {}
+
+    def result(config):
+        loss = table[config.rank, config.lr]
+        finished = {"status": "finished", "evaluation": {"valid": {"loss_nats": loss}}}
+        record = {"status": "diverged", "evaluation": {}} if loss is None else finished
+        return Result(config, record, {})
+
+    monkeypatch.setattr(plan, "sweep", lambda configs: [result(c) for c in configs])
+    return table
+
+
+@pytest.mark.parametrize(("low", "high", "lr"), [(1.0, 2.0, 1e-4), (2, 1, 1e-3), (3, None, 1e-4)])
+def test_a_task_takes_the_learning_rate_of_the_lowest_held_out_loss(losses, low, high, lr):
+    losses |= {(0, 1e-4): low, (0, 1e-3): high}
+    assert tuned("facts", seed=3) == profile().config("facts", lr=lr, seed=3)
+
+
+@pytest.mark.parametrize(
+    ("by_rate", "tried", "best"),
+    [
+        ({1e-4: 2, 1e-3: 1, 1e-2: 2}, [1e-4, 1e-3, 1e-2], 1e-3),  # in the middle at once
+        ({1e-6: 4, 1e-5: 3, 1e-4: 4, 1e-3: 5, 1e-2: 5}, [1e-6, 1e-5, 1e-4, 1e-3], 1e-5),
+        ({1e-5: 9, 1e-4: 5, 1e-3: 4, 1e-2: 3, 1e-1: None}, [1e-4, 1e-3, 1e-2, 1e-1], 1e-2),
+        ({1e-4: 3, 1e-3: 2, 1e-2: 1}, [1e-4, 1e-3, 1e-2], 1e-2),  # at the edge of what is there
+    ],
+)
+def test_the_search_climbs_until_both_neighbours_are_no_better(
+    monkeypatch, losses, by_rate, tried, best
+):
+    wide = dataclasses.replace(PROFILES["smoke"], full_lrs=tuple(by_rate))
+    monkeypatch.setitem(PROFILES, "smoke", wide)
+    losses |= {(0, lr): loss for lr, loss in by_rate.items()}
+    results = lr_search("facts")
+    assert [result.config.lr for result in results] == tried
+    assert best_lr(results) == best
+
+
+def test_ranks_between_the_profiles_interpolate_their_learning_rates(losses):
+    searched = {1: 1e-3, 4: 1e-2, 8: 1e-2}
+    losses |= {(r, lr): abs(lr - best) for r, best in searched.items() for lr in (1e-3, 1e-2)}
+    found = {rank: tuned("facts", "lora", rank=rank).lr for rank in (1, 2, 4, 8)}
+    assert found == searched | {2: 3.2e-3}  # 10 ** -2.5, half way from rank 1 to rank 4
+
+
+@pytest.fixture
+def ladder(monkeypatch):
+    """Runs whose loss falls from 5 (base) and 3 (shuffled labels) over LoRA's ranks towards 1."""
+    lora = {1: 2.0, 2: 1.5, 4: 1.2, 8: 1.1}
+
+    def result(config):
+        others = {"base": 5.0, "full": 3.0 if config.task == "shuffled" else 1.0}
+        loss = {"loss_nats": lora.get(config.rank) or others[config.method]}
+        evaluation = {"valid": loss, "test": loss}
+        return Result(config, {"status": "finished", "evaluation": evaluation}, {})
+
+    monkeypatch.setattr(plan, "run", result)
+    monkeypatch.setattr(plan, "sweep", lambda configs: [result(c) for c in configs])
+
+
+@pytest.mark.parametrize(
+    ("share", "ranks"), [(0.5, [1]), (0.9, [1, 2, 4]), (0.96, [1, 2, 4, 8]), (1.1, [1, 2, 4, 8])]
+)
+def test_lora_doubles_its_rank_until_it_reaches_the_share(ladder, share, ranks):
+    found = lora_until(profile().config("sentiment", seed=1), share)
+    assert [run.config.rank for run in found] == ranks
+    assert {run.config.seed for run in found} == {1}
+
+
+def test_the_share_that_lora_is_to_reach_may_count_from_another_run(ladder):
+    config = profile().config
+    found = lora_until(config("sentiment"), 0.7, start=config("shuffled"))
+    assert [run.config.rank for run in found] == [1, 2]  # 50 and 75 % of the way from 3 to 1
+
+
+def test_lora_doubles_its_rank_by_another_recipe_too(ladder):
+    def recipe(*, rank, seed):
+        return profile().config("facts", "lora", rank=rank, seed=seed, alpha=256.0)
+
+    found = lora_until(profile().config("facts", seed=1), 0.8, recipe=recipe)
+    assert [(run.config.rank, run.config.alpha) for run in found] == [(1, 256), (2, 256)]
+
+
+def test_scales_that_are_equal_share_their_runs(store):
+    found = {
+        name: [(c.rank, c.alpha, c.rslora) for c in configs if c.lr == 1e-2]
+        for name, configs in scaling_configs().items()
+    }
+    assert found == {
+        "α / r, α = 32": [(1, 32, False), (8, 32, False)],
+        "α / √r, α = 32": [(1, 32, False), (8, 32, True)],
+        "α / r, α = 256": [(1, 256, False), (8, 256, False)],
+    }
+
+
+def test_the_larger_scale_takes_the_best_rate_of_its_rank_or_one_between(losses):
+    losses |= {(1, 1e-3): 1, (1, 1e-2): 2, (8, 1e-3): 2, (8, 1e-2): 1}
+    found = [larger_scale(rank=rank, seed=1) for rank in (1, 2, 8)]
+    assert [config.lr for config in found] == [1e-3, 2.2e-3, 1e-2]
+    assert {(config.alpha, config.seed) for config in found} == {(256, 1)}
+
+
+def test_a_grid_that_diverged_as_a_whole_is_named(losses):
+    losses |= {(0, 1e-4): None, (0, 1e-3): None}
+    with pytest.raises(ValueError, match=r"every learning rate diverged: facts-full.*lower"):
+        tuned("facts")
+
+
+@pytest.mark.parametrize(
+    ("nats", "ranks"),
+    [
+        ({0: 5.0, 1: 4.0, 8: 3.0, 16: 1.1}, [0, 1, 8, 16]),  # 97.5 % of the gain at once
+        ({0: 5.0, 1: 4.0, 8: 3.0, 16: 2.0, 32: 1.0}, [0, 1, 8, 16, 32]),
+        ({0: 5.0, 1: 4.0, 8: 3.0, 16: 2.0, 32: 1.5}, [0, 1, 8, 16, 32]),  # and 32 is the largest
+    ],
+)
+def test_cuts_go_on_until_enough_is_kept(config, monkeypatch, nats, ranks):
+    def result(asked):
+        loss = 5.0 if asked.method == "base" else 1.0
+        record = {"evaluation": {"test": {"loss_nats": loss}}, "shapes": {"one": [32, 48]}}
+        return Result(asked, record, {"one": torch.ones(32)})
+
+    def fake_cut(_, asked):
+        return pd.DataFrame({"rank": asked, "loss_nats": [nats[rank] for rank in asked]})
+
+    monkeypatch.setattr(plan, "run", result)
+    monkeypatch.setattr(plan, "cut", fake_cut)
+    assert cut_until(config, 0.95)["rank"].tolist() == ranks

@@ -1,0 +1,49 @@
+"""README's Python runs as it stands there, and writes nothing into the committed results."""
+
+import dataclasses
+import re
+
+import pytest
+
+from deltarank.runtime import ROOT, build_folder
+from deltarank.study.models import TINY
+from deltarank.study.profiles import PROFILES
+from deltarank.study.runs import Result
+
+README = (ROOT / "README.md").read_text(encoding="utf8")
+SNIPPETS = re.findall(r"^```python\n(.*?)^```", README, re.DOTALL | re.MULTILINE)
+WHOLE = [snippet for snippet in SNIPPETS if re.match("import|from", snippet)]
+
+
+def files_of(folder):
+    """Size and time of each file, by path."""
+    files = [path for path in folder.rglob("*") if path.is_file()]
+    return {path: (path.stat().st_size, path.stat().st_mtime_ns) for path in files}
+
+
+@pytest.fixture
+def reader(store, save, monkeypatch, tmp_path):
+    """A reader's shell: a pair of models in the folder, PROFILE not set; quick is tiny here."""
+    save()  # base and tuned
+    monkeypatch.chdir(tmp_path)
+    sizes = {"model": TINY, "seq_len": 320, "steps": 2, "eval_rows": 4, "generate_rows": 1}
+    monkeypatch.setitem(PROFILES, "quick", dataclasses.replace(PROFILES["quick"], **sizes))
+    monkeypatch.delenv("PROFILE")
+
+
+@pytest.mark.parametrize("snippet", WHOLE, ids=range(len(WHOLE)))
+def test_a_snippet_runs_and_leaves_the_committed_results_alone(reader, snippet):
+    before, names = files_of(ROOT / "data"), {}
+    assert len(before) > 800
+    exec(compile(snippet, "a snippet of README.md", "exec"), names)
+    results = [value for value in names.values() if isinstance(value, Result)]
+    assert all(result.status == "finished" for result in results)
+    kept = {path.name for path in (build_folder() / "quick" / "data" / "runs").glob("*/*")}
+    assert kept == {result.config.key for result in results}
+    assert files_of(ROOT / "data") == before
+
+
+def test_a_run_and_a_pair_are_among_the_snippets_and_all_are_python():
+    assert [sum(word in s for s in WHOLE) for word in ("run(", "compare_checkpoints(")] == [1, 1]
+    for snippet in SNIPPETS:
+        compile(snippet, "a snippet of README.md", "exec")

@@ -1,0 +1,177 @@
+"""The committed results: whole, of the present code and data, and each curve of one machine."""
+
+import dataclasses
+import itertools
+
+import pytest
+
+from deltarank import store
+from deltarank.study import cuts, overlaps, plan, runs
+from deltarank.study.configs import RunConfig
+from deltarank.study.gains import gain_kept
+from deltarank.study.profiles import PROFILES, entry_folder, profile
+
+STORE = PROFILES["paper"].store
+ENTRIES = sorted(path.parent for path in STORE.rglob("result.json"))
+RUNS = [folder for folder in ENTRIES if folder.is_relative_to(STORE / "runs")]
+OVERLAPS = [folder for folder in ENTRIES if folder.is_relative_to(STORE / "overlaps")]
+CUTS = [folder for folder in ENTRIES if folder.is_relative_to(STORE / "cuts")]
+
+
+@pytest.fixture(scope="module")
+def records():
+    """The record of every entry, None where it is not whole."""
+    entries = {folder: store.load_entry(folder) for folder in ENTRIES}
+    return {folder: entry and entry[0] for folder, entry in entries.items()}
+
+
+def test_every_entry_is_whole(records):
+    assert len(RUNS) > 200 and len(CUTS) > 150 and len(OVERLAPS) > 60
+    assert [folder.name for folder in ENTRIES if records[folder] is None] == []
+
+
+def test_an_entry_lies_at_kind_task_key():
+    assert [folder for folder in RUNS + CUTS if folder.parents[2] != STORE] == []
+    kept = {folder.parent.name: folder.name.partition("-")[0] for folder in RUNS + CUTS}
+    assert {task: first for task, first in kept.items() if task != first} == {}
+
+
+def test_every_run_is_of_the_present_code_and_data(records):
+    strange = []
+    for folder in RUNS:
+        fields = records[folder]["config"]
+        fields["rank_pattern"] = tuple(map(tuple, fields.get("rank_pattern", ())))
+        config = RunConfig(**fields, profile="paper")
+        strange += [] if entry_folder(config, "runs") == folder else [folder.name]
+    assert strange == []
+
+
+def test_every_cut_and_overlap_is_of_a_stored_run(records):
+    names = {folder.name for folder in RUNS}
+    of_runs = {folder: [records[folder]["run"]] for folder in CUTS}
+    of_runs |= {folder: records[folder]["runs"] for folder in OVERLAPS}
+    assert [folder.name for folder, found in of_runs.items() if not names.issuperset(found)] == []
+
+
+def test_the_cuts_of_one_update_come_from_one_machine(records):
+    """Another processor gives another update: its cuts do not belong on the same curve."""
+    machines = {folder.name: records[folder]["provenance"]["device"] for folder in RUNS}
+    devices = {}
+    for folder in CUTS:
+        record = records[folder]
+        curve = folder.name.rpartition("-")[0]  # the run, and the part or that ranks differ
+        devices.setdefault(curve, set()).add(record.get("device", machines[record["run"]]))
+    assert {curve: found for curve, found in devices.items() if len(found) > 1} == {}
+
+
+def test_the_data_are_under_100_megabytes():
+    assert sum(path.stat().st_size for path in STORE.rglob("*") if path.is_file()) < 100e6
+
+
+@pytest.fixture
+def no_training(monkeypatch):
+    """Whatever would train is refused by name, in each module that asks for it."""
+
+    def refuse(config, *_, **__):
+        raise AssertionError(f"{config.key} is not stored")
+
+    for module, name in [(runs, "measure"), (runs, "updates"), (cuts, "updates"),
+                         (overlaps, "updates")]:  # fmt: skip
+        monkeypatch.setattr(module, name, refuse)
+
+
+ASKED = {
+    "run": lambda config: runs.run(config),
+    "sweep": lambda config: runs.sweep([config]),
+    "cut": lambda config: cuts.cut(config, [1]),
+    "cut by matrix": lambda config: cuts.cut_by_matrix(config, {"some.weight": 1}),
+    "overlaps": lambda config: overlaps.overlaps(config, dataclasses.replace(config, seed=9)),
+    "cut until": lambda config: plan.cut_until(config, 0.95),
+    "lora until": lambda config: plan.lora_until(config, 0.95),
+    "search": lambda config: plan.lr_search(config.task),
+    "example": lambda config: runs.example_update(config),
+    "model": lambda config: runs.save_model(config, entry_folder(config, "models")),
+}
+
+
+@pytest.mark.parametrize("what", ASKED)
+def test_what_is_not_stored_is_refused_by_the_guard_over_training(config, no_training, what):
+    with pytest.raises(AssertionError, match=r"^sentiment-\S+ is not stored$"):
+        ASKED[what](config)
+
+
+def lora_by_score(full):
+    """Ask for LoRA at the profile's ranks up to the first that keeps 95 % of the gain in score."""
+    base, whole = runs.run(profile().config(full.task, "base")), runs.run(full)
+    for rank in profile().lora_ranks:
+        score = runs.run(plan.tuned(full.task, "lora", rank=rank, seed=full.seed)).score()
+        if gain_kept(score, base.score(), whole.score()) >= 0.95:
+            return
+
+
+def ask_for_runs_and_cuts(full):
+    """Ask for what the report shows of a full run, its cuts and its LoRAs."""
+    plan.cut_until(full, 0.95)
+    if full.task in profile().lora_tasks:
+        plan.lora_until(full, 0.95)
+        lora_by_score(full)
+    if full.task == "facts":
+        plan.lora_until(full, 0.95, recipe=plan.larger_scale)
+        ranks = profile().scaling_ranks
+        runs.sweep([plan.larger_scale(rank=rank, seed=full.seed) for rank in ranks])
+    if full.task == "sentiment":
+        plan.lora_until(full, 0.95, start=plan.tuned("shuffled", seed=full.seed))
+
+
+def ask_for_the_rate_between():
+    """Ask for notebook 5's run of the King James at a rate between those of ranks 1 and 64."""
+    ends = {rank: plan.tuned("kjv", "lora", rank=rank).lr for rank in (1, 64)}
+    runs.run(profile().config("kjv", "lora", rank=8, lr=plan.lr_between(ends, 8)))
+
+
+def pairs_to_compare():
+    """The pairs of runs whose directions the report compares."""
+    sizes = profile()
+    groups = [[plan.tuned(t, seed=seed) for seed in sizes.seeds] for t in sizes.lora_tasks]
+    groups.append([plan.tuned(task) for task in sizes.lora_tasks])
+    for task in sizes.direction_tasks:
+        groups.append([plan.tuned(task, "lora", rank=min(sizes.lora_ranks)), plan.tuned(task)])
+    return [pair for group in groups for pair in itertools.combinations(group, 2)]
+
+
+@pytest.fixture
+def asked(monkeypatch):
+    """The folders of the entries that are looked for from here on."""
+    folders, load = set(), store.load_entry
+
+    def noted(folder):
+        folders.add(folder)
+        return load(folder)
+
+    for module in (store, runs, cuts):
+        monkeypatch.setattr(module, "load_entry", noted)
+    return folders
+
+
+def test_the_paper_is_rendered_without_training(monkeypatch, no_training, records, asked):
+    """Every run, cut and overlap that the paper profile asks for is stored, and no others."""
+    monkeypatch.setenv("PROFILE", "paper")
+    full = plan.full_configs()
+    runs.sweep([*plan.base_configs(), *full, *plan.lora_configs()])
+    runs.sweep([*plan.embedding_configs(), *plan.budget_configs()])
+    runs.sweep([config for grid in plan.scaling_configs().values() for config in grid])
+    for config in full:
+        ask_for_runs_and_cuts(config)
+    for config in full[: len(profile().tasks)]:
+        for part in cuts.CUT_PARTS:
+            cuts.cut(config, profile().control_ranks, part=part)
+    ask_for_the_rate_between()
+    pairs = pairs_to_compare()
+    assert len(full) == 30 and len(pairs) > 60
+    for pair in pairs:
+        overlaps.overlaps(*pair)
+    asked_for = [folder for folder in RUNS + OVERLAPS if folder in asked]
+    assert len(asked_for) > 300
+    others = [folder for folder in RUNS + OVERLAPS if folder not in asked]
+    by_matrix = [folder for folder in others if records[folder]["config"]["rank_pattern"]]
+    assert others == by_matrix, "no notebook reads these"  # notebook 8 has ranks by matrix

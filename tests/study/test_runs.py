@@ -1,0 +1,175 @@
+"""Runs: stored, damaged, diverged, swept; updates lost and trained again; models saved."""
+
+import dataclasses
+import shutil
+import warnings
+from types import SimpleNamespace
+
+import pytest
+import torch
+from small_runs import flip, results_of, same, saved_pair, three_methods
+
+from deltarank.compare import compare_checkpoints
+from deltarank.study import measuring, runs
+from deltarank.study.cuts import cut
+from deltarank.study.evaluation import evaluate
+from deltarank.study.measuring import delta_file, measure
+from deltarank.study.models import load_model
+from deltarank.study.profiles import profile
+from deltarank.study.runs import run, save_model, stored, sweep, updates
+from deltarank.study.tables import runs_table, spectra_table
+from deltarank.study.tasks import TASKS
+
+
+def test_a_stored_run_is_loaded_and_not_measured_again(config, monkeypatch):
+    first = run(config)
+    monkeypatch.setattr(runs, "measure", lambda *a, **k: pytest.fail("measured again"))
+    again = run(config)
+    assert again.record == first.record
+    assert same(again.spectra, first.spectra)
+    assert again.config == config
+
+
+def test_a_run_that_is_not_stored_is_none(config):
+    assert stored(config) is None
+
+
+@pytest.mark.parametrize("name", ["result.json", "tensors.safetensors"])
+def test_a_damaged_run_is_computed_again(config, name):
+    first = run(config)
+    spectra = {name: S.clone() for name, S in first.spectra.items()}  # off the file's memory map
+    flip(results_of(config)[name], -20)
+    with pytest.warns(UserWarning, match=config.key):
+        again = run(config)
+    assert same(again.spectra, spectra)
+    assert again.loss() == first.loss()
+
+
+@pytest.fixture
+def configs(store):
+    return three_methods()
+
+
+def test_an_interrupted_sweep_keeps_its_runs_and_resumes_to_the_same_bytes(
+    configs, monkeypatch, tmp_path
+):
+    calls = []
+
+    def interrupted(config, *args, **kwargs):
+        if calls:
+            raise KeyboardInterrupt
+        calls.append(config)
+        return measure(config, *args, **kwargs)
+
+    monkeypatch.setattr(runs, "measure", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        sweep(configs)
+    assert [stored(config) is not None for config in configs] == [True, False, False]
+
+    monkeypatch.setattr(runs, "measure", measure)
+    first = results_of(configs[0])["result.json"].read_bytes()
+    resumed = sweep(configs)
+    assert results_of(configs[0])["result.json"].read_bytes() == first
+    files = [results_of(config) for config in configs]
+
+    monkeypatch.setenv("BUILD", str(tmp_path / "other"))
+    whole = sweep(configs)
+    assert [result.config for result in whole] == configs
+    for config, one, other in zip(configs, files, resumed, strict=True):
+        assert one.keys() == results_of(config).keys()
+        assert stored(config).record["evaluation"] == other.record["evaluation"]
+        if "tensors.safetensors" in one:
+            tensors = results_of(config)["tensors.safetensors"]
+            assert tensors != one["tensors.safetensors"]
+            assert tensors.read_bytes() == one["tensors.safetensors"].read_bytes()
+
+
+def test_a_sweep_returns_its_results_in_order_and_runs_repeats_once(configs, monkeypatch):
+    calls = []
+    monkeypatch.setattr(runs, "measure", lambda c, *a, **k: calls.append(c) or measure(c, *a, **k))
+    order = [configs[2], configs[1], configs[2]]
+    assert [result.config for result in sweep(order)] == order
+    assert len(calls) == 2
+
+
+def test_a_full_disk_stops_a_run_before_it_trains(config, monkeypatch):
+    full = SimpleNamespace(total=10**12, used=10**12, free=10**6)
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: full)
+    monkeypatch.setattr(measuring, "train", lambda *a, **k: pytest.fail("trained"))
+    with pytest.raises(OSError, match="free"):
+        run(config)
+    assert stored(config) is None
+
+
+@pytest.mark.parametrize("steps", [1, 6])
+@pytest.mark.parametrize("method", ["full", "lora"])
+def test_a_run_that_diverges_is_stored_as_diverged(store, method, steps):
+    changes = {"lr": 1e30, "steps": steps, "eval_rows": 4}
+    changes |= {"rank": 2} if method == "lora" else {}
+    result = run(profile().config("sentiment", method, **changes))
+    assert result.status == "diverged"
+    assert len(result.record["train_loss_nats"]) <= 2  # it stops, rather than training on NaN
+    assert result.spectra == {}
+    assert result.loss() != result.loss()
+    assert runs_table([result])["status"].tolist() == ["diverged"]
+    assert spectra_table([result]).empty
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("method", ["base", "full"])
+@pytest.mark.parametrize("task", TASKS)
+def test_every_task_runs_to_a_stored_result(store, task, method):
+    changes = {} if method == "base" else {"steps": 1}
+    config = profile().config(task, method, eval_rows=6, **changes)
+    result = run(config)
+    assert result.status == "finished"
+    assert 5 < result.loss() < 7  # log(384) = 5.95: a random model over 384 tokens
+    assert 0 <= result.score() <= 100
+
+
+def test_lost_deltas_are_computed_again(config, monkeypatch, tmp_path):
+    dW = updates(config)
+    delta_file(config).unlink()
+    assert same(updates(config), dW)
+    table = cut(config, [1])
+    delta_file(config).unlink()
+    monkeypatch.setenv("BUILD", str(tmp_path / "other"))
+    assert cut(config, [1])["loss_nats"].item() == table["loss_nats"].item()
+
+
+def test_an_update_trained_again_elsewhere_is_told_from_the_stored_one(config, monkeypatch):
+    first = run(config)
+    delta_file(config).unlink()
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", UserWarning)
+        updates(config)  # the same machine: the same update
+    delta_file(config).unlink()
+    other = dataclasses.replace(first, spectra={n: 1.1 * S for n, S in first.spectra.items()})
+    monkeypatch.setattr(runs, "stored", lambda config: other)
+    with pytest.warns(UserWarning, match=f"{config.key} was trained again.*10.0%"):
+        updates(config)
+
+
+def test_a_run_without_an_update_says_why(config):
+    with pytest.raises(ValueError, match="a base run has no update"):
+        updates(profile().config("sentiment", "base"))
+    with pytest.raises(ValueError, match="diverged: it has no deltas"):
+        updates(dataclasses.replace(config, lr=1e30))
+
+
+def test_a_saved_lora_is_its_run(store, tmp_path):
+    config = profile().config("sentiment", "lora", rank=4, steps=3, lr=1e-2, dtype="float32")
+    save_model(config, tmp_path / "merged")
+    loss = evaluate(load_model(str(tmp_path / "merged")), config, "test")["loss_nats"]
+    assert loss == pytest.approx(run(config).loss(), abs=1e-4)
+    assert abs(loss - run(profile().config("sentiment", "base")).loss()) > 1e-2
+
+
+@pytest.mark.filterwarnings("ignore:the update is")
+def test_saved_models_give_the_spectra_of_the_run(store, tmp_path):
+    base, tuned, config = saved_pair(tmp_path)
+    table = compare_checkpoints(base, tuned)
+    spectra, measured = stored(config).spectra, table.set_index("name")["S"]
+    assert set(spectra) == set(table.loc[table["kind"] == "matrix", "name"])
+    for name, S in spectra.items():
+        torch.testing.assert_close(measured[name], S, rtol=1e-3, atol=1e-6)

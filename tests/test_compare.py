@@ -1,0 +1,193 @@
+"""A pair's table: planted updates come back, rounding is told from rank, a kill costs little."""
+
+import shutil
+
+import pytest
+import torch
+from pairs import ARCHITECTURES, RANK, SIGMA, Q, edit, same_tables
+from safetensors.torch import load_file
+
+from deltarank import compare
+from deltarank.compare import compare_checkpoints
+from deltarank.runtime import cache_folder
+from deltarank.spectra import singular_values
+
+# What comes back
+
+
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_planted_spectra_come_back(save, architecture):
+    table = compare_checkpoints(*save(architecture)).set_index("name")
+    inner = table[table["kind"] != "vocabulary"]
+    assert len(inner) >= 8
+    for name in inner.index[inner["min_dim"] >= RANK]:
+        torch.testing.assert_close(table.loc[name, "S"][:RANK], SIGMA, rtol=1e-4, atol=0)
+    wide = inner[inner["min_dim"] >= 16]
+    assert (wide["r90"] == 2).all()  # (16 + 4) / 21 = 0.95
+    assert (wide["stable_rank"] - 21 / 16).abs().max() < 1e-3
+    assert (wide["changed_share"] > 0.9).all()
+    assert not wide["near_rounding"].any()
+    vocabulary = table[table["kind"] == "vocabulary"]
+    assert len(vocabulary) and (vocabulary["squared_norm"] == 0).all()
+
+
+def test_experts_are_matrices_of_their_own(save):
+    table = compare_checkpoints(*save("gpt-oss"))
+    experts = table[table["kind"] == "expert"]
+    assert len(experts) == 2 * 2 * 3  # layers, gate_up and down, experts
+    assert experts["name"].str.endswith(("[0]", "[1]", "[2]")).all()
+
+
+def test_the_table_says_what_singular_values_say(save):
+    base, tuned = save()
+    table = compare_checkpoints(base, tuned).set_index("name")
+    W0, W1 = (load_file(f"{folder}/model.safetensors") for folder in (base, tuned))
+    for name in table.index:
+        dW = W1[name] - W0[name]
+        assert table.loc[name, "shape"] == tuple(dW.shape)
+        torch.testing.assert_close(
+            table.loc[name, "S"], singular_values(dW).float(), rtol=1e-5, atol=1e-9
+        )
+        assert table.loc[name, "relative_size"] == pytest.approx(
+            float(dW.norm() / W0[name].norm()), rel=1e-5
+        )
+    norm = "model.norm.weight"
+    assert table.attrs["rest"][norm] == pytest.approx(float((W1[norm] - W0[norm]).norm() ** 2))
+
+
+def test_a_killed_comparison_goes_on(save, monkeypatch):
+    base, tuned = save()
+    measured, stop_at = [], 5
+    original = compare._compare_matrix
+
+    def measure(*arguments):
+        measured.append(arguments[1])
+        if len(measured) == stop_at:
+            raise KeyboardInterrupt
+        return original(*arguments)
+
+    monkeypatch.setattr(compare, "_compare_matrix", measure)
+    with pytest.raises(KeyboardInterrupt):
+        compare_checkpoints(base, tuned)
+    resumed = compare_checkpoints(base, tuned)
+    assert len(measured) == len(resumed) + 1  # only the interrupted one was measured twice
+    shutil.rmtree(cache_folder() / "pairs")
+    assert same_tables(compare_checkpoints(base, tuned), resumed)
+
+
+# Half precision
+
+
+def rounded_pair(relative_size, rank=8, n=256):
+    """A rank-8 update of a given relative size, both sides rounded to bfloat16: W0, W1."""
+    generator = torch.Generator().manual_seed(0)
+    W0 = torch.randn(n, n, generator=generator) * 0.02
+    W0 = W0.bfloat16().float()
+    B, A = torch.randn(n, rank, generator=generator), torch.randn(rank, n, generator=generator)
+    dW = B @ A
+    dW *= relative_size * W0.norm() / dW.norm()
+    return W0.bfloat16(), (W0 + dW).bfloat16()
+
+
+@pytest.mark.parametrize("relative_size", [1e-1, 1e-2, 1e-3])
+def test_rounding_is_told_from_rank(save, relative_size):
+    base, tuned = save("llama", dtype=torch.bfloat16)
+    W0, W1 = rounded_pair(relative_size)
+    edit(base, lambda t: t.update(extra=W0))
+    edit(tuned, lambda t: t.update(extra=W1))
+    row = compare_checkpoints(base, tuned).set_index("name").loc["extra"]
+    S = row["S"].double()
+    beyond = float(S[8:].square().sum() / S.square().sum())  # what is not the planted rank 8
+    if relative_size < 5e-3:  # smaller than the spacing of bfloat16: half of what is left is not
+        assert row["near_rounding"] and row["rounding_share"] > beyond > 0.4
+        assert row["r90"] > 80
+    else:
+        assert not row["near_rounding"] and row["above_rounding"] == 8 and row["r90"] in (7, 8)
+        assert beyond == pytest.approx(row["rounding_share"] * (1 - 8 / 256) ** 2, rel=0.25)
+
+
+@pytest.mark.parametrize(("dtype", "name"), [(torch.bfloat16, "BF16"), (torch.float16, "F16")])
+def test_the_rounding_variance_is_that_of_rounding(dtype, name):
+    W = torch.randn(400, 400, generator=torch.Generator().manual_seed(0))
+    W[:5] *= 1e-6  # below float16's smallest normal number
+    error = float((W.to(dtype).float() - W).square().sum())
+    assert compare._rounding_variance(W.to(dtype).float(), name) == pytest.approx(error, rel=0.03)
+    assert compare._rounding_variance(W, "F32") == 0
+
+
+def test_mixed_types_are_compared(save):
+    base, tuned = save()
+    before = compare_checkpoints(base, tuned).set_index("name")
+    edit(tuned, lambda t: t.update({Q: t[Q].double()}))
+    after = compare_checkpoints(base, tuned).set_index("name")
+    assert after.loc[Q, "dtype_tuned"] == "F64"
+    assert after.loc[Q, "stable_rank"] == pytest.approx(before.loc[Q, "stable_rank"])
+
+
+# Strange sizes and values
+
+
+def test_scales_and_thin_matrices(save):
+    base, tuned = save()
+    generator = torch.Generator().manual_seed(0)
+    extra = {
+        "tiny": torch.randn(20, 20, generator=generator) * 1e-30,
+        "huge": torch.randn(20, 20, generator=generator) * 1e30,
+        "row": torch.randn(1, 20, generator=generator),
+        "column": torch.randn(20, 1, generator=generator),
+        "vector": torch.randn(20, generator=generator),
+        "scalar": torch.tensor(1.0),
+        "empty": torch.zeros(0, 20),
+    }
+    edit(base, lambda t: t.update(extra))
+    edit(tuned, lambda t: t.update({name: 2 * W for name, W in extra.items()}))
+    table = compare_checkpoints(base, tuned).set_index("name")
+    for name in ("tiny", "huge", "row", "column"):
+        exact = torch.linalg.svdvals(extra[name].double())
+        torch.testing.assert_close(
+            table.loc[name, "S"].double(), exact, rtol=1e-3, atol=float(exact[0]) * 1e-6
+        )
+    assert table.loc["row", "r90"] == table.loc["column", "r90"] == 1
+    assert table.attrs["rest"]["scalar"] == 1.0
+    assert table.attrs["rest"]["empty"] == 0.0
+
+
+def test_identical_and_unrelated_pairs_are_named(save):
+    base, tuned = save()
+    with pytest.warns(UserWarning, match="identical"):
+        table = compare_checkpoints(base, base)
+    assert (table["r90"] == 0).all() and (table["relative_size"] == 0).all()
+
+    def redraw(tensors):
+        for weight in tensors.values():
+            weight.normal_(std=0.02)
+
+    edit(tuned, redraw)
+    with pytest.warns(UserWarning, match="is .*base really the base"):
+        compare_checkpoints(base, tuned)
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_nan_and_inf_name_file_and_tensor(save, value):
+    base, tuned = save()
+    edit(tuned, lambda t: t[Q].view(-1)[7:8].fill_(value))
+    with pytest.raises(ValueError, match=f"^tuned/model.safetensors: {Q} .*repair it$"):
+        compare_checkpoints(base, tuned)
+
+
+@pytest.mark.parametrize("scale", [1e60, 1e-60])
+def test_an_update_of_doubles_out_of_the_range_of_floats_is_named(save, scale):
+    base, tuned = save()
+    update = scale * torch.ones(32, 32, dtype=torch.float64)
+    edit(base, lambda t: t.update({Q: torch.zeros_like(update)}))
+    edit(tuned, lambda t: t.update({Q: update}))
+    with pytest.raises(ValueError, match=f"{Q}: .*float32: rescale"):
+        compare_checkpoints(base, tuned)
+
+
+def test_a_pair_that_headers_refuse_is_not_measured(save, monkeypatch):
+    base, tuned = save()
+    edit(tuned, lambda t: t.pop(Q))
+    monkeypatch.setattr(compare, "_compare_matrix", lambda *_: pytest.fail("measured"))
+    with pytest.raises(ValueError, match=Q):
+        compare_checkpoints(base, tuned)

@@ -1,0 +1,159 @@
+"""Ranks by energy and by budget, against PEFT, planted ranks and enumeration; and the verdict."""
+
+import itertools
+
+import pandas as pd
+import pytest
+import torch
+from pairs import RANK, SIGMA, Q, build, edit, plant
+from peft import LoHaConfig, convert_to_lora, get_peft_model
+
+from deltarank import ranks
+from deltarank.compare import compare_checkpoints
+from deltarank.ranks import kept_share, rank_of, recommend_ranks, verdict
+from deltarank.spectra import energy_rank, null_energy, singular_values, spectrum_measures
+
+
+@pytest.mark.parametrize("share", [0.5, 0.8, 0.95])
+def test_energy_agrees_with_peft(share):
+    """convert_to_lora gives a layer the rank that energy_rank gives the same update."""
+    torch.manual_seed(0)
+    targets = ["q_proj", "down_proj"]
+    loha = get_peft_model(build("llama"), LoHaConfig(r=6, alpha=6, target_modules=targets))
+    for name, parameter in loha.named_parameters():
+        if "hada" in name:
+            torch.nn.init.normal_(parameter)
+    layers = {
+        name.removeprefix("base_model.model."): module.get_delta_weight("default").detach()
+        for name, module in loha.named_modules()
+        if hasattr(module, "get_delta_weight")
+    }
+    _, factors = convert_to_lora(loha, rank=share)
+    assert len(layers) == 4
+    for name, dW in layers.items():
+        theirs = next(len(A) for key, A in factors.items() if name in key and "lora_A" in key)
+        assert energy_rank(singular_values(dW), share) == theirs
+
+
+def test_ranks_by_energy_find_the_planted_rank(save):
+    lora = recommend_ranks(compare_checkpoints(*save()), energy=0.999)
+    assert lora["r"] == RANK and lora["rank_pattern"] == {} and lora["lora_alpha"] == RANK
+    assert len(lora["target_modules"]) == 14
+
+
+def test_noise_gets_no_rank_that_energy_would_give_it():
+    generator = torch.Generator().manual_seed(0)
+    noise = torch.randn(128, 96, generator=generator)
+    plant(noise, generator, sigma=torch.tensor([60.0, 50.0]))
+    S = singular_values(noise)
+    assert energy_rank(S, 0.9) > 40
+    assert energy_rank(ranks._above_noise(S, (128, 96)), 0.9) == 2
+
+
+def test_a_budget_is_spent_best():
+    """The greedy allocation keeps as much energy as the best of all, by enumeration."""
+    spectra = {
+        "a.weight": [3.0, 2.0, 0.5],
+        "b.weight": [2.5, 2.4, 0.1],
+        "c.weight": [1.0, 0.9, 0.8],
+    }
+    columns = {"name": list(spectra), "S": [torch.tensor(S) for S in spectra.values()]}
+    columns |= {"shape": [(3, 3)] * 3, "kind": "matrix", "squared_norm": 1.0}
+    table, budget = pd.DataFrame(columns), 6 * 4
+    lora = recommend_ranks(table, budget=budget)
+    got = {n: rank_of(lora, n) for n in spectra}
+
+    def kept(allocation):
+        return sum(sum(s**2 for s in spectra[n][:r]) for n, r in allocation.items())
+
+    every = [
+        dict(zip(spectra, each, strict=True)) for each in itertools.product(range(4), repeat=3)
+    ]
+    best = max((each for each in every if sum(each.values()) * 6 <= budget), key=kept)
+    assert got == best
+    with pytest.raises(ValueError, match="budget=5"):
+        recommend_ranks(table, budget=5)
+
+
+def test_a_pair_without_an_update_has_no_ranks(save):
+    base, _ = save()
+    with pytest.warns(UserWarning, match="identical"):
+        table = compare_checkpoints(base, base)
+    with pytest.raises(ValueError, match="no matrix was changed"):
+        recommend_ranks(table, energy=0.9)
+
+
+@pytest.mark.parametrize("rule", [{}, {"energy": 0.9, "budget": 1000}, {"rank": 8, "budget": 9}])
+def test_one_rule_is_to_be_given(rule):
+    with pytest.raises(ValueError, match="give one of rank=16, energy=0.9 and budget"):
+        recommend_ranks(pd.DataFrame(), **rule)
+
+
+def test_one_rank_for_all_gives_a_smaller_matrix_all_it_has(save):
+    table = compare_checkpoints(*save())
+    lora = recommend_ranks(table, rank=20)
+    assert rank_of(lora, Q) == 20
+    assert rank_of(lora, "model.layers.0.self_attn.k_proj.weight") == 16
+    assert rank_of(lora, "model.embed_tokens.weight") == 0  # left out
+    for rank in (0, 33):
+        with pytest.raises(ValueError, match=f"rank={rank}: choose one from 1 to 32"):
+            recommend_ranks(table, rank=rank)
+
+
+@pytest.mark.parametrize("share", [0.0, 1.1])
+def test_a_share_of_the_energy_outside_0_to_1_is_refused(save, share):
+    with pytest.raises(ValueError, match=f"energy={share}: must be above 0 and at most 1"):
+        recommend_ranks(compare_checkpoints(*save()), energy=share)
+
+
+def test_the_share_that_ranks_keep_is_that_of_the_cuts(save):
+    table = compare_checkpoints(*save())
+    one = recommend_ranks(table, rank=1)
+    assert kept_share(table, one) == pytest.approx(float(SIGMA[0] ** 2 / SIGMA.square().sum()))
+    assert kept_share(table, recommend_ranks(table, rank=RANK)) == pytest.approx(1)
+
+
+# The verdict
+
+
+def test_the_verdict_names_the_matrix_that_needs_most(save):
+    base, tuned = save()
+    edit(tuned, lambda t: plant(t[Q], torch.Generator().manual_seed(5), sigma=torch.ones(9) / 50))
+    table = compare_checkpoints(base, tuned)
+    lines = verdict(table, recommend_ranks(table, energy=0.99))
+    assert len(lines) == 3
+    assert "14 matrices" in lines[0] and "rank 64 100 %" in lines[0]
+    assert f"1 matrices need more than the median, most of all {Q}" in lines[1]
+    assert "F32" in lines[2] and "0 of 14 matrices are near rounding." in lines[2]
+
+
+def test_the_verdict_says_what_to_do_at_one_rank(save):
+    table = compare_checkpoints(*save())
+    lines = verdict(table, recommend_ranks(table, rank=1))
+    assert "rank 8 keeps 100 %" in lines[0]
+    assert "low-rank" in lines[0] and "noise" not in lines[0]
+    assert "Cut at rank 1 it keeps 76 %" in lines[0]  # 16 of 16 + 4 + 1
+    assert "train" in lines[0] and "learning rate" in lines[0]
+    assert "most of all" not in lines[1]
+
+
+def test_the_verdict_on_noise_says_so_and_doubts_what_is_near_rounding():
+    shapes = dict.fromkeys(["a.0.x.weight", "a.1.x.weight"], (96, 64))
+    spectra = [(96 * 64 * null_energy((96, 64)).diff(prepend=torch.zeros(1))).sqrt()] * 2
+    measures = [spectrum_measures(S, (96, 64)) for S in spectra]
+    columns = {"name": list(shapes), "shape": list(shapes.values()), "S": spectra}
+    columns |= {"kind": "matrix", "relative_size": 0.053, "dtype_tuned": "BF16"}
+    table = pd.DataFrame(measures).assign(**columns, near_rounding=[True, False])
+    table.attrs["rest"] = {"norm": 0.0}
+    lines = verdict(table, recommend_ranks(table, rank=8))
+    assert "noise" in lines[0] and "low-rank" not in lines[0]
+    assert "1.00 of what noise of its shape needs" in lines[1]
+    assert lines[2].startswith("Stored as BF16, the update is 5.3 % of the weights")
+    assert "1 of 2 matrices are near rounding: their ranks say little" in lines[2]
+
+
+def test_the_verdict_on_a_pair_without_an_update_is_one_line(save):
+    base, _ = save()
+    with pytest.warns(UserWarning, match="identical"):
+        table = compare_checkpoints(base, base)
+    assert len(verdict(table, None)) == 1 and "unchanged" in verdict(table, None)[0]
