@@ -73,7 +73,7 @@ def energy_rank(S: Tensor, share: float) -> int:
     """
     require(0 < share <= 1, f"share={share}: must be above 0 and at most 1, such as 0.9")
     E = energy(S)
-    return int((E < min(share, float(E[-1]))).sum()) + 1 if E[-1] > 0 else 0
+    return int((min(share, float(E[-1])) > E).sum()) + 1 if E[-1] > 0 else 0
 
 
 def stable_rank(S: Tensor) -> float:
