@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import collections
+import math
 
 import numpy as np
 import pandas as pd
@@ -12,12 +13,21 @@ from torch import Tensor
 from deltarank.checks import require
 from deltarank.spectra import common_energy, energy_rank, null_energy
 
+TRAINING_ADVICE = (  # what the report found for a LoRA that is trained
+    "To train a LoRA anew, start at rank 8 on all linear layers and tune the learning rate first."
+)
+
 
 def recommend_ranks(
-    table: pd.DataFrame, *, energy: float | None = None, budget: int | None = None
+    table: pd.DataFrame,
+    *,
+    rank: int | None = None,
+    energy: float | None = None,
+    budget: int | None = None,
 ) -> dict:
     """Ranks for the matrices of compare_checkpoints, as arguments of PEFT's LoraConfig.
 
+    rank: one for all (a smaller matrix gets all it has).
     energy: every matrix gets the smallest rank that holds this share of its energy above noise,
     sum over i of max(sigma_i^2 - noise_i^2, 0), where noise has the matrix's shape and the
     variance that the median singular value gives (as above_edge).
@@ -27,12 +37,17 @@ def recommend_ranks(
     Vocabulary and experts are left out.  Returns r (the most frequent), lora_alpha, rank_pattern,
     alpha_pattern (both {module: rank}, so that every scale alpha / r is 1) and target_modules.
     """
-    require((energy is None) != (budget is None), "give either energy=0.9 or budget=1_000_000")
-    rows = table[(table["kind"] == "matrix") & (table["squared_norm"] > 0)]
+    given = sum(value is not None for value in (rank, energy, budget))
+    require(given == 1, "give one of rank=16, energy=0.9 and budget=1_000_000")
+    rows = changed_matrices(table)
     shapes = dict(zip(rows["name"], rows["shape"], strict=True))
     spectra = {name: S.double() for name, S in zip(rows["name"], rows["S"], strict=True)}
     require(bool(shapes), "no matrix was changed: there is nothing to adapt")
-    if energy is not None:
+    if rank is not None:
+        limit = max(map(min, shapes.values()))
+        require(1 <= rank <= limit, f"rank={rank}: choose one from 1 to {limit}")
+        ranks = {name: min(rank, *shape) for name, shape in shapes.items()}
+    elif energy is not None:
         require(0 < energy <= 1, f"energy={energy}: must be above 0 and at most 1, such as 0.9")
         ranks = {
             n: max(1, energy_rank(_above_noise(S, shapes[n]), energy)) for n, S in spectra.items()
@@ -40,6 +55,11 @@ def recommend_ranks(
     else:
         ranks = _allocate(spectra, shapes, budget)
     return lora_arguments(ranks)
+
+
+def changed_matrices(table: pd.DataFrame) -> pd.DataFrame:
+    """The rows of compare_checkpoints that can get a rank: layer matrices with an update."""
+    return table[(table["kind"] == "matrix") & (table["squared_norm"] > 0)]
 
 
 def _above_noise(S: Tensor, shape: tuple[int, int]) -> Tensor:
@@ -81,25 +101,84 @@ def rank_of(ranks: dict, name: str) -> int:
     return ranks["rank_pattern"].get(module, ranks["r"]) if module in ranks["target_modules"] else 0
 
 
-def verdict(table: pd.DataFrame, lora: dict) -> list[str]:
-    """Three sentences on a pair: how low-rank, which ranks (from recommend_ranks), how sure."""
-    rows = table[(table["kind"] == "matrix") & (table["squared_norm"] > 0)]
-    held = ", ".join(f"rank {r} keeps {common_energy(rows['S'], r):.0%}" for r in (8, 64, 128))
-    parts = table.groupby("kind")["squared_norm"].sum().to_dict()
-    parts["norms and biases"] = sum(table.attrs["rest"].values())
-    shares = [f"{k} {x / sum(parts.values()):.1%}" for k, x in parts.items() if k != "matrix"]
+def percent(share: float) -> str:
+    """A share in percent, to a whole or to two digits; "–" for what is no number.
+
+    >>> percent(0.386), percent(0.0531), percent(float("nan"))
+    ('39 %', '5.3 %', '–')
+    """
+    if not math.isfinite(share):
+        return "–"
+    if 0 < share < 1e-6:
+        return "< 0.0001 %"
+    return f"{100 * share:#.2g} %" if 0 < share < 0.0995 else f"{100 * share:.0f} %"
+
+
+def kept_share(table: pd.DataFrame, lora: dict) -> float:
+    """Share of the squared update of the changed matrices that the cut to these ranks keeps."""
+    rows = changed_matrices(table)
+    pairs = zip(rows["S"], (rank_of(lora, name) for name in rows["name"]), strict=True)
+    held = sum(float(S.double()[:r].square().sum()) for S, r in pairs)
+    return held / float(rows["squared_norm"].sum())
+
+
+def verdict(table: pd.DataFrame, lora: dict | None) -> list[str]:
+    """What was found in a pair and what to do, which ranks to cut it at, and how sure that is.
+
+    lora: from recommend_ranks; None for a pair of which no matrix was changed.
+    """
+    rows = changed_matrices(table)
+    if lora is None or rows.empty:
+        return [f"None of {len(table)} matrices can be cut: those of the layers are unchanged."]
     ranks = pd.Series({name: rank_of(lora, name) for name in rows["name"]})
+    return [
+        _finding(table, rows, lora, ranks),
+        _rank_sentences(table, rows, ranks),
+        _precision_sentences(rows),
+    ]
+
+
+def _finding(table: pd.DataFrame, rows: pd.DataFrame, lora: dict, ranks: pd.Series) -> str:
+    """The first line: how low-rank the update is, where to cut it, how to train instead."""
+    at_8, at_64 = (common_energy(rows["S"], r) for r in (8, 64))
+    found = "it is concentrated, but not low-rank"
+    if at_8 >= 0.9:
+        found = "it is low-rank"
+    elif rows["r90_over_null"].median() > 0.8:
+        found = "it is spread out like noise"
+    low, high = ranks.min(), ranks.max()
+    at = f"rank {low}" if low == high else f"ranks of {low} to {high} (median {ranks.median():.0f})"
+    return (
+        f"Of the squared update of {len(rows)} matrices rank 8 keeps {percent(at_8)}, rank 64 "
+        f"{percent(at_64)}: {found}. Cut at {at} it keeps {percent(kept_share(table, lora))}. "
+        f"{TRAINING_ADVICE}"
+    )
+
+
+def _rank_sentences(table: pd.DataFrame, rows: pd.DataFrame, ranks: pd.Series) -> str:
+    """The second line: the ranks for extraction, and what lies outside the matrices."""
     sides = rows.set_index("name")["shape"].map(sum)
     more = ranks[ranks > ranks.median()].sort_values()
+    most = ""
+    if len(more):
+        most = f"; {len(more)} matrices need more than the median, most of all {more.index[-1]}"
+    parts = table.groupby("kind")["squared_norm"].sum().to_dict()
+    parts["norms and biases"] = sum(table.attrs["rest"].values())
+    total = sum(parts.values())
+    shares = [f"{kind} {percent(x / total)}" for kind, x in parts.items() if kind != "matrix"]
+    return (
+        f"For 90 % of its squared update a matrix needs rank {rows['r90'].median():.0f} (median), "
+        f"{rows['r90_over_null'].median():.2f} of what noise of its shape needs. The ranks for "
+        f"extraction take {(ranks * sides).sum():,} parameters"
+        f"{most}. Outside these matrices: {', '.join(shares)}."
+    )
+
+
+def _precision_sentences(rows: pd.DataFrame) -> str:
+    """The third line: how large the update is beside the weights and the rounding."""
     near, types = int(rows["near_rounding"].sum()), ", ".join(sorted(set(rows["dtype_tuned"])))
-    return [
-        f"Of the squared update of {len(rows)} matrices {held}. For 90 % a matrix needs rank "
-        f"{rows['r90'].median():.0f} (median), {rows['r90_over_null'].median():.2f} of what noise "
-        f"of its shape needs. Outside these matrices: {', '.join(shares)}.",
-        f"Ranks by the rule: {ranks.min()} to {ranks.max()}, median {ranks.median():.0f}, "
-        f"{(ranks * sides).sum() / 1e6:.1f} M parameters; {len(more)} matrices need more than the "
-        f"median" + (f", most of all {more.index[-1]}." if len(more) else "."),
-        f"Stored as {types}: the update is {rows['relative_size'].median():.1%} of the weights "
-        f"(median); {near} of {len(rows)} matrices are near rounding"
-        + (", and their ranks say little about the training." if near else "."),
-    ]
+    doubt = ": their ranks say little about the training." if near else "."
+    return (
+        f"Stored as {types}, the update is {percent(rows['relative_size'].median())} of the "
+        f"weights (median). {near} of {len(rows)} matrices are near rounding{doubt}"
+    )

@@ -1,0 +1,304 @@
+"""A pair's findings for readers: the lines of a terminal, one HTML file, JSON."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import json
+import math
+import platform
+import pprint
+import shlex
+import textwrap
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+import torch
+
+from deltarank import __version__
+from deltarank.drawing import curve_panel, heat_map
+from deltarank.ranks import TRAINING_ADVICE, changed_matrices, percent, rank_of, verdict
+from deltarank.spectra import energy, null_energy
+
+
+def number(digits: str) -> Callable[[float], str]:
+    """A function that shows a number in this format, and "–" for what is none.
+
+    >>> number(".1f")(2.25), number(".4g")(94.0), number(".2f")(float("inf"))
+    ('2.2', '94', '–')
+    """
+    return lambda x: format(x, digits) if math.isfinite(x) else "–"
+
+
+@dataclasses.dataclass(frozen=True)
+class Column:
+    """A column of the tables: its heading, how its values are shown, what they are."""
+
+    heading: str
+    show: Callable[[float], str]
+    meaning: str
+
+
+COLUMNS = {
+    "relative_size": Column(
+        "size",
+        percent,
+        "the norm of the update over that of the weights, |dW| / |W0| (Frobenius)",
+    ),
+    "energy_8": Column("E(8)", number(".2f"), "energy at rank 8"),
+    "energy_64": Column("E(64)", number(".2f"), "energy at rank 64"),
+    "r90": Column("r90", number(".4g"), "the smallest rank whose energy is 0.9"),
+    "r90_over_null": Column(
+        "of noise’s", number(".2f"), "r90 over that of noise; 1: no more low-rank than noise"
+    ),
+    "stable_rank": Column(
+        "stable rank", number(".1f"), "sum of σ² over the largest σ²; the count if all were equal"
+    ),
+    "entropy_rank": Column(
+        "entropy rank",
+        number(".1f"),
+        "exp of the entropy of σ / sum of σ; the count if all were equal",
+    ),
+    "above_edge": Column(
+        "above edge",
+        number(".4g"),
+        "how many σ exceed the largest that noise would have whose median σ is the same",
+    ),
+    "rounding_share": Column(
+        "rounding",
+        percent,
+        "share of the squared update that rounding to the stored type is expected to add",
+    ),
+    "near_rounding": Column(
+        "near rounding",
+        number(".0f"),
+        "matrices of which rounding is over 5 %: their ranks say little about the training",
+    ),
+    "rank": Column("rank to cut at", number(".4g"), "the rank by the rule, for extraction"),
+}
+IN_TERMINAL = ("relative_size", "r90", "r90_over_null", "energy_8", "energy_64", "rank")
+IN_TERMINAL += ("near_rounding",)
+HEAT_MAPS = {
+    "relative_size": "Size of the update, |dW| / |W0|",
+    "r90_over_null": "Rank for 90 %, over noise’s",
+    "rank": "Rank to cut at",
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class Inspection:
+    """What was found in a pair: the table of compare_checkpoints, ranks by a rule, and losses."""
+
+    base: str
+    tuned: str
+    rule: dict[str, float]  # as recommend_ranks takes it: {"energy": 0.9}
+    table: pd.DataFrame
+    lora: dict | None  # from recommend_ranks; None where no matrix was changed
+    losses: pd.DataFrame | None = None  # from score_pair
+    warnings: tuple[str, ...] = ()
+
+    @functools.cached_property
+    def lines(self) -> list[str]:
+        """The verdict."""
+        return verdict(self.table, self.lora)
+
+    @functools.cached_property
+    def shown(self) -> pd.DataFrame:
+        """The table with columns label, energy_64 and rank; NaN for ranks of what is unchanged."""
+        table = self.table.assign(label=_labels(self.table))
+        table["energy_64"] = [float(energy(S)[:64][-1]) for S in table["S"]]
+        ranks = [rank_of(self.lora, name) if self.lora else 0 for name in table["name"]]
+        table["rank"] = pd.Series(ranks, table.index, dtype=float).replace(0, math.nan)
+        measures = [column for column in COLUMNS if column not in ("relative_size", "rank")]
+        table = table.astype(dict.fromkeys(measures, float))
+        table.loc[table["squared_norm"] == 0, measures] = math.nan
+        return table
+
+    def by_module(self) -> pd.DataFrame:
+        """Median over the layers by module: `matrices` in all, COLUMNS of the changed ones."""
+        groups = self.shown.groupby(["kind", "label"], sort=False)
+        median = groups[list(COLUMNS)].median()
+        median["near_rounding"] = groups["near_rounding"].sum()
+        median.insert(0, "matrices", groups.size())
+        return median.reset_index()
+
+    def rule_text(self) -> str:
+        """The rule for ranks as an option of the command."""
+        option, value = next(iter(self.rule.items()))
+        return f"--{option} {value:.12g}"
+
+    def command(self) -> str:
+        """The command that writes the adapter of these ranks."""
+        names = f"{shlex.quote(self.base)} {shlex.quote(self.tuned)}"
+        return f"deltarank extract {names} OUT {self.rule_text()}"
+
+
+def _labels(table: pd.DataFrame) -> list[str]:
+    """The shortest end of each name within its layer that no other module shares."""
+    names = table["name"].str.replace(r"\[\d+\]$", "", regex=True).str.removesuffix(".weight")
+    pairs = zip(names, table["layer"], strict=True)
+    places = [tuple(name.rpartition(f".{layer}.")[2].split(".")) for name, layer in pairs]
+    known = set(places)
+
+    def shortest(place: tuple[str, ...]) -> str:
+        ends = (place[-k:] for k in range(1, len(place) + 1))
+        alone = (end for end in ends if sum(other[-len(end) :] == end for other in known) == 1)
+        return ".".join(next(alone, place)).removesuffix("_proj")
+
+    found = {place: shortest(place) for place in known}
+    return [found[place] for place in places]
+
+
+def as_text(found: Inspection) -> str:
+    """The verdict and a table by module, at most 100 columns wide."""
+    paragraphs = [textwrap.fill(line, 100, break_on_hyphens=False) for line in found.lines]
+    headings = ["module", "matrices", *(COLUMNS[c].heading for c in IN_TERMINAL)]
+    rows = [[heading.replace("rank to cut at", "rank").replace("’", "'") for heading in headings]]
+    for row in found.by_module().to_dict("records"):
+        label = row["label"] if len(row["label"]) <= 26 else f"…{row['label'][-25:]}"
+        rows.append([label, str(row["matrices"])])
+        rows[-1] += [COLUMNS[column].show(row[column]) for column in IN_TERMINAL]
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    table = "\n".join(
+        "  ".join([row[0].ljust(widths[0]), *map(str.rjust, row[1:], widths[1:])]) for row in rows
+    )
+    legend = (
+        "Medians over the layers. size: |dW| / |W0|. r90: rank that keeps 90 % of the squared "
+        "update; of noise's: over that of noise of this shape. E(r): share that rank r keeps. "
+        f"rank: to cut at, by {found.rule_text()}. near rounding: matrices whose ranks mean little."
+    )
+    losses = [found.losses.to_string(index=False, na_rep="–")] if found.losses is not None else []
+    adapter = [f"To write the adapter: {found.command()}"] if found.lora else []
+    return "\n\n".join([*paragraphs, table, textwrap.fill(legend, 100), *losses, *adapter])
+
+
+def as_json(found: Inspection) -> str:
+    """All numbers: pair, rule, verdict, one record a matrix with S (six digits), ranks, versions.
+
+    What is no number (a size over zero weights) is null.
+    """
+    ranks = found.lora and {
+        "use": "extraction of the update, not training of a LoRA",
+        "training": TRAINING_ADVICE,
+        "LoraConfig": found.lora,
+    }
+    table = found.shown.drop(columns="label").assign(near_rounding=found.table["near_rounding"])
+    record = {
+        "base": found.base,
+        "tuned": found.tuned,
+        "rule": found.rule,
+        "verdict": found.lines,
+        "warnings": found.warnings,
+        "ranks": ranks,
+        "matrices": table.to_dict("records"),
+        "other_tensors": table.attrs,
+        "losses": found.losses.to_dict("records") if found.losses is not None else None,
+        "versions": versions(),
+    }
+    fields = (
+        f"{json.dumps(k)}: {json.dumps(_plain(v), allow_nan=False)}" for k, v in record.items()
+    )
+    return "{\n" + ",\n".join(fields) + "\n}\n"
+
+
+def _plain(value: Any) -> Any:
+    """A value as JSON has it: spectra as lists of six digits, null for what is no number."""
+    if isinstance(value, dict):
+        return {str(key): _plain(item) for key, item in value.items()}
+    if isinstance(value, torch.Tensor):
+        return [float(f"{x:.6g}") for x in value.tolist()]
+    if isinstance(value, list | tuple):
+        return [_plain(item) for item in value]
+    if isinstance(value, np.generic):
+        return _plain(value.item())
+    if isinstance(value, float):
+        return float(f"{value:.6g}") if math.isfinite(value) else None
+    return value
+
+
+def versions() -> dict[str, str]:
+    """What measured: the versions of this package and of what it computes with."""
+    return {
+        "deltarank": __version__,
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "numpy": np.__version__,
+        "pandas": pd.__version__,
+    }
+
+
+def as_html(found: Inspection) -> str:
+    """One HTML page that needs nothing else: verdict, heat maps, curves, tables, ranks."""
+    import jinja2
+
+    loader = jinja2.FileSystemLoader(Path(__file__).parent)
+    environment = jinja2.Environment(
+        loader=loader, autoescape=True, trim_blocks=True, lstrip_blocks=True
+    )
+    return environment.get_template("page.html.j2").render(
+        found=found,
+        names=[Path(name).name or name for name in (found.tuned, found.base)],
+        columns=COLUMNS,
+        modules=found.by_module().to_dict("records"),
+        matrices=found.shown[found.shown["kind"] != "expert"].to_dict("records"),
+        experts=int((found.shown["kind"] == "expert").sum()),
+        maps=_heat_maps(found),
+        panels=_curve_panels(found),
+        config=lora_text(found.lora) if found.lora else "",
+        advice=TRAINING_ADVICE,
+        losses=found.losses.to_dict("records") if found.losses is not None else [],
+        number=number(".3f"),
+        versions=versions(),
+    )
+
+
+def lora_text(lora: dict) -> str:
+    """The arguments of recommend_ranks as code to paste.
+
+    >>> print(lora_text({"r": 2, "rank_pattern": {}}))
+    LoraConfig(
+        r=2,
+        rank_pattern={},
+    )
+    """
+    shown = (
+        f"    {key}=" + pprint.pformat(value).replace("\n", "\n" + " " * (len(key) + 5))
+        for key, value in lora.items()
+    )
+    return "LoraConfig(\n" + "".join(f"{line},\n" for line in shown) + ")"
+
+
+def _heat_maps(found: Inspection) -> list[tuple[str, str]]:
+    """Title and SVG of each heat map over the matrices of the layers."""
+    inner = found.shown[found.shown["kind"] == "matrix"]
+    if inner.empty:
+        return []
+    order = list(dict.fromkeys(inner["label"]))
+    grids = {
+        column: inner.pivot_table(column, "label", "layer", sort=False, dropna=False)
+        .reindex(order)
+        .sort_index(axis=1)
+        for column in HEAT_MAPS
+    }
+    return [
+        (title, heat_map(grids[column].astype(float), title, COLUMNS[column].show))
+        for column, title in HEAT_MAPS.items()
+    ]
+
+
+def _curve_panels(found: Inspection) -> list[str]:
+    """One SVG a module: energy against rank, median over the layers, beside noise's."""
+    inner = changed_matrices(found.shown)
+    last = 2 ** int(math.log2(max(inner["min_dim"], default=1)))
+    panels = []
+    for label, rows in inner.groupby("label", sort=False):
+        smallest = int(rows["min_dim"].min())
+        ranks = [2**k for k in range(int(math.log2(smallest)) + 1)]
+        curves = [[float(energy(S)[r - 1]) for r in ranks] for S in rows["S"]]
+        noise = [[float(null_energy(shape)[r - 1]) for r in ranks] for shape in rows["shape"]]
+        held, flat = (np.median(each, axis=0).tolist() for each in (curves, noise))
+        panels.append(curve_panel(str(label), ranks, held, flat, rows["rank"].median(), last))
+    return panels
