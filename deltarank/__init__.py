@@ -5,8 +5,8 @@
     energy(S)[r - 1]                  share of sum(S**2) that the best rank-r approximation keeps
 
 Each module depends only on those before it: checks, runtime, store; gram, spectra; checkpoints,
-compare, ranks, adapters, page, cli.  deltarank.study (the report) may import these, never the
-reverse; only cli stands above both.
+compare, ranks, peft_format, adapters, columns, drawing, page, cli.  deltarank.study (the report)
+may import these, never the reverse; only cli stands above both.
 """
 
 __version__ = "1.0.0"

@@ -11,7 +11,7 @@ import tempfile
 import warnings
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import NoReturn
+from typing import Any, NoReturn
 
 from deltarank import __version__
 
@@ -80,7 +80,8 @@ def _parser() -> argparse.ArgumentParser:
     extract = commands.add_parser(
         "extract",
         help="write the cut of the update as a PEFT adapter",
-        description="Write the cut of TUNED - BASE as a PEFT adapter into the new folder OUT.",
+        description="Write the cut of TUNED - BASE as a PEFT adapter into the folder OUT; an "
+        "adapter that is there is replaced.",
         epilog="example:\n  deltarank extract base tuned adapter --rank 16",
         formatter_class=look,
     )
@@ -130,26 +131,26 @@ def _count(text: str) -> int:
     raise argparse.ArgumentTypeError(f"{text!r} is no whole number above 0, such as 16")
 
 
-def _rule(arguments: argparse.Namespace) -> dict[str, float]:
+def _rule(arguments: argparse.Namespace) -> dict[str, Any]:
     """The rule for ranks, as recommend_ranks takes it."""
     given = {name: getattr(arguments, name) for name in ("energy", "rank", "budget")}
     return {name: value for name, value in given.items() if value is not None} or {"energy": ENERGY}
 
 
 @contextlib.contextmanager
-def _one_line_warnings() -> Iterator[list[str]]:
-    """Yield a function's warnings as lines; printed at the end, unless an error says it all."""
-    lines: list[str] = []
-    with warnings.catch_warnings():
+def _one_line_warnings() -> Iterator[list[warnings.WarningMessage]]:
+    """Yield what is warned of; said at the end, a line each, unless an error says it all."""
+    with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always", UserWarning)
-        warnings.showwarning = lambda message, category, *_: (
-            lines.append(str(message).splitlines()[0])
-            if category is UserWarning and str(message).strip()
-            else None
-        )
-        yield lines
-    for line in dict.fromkeys(lines):
+        yield caught
+    for line in _lines(caught):
         print(f"deltarank: warning: {line}", file=sys.stderr)
+
+
+def _lines(caught: list[warnings.WarningMessage]) -> tuple[str, ...]:
+    """The warnings for users, each once, by their first lines."""
+    texts = [str(w.message).strip() for w in caught if w.category is UserWarning]
+    return tuple(dict.fromkeys(text.splitlines()[0] for text in texts if text))
 
 
 def _inspect(arguments: argparse.Namespace) -> None:
@@ -162,11 +163,11 @@ def _inspect(arguments: argparse.Namespace) -> None:
     from deltarank.ranks import changed_matrices, recommend_ranks
 
     rule, pair = _rule(arguments), (arguments.base, arguments.tuned)
-    with _one_line_warnings() as lines:
+    with _one_line_warnings() as caught:
         table = compare_checkpoints(*pair, allow_pickle=arguments.allow_pickle)
         lora = None if changed_matrices(table).empty else recommend_ranks(table, **rule)
         losses = _losses(arguments, table) if arguments.task else None
-        found = Inspection(*pair, rule, table, lora, losses, tuple(dict.fromkeys(lines)))
+        found = Inspection(*pair, rule, table, lora, losses, _lines(caught))
         for path, text in ((html, as_html), (numbers, as_json)):
             if path:
                 _replace(path, text(found))
@@ -195,18 +196,17 @@ def _losses(arguments: argparse.Namespace, table):
 def _extract(arguments: argparse.Namespace) -> None:
     """Write the adapter; print what it holds, what was dropped, and how to load it."""
     out = Path(arguments.out).expanduser()
-    if out.exists():
-        raise FileExistsError(f"{out} exists: delete it or name another folder")
     from deltarank.adapters import extract_adapter
     from deltarank.compare import compare_checkpoints
     from deltarank.ranks import recommend_ranks
 
-    rule: dict = _rule(arguments)
-    pair, pickle = (arguments.base, arguments.tuned), {"allow_pickle": arguments.allow_pickle}
+    rule, base, tuned = _rule(arguments), arguments.base, arguments.tuned
+    pickle = arguments.allow_pickle
     with _one_line_warnings():
         if "budget" in rule:
-            rule = {"ranks": recommend_ranks(compare_checkpoints(*pair, **pickle), **rule)}
-        report = extract_adapter(*pair, str(out), **rule, **pickle)
+            table = compare_checkpoints(base, tuned, allow_pickle=pickle)
+            rule = {"ranks": recommend_ranks(table, **rule)}
+        report = extract_adapter(base, tuned, str(out), allow_pickle=pickle, **rule)
     print(_what_it_holds(out, report))
 
 

@@ -10,8 +10,8 @@ import pandas as pd
 
 # viridis (van der Walt and Smith 2015): even steps of lightness, also in grey and colour-blind
 SCALE = ("440154", "472d7b", "3b528b", "2c728e", "21918c", "28ae80", "5ec962", "addc30", "fde725")
-ROW, LETTER = 17, 6.7  # px: height of a heat map's row, width of a letter of its labels
-PLOT = (30, 22, 122, 92)  # px: left, top, width and height of the plot within a panel of curves
+ROW, LETTER = 17, 7.5  # px: height of a heat map's row, width of a letter of its labels
+PLOT = (30, 22, 112, 88)  # px: left, top, width and height of the plot within a panel of curves
 
 
 def color(share: float) -> str:
@@ -100,7 +100,7 @@ def curve_panel(
             body.append(f"<title>{name}</title></circle>")
     ends = f"at rank {ranks[0]} {held[0]:.2f}, noise {noise[0]:.2f}"
     ends += f"; at rank {ranks[-1]} {held[-1]:.2f}, noise {noise[-1]:.2f}"
-    return _svg(160, 134, f"Energy against rank of {module}: {ends}.", body)
+    return _svg(150, 130, f"Energy against rank of {module}: {ends}.", body)
 
 
 def _points(points: list[tuple[float, float]]) -> str:

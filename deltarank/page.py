@@ -10,7 +10,6 @@ import platform
 import pprint
 import shlex
 import textwrap
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -19,68 +18,13 @@ import pandas as pd
 import torch
 
 from deltarank import __version__
+from deltarank.columns import COLUMNS, number
 from deltarank.drawing import curve_panel, heat_map
-from deltarank.ranks import TRAINING_ADVICE, changed_matrices, percent, rank_of, verdict
+from deltarank.ranks import TRAINING_ADVICE, changed_matrices, rank_of, verdict
 from deltarank.spectra import energy, null_energy
 
-
-def number(digits: str) -> Callable[[float], str]:
-    """A function that shows a number in this format, and "–" for what is none.
-
-    >>> number(".1f")(2.25), number(".4g")(94.0), number(".2f")(float("inf"))
-    ('2.2', '94', '–')
-    """
-    return lambda x: format(x, digits) if math.isfinite(x) else "–"
-
-
-@dataclasses.dataclass(frozen=True)
-class Column:
-    """A column of the tables: its heading, how its values are shown, what they are."""
-
-    heading: str
-    show: Callable[[float], str]
-    meaning: str
-
-
-COLUMNS = {
-    "relative_size": Column(
-        "size",
-        percent,
-        "the norm of the update over that of the weights, |dW| / |W0| (Frobenius)",
-    ),
-    "energy_8": Column("E(8)", number(".2f"), "energy at rank 8"),
-    "energy_64": Column("E(64)", number(".2f"), "energy at rank 64"),
-    "r90": Column("r90", number(".4g"), "the smallest rank whose energy is 0.9"),
-    "r90_over_null": Column(
-        "of noise’s", number(".2f"), "r90 over that of noise; 1: no more low-rank than noise"
-    ),
-    "stable_rank": Column(
-        "stable rank", number(".1f"), "sum of σ² over the largest σ²; the count if all were equal"
-    ),
-    "entropy_rank": Column(
-        "entropy rank",
-        number(".1f"),
-        "exp of the entropy of σ / sum of σ; the count if all were equal",
-    ),
-    "above_edge": Column(
-        "above edge",
-        number(".4g"),
-        "how many σ exceed the largest that noise would have whose median σ is the same",
-    ),
-    "rounding_share": Column(
-        "rounding",
-        percent,
-        "share of the squared update that rounding to the stored type is expected to add",
-    ),
-    "near_rounding": Column(
-        "near rounding",
-        number(".0f"),
-        "matrices of which rounding is over 5 %: their ranks say little about the training",
-    ),
-    "rank": Column("rank to cut at", number(".4g"), "the rank by the rule, for extraction"),
-}
-IN_TERMINAL = ("relative_size", "r90", "r90_over_null", "energy_8", "energy_64", "rank")
-IN_TERMINAL += ("near_rounding",)
+IN_TERMINAL = ["relative_size", "r90", "r90_over_null", "energy_8", "energy_64", "rank"]
+IN_TERMINAL += ["near_rounding"]
 HEAT_MAPS = {
     "relative_size": "Size of the update, |dW| / |W0|",
     "r90_over_null": "Rank for 90 %, over noise’s",
@@ -107,8 +51,9 @@ class Inspection:
 
     @functools.cached_property
     def shown(self) -> pd.DataFrame:
-        """The table with columns label, energy_64 and rank; NaN for ranks of what is unchanged."""
+        """The table by layer, with label, energy_64 and rank; NaN for measures of no update."""
         table = self.table.assign(label=_labels(self.table))
+        table = table.sort_values("layer", kind="stable")  # in files layer 10 comes before 2
         table["energy_64"] = [float(energy(S)[:64][-1]) for S in table["S"]]
         ranks = [rank_of(self.lora, name) if self.lora else 0 for name in table["name"]]
         table["rank"] = pd.Series(ranks, table.index, dtype=float).replace(0, math.nan)
@@ -156,7 +101,7 @@ def as_text(found: Inspection) -> str:
     """The verdict and a table by module, at most 100 columns wide."""
     paragraphs = [textwrap.fill(line, 100, break_on_hyphens=False) for line in found.lines]
     headings = ["module", "matrices", *(COLUMNS[c].heading for c in IN_TERMINAL)]
-    rows = [[heading.replace("rank to cut at", "rank").replace("’", "'") for heading in headings]]
+    rows = [[heading.replace("cut rank", "rank").replace("’", "'") for heading in headings]]
     for row in found.by_module().to_dict("records"):
         label = row["label"] if len(row["label"]) <= 26 else f"…{row['label'][-25:]}"
         rows.append([label, str(row["matrices"])])

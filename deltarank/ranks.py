@@ -52,7 +52,7 @@ def recommend_ranks(
         ranks = {
             n: max(1, energy_rank(_above_noise(S, shapes[n]), energy)) for n, S in spectra.items()
         }
-    else:
+    elif budget is not None:
         ranks = _allocate(spectra, shapes, budget)
     return lora_arguments(ranks)
 

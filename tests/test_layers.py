@@ -13,8 +13,9 @@ import deltarank
 
 PACKAGE = Path(deltarank.__file__).parent
 DOOR = PACKAGE.parent / "utils.py"
+# Each may import those before it.
 TOOL = ("checks", "runtime", "store", "gram", "spectra", "checkpoints", "compare", "ranks")
-TOOL += ("peft_format", "adapters", "drawing", "page", "cli")  # each may import those before it
+TOOL += ("peft_format", "adapters", "columns", "drawing", "page", "cli")
 HEAVY = ("transformers", "peft", "matplotlib", "jupyter", "distributed", "gguf")
 
 

@@ -42,7 +42,7 @@ def convert(scratch: Path) -> None:
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     gguf = Path(package.assemble(scratch / "model.gguf"))
-    source = {"pretrained_model_name_or_path": scratch, "gguf_file": gguf.name}
+    source: dict = {"pretrained_model_name_or_path": scratch, "gguf_file": gguf.name}
     quantised = AutoModelForCausalLM.from_pretrained(**source, dtype=torch.float32)
     config = quantised.config
     del config.quantization_config  # a model that says it is quantised cannot be saved

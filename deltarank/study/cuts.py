@@ -136,7 +136,7 @@ def score_pair(base: str, tuned: str, task: str, ranks: Sequence[int]) -> pd.Dat
     ends = {name: evaluate(model, config, "test") for name, model in models.items()}
     del models, W0, W1
     cuts = _evaluate_cuts(config, dW, ranks, "head", "score cuts")
-    found = [("base", 0, ends["base"]), *(("cut", r, scored) for r, scored in cuts)]
+    found: list[tuple] = [("base", 0, ends["base"]), *(("cut", r, scored) for r, scored in cuts)]
     found += [("tuned", None, ends["tuned"])]
     columns = ("loss_nats", "score")
     return pd.DataFrame(

@@ -62,7 +62,7 @@ def generate(
     ).to(model.device)
     newline = tokenizer("\n", add_special_tokens=False)["input_ids"][-1]
     dtype = getattr(torch, config.dtype)
-    with torch.autocast(model.device.type, dtype, enabled=dtype != torch.float32):
+    with torch.autocast(batch["input_ids"].device.type, dtype, enabled=dtype != torch.float32):
         tokens = model.generate(
             **batch,
             max_new_tokens=max_new_tokens,

@@ -168,9 +168,9 @@ def plot_by_task(
     in y; options go to ax.plot.
     """
     for task in lines:
-        ax.plot(lines.index, lines[task], **(TASKS[task].look | options))
+        ax.plot(lines.index, lines[task], **(TASKS[str(task)].look | options))
     x = lines.index[-1] if label_at is None else label_at
-    label_lines(ax, lines.loc[x], x=x, gap=gap)
+    label_lines(ax, lines.T[x], x=x, gap=gap)
 
 
 def task_grid(tasks: Sequence[str], *, height: float = 1.2) -> tuple[Figure, dict[str, Axes]]:
@@ -203,11 +203,9 @@ def line_key(fig, formats: dict[str, str]) -> None:
 
     handles = []
     for text, fmt in formats.items():
-        marker, dash = fmt.strip("-:"), fmt.lstrip("os")
-        face = "white" if dash == ":" else "#555555"
-        handles.append(
-            Line2D([], [], color="#555555", marker=marker, linestyle=dash, mfc=face, label=text)
-        )
+        look: dict = {"marker": fmt.strip("-:"), "linestyle": fmt.lstrip("os")}
+        face = "white" if look["linestyle"] == ":" else "#555555"
+        handles.append(Line2D([], [], color="#555555", mfc=face, label=text, **look))
     fig.legend(handles=handles, loc="outside upper center", ncols=len(handles))
 
 

@@ -48,7 +48,7 @@ def at_gain(run: Result, base: Result, share: float) -> dict[str, float]:
     the first note exceeds gives that note.  The runs must have scored as many rows (eval_rows).
     """
     start, end = (_growth_loss(result) for result in (base, run))
-    last = {"step": run.config.steps, "loss_nats": end}
+    last: dict = {"step": run.config.steps, "loss_nats": end}
     last |= pd.DataFrame(rank_measures(S) for S in run.spectra.values()).to_dict("list")
     notes = [
         {

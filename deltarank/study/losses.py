@@ -114,7 +114,7 @@ class HeadCrossEntropy(torch.autograd.Function):
         log_sum = torch.stack(sums).logsumexp(0)  # (n,)
         dh = torch.zeros_like(hidden, dtype=torch.float32)
         dW = torch.empty_like(head) if ctx.needs_input_grad[1] else None
-        db = torch.empty_like(bias) if ctx.needs_input_grad[3] else None
+        db = torch.empty_like(bias) if bias is not None and ctx.needs_input_grad[3] else None
         for words, W, z, right in slices:
             y = rule.logits(z, words)
             slope = rule.slope(y)
@@ -155,7 +155,8 @@ class AnswerModel(nn.Module):
 
     def __init__(self, model: nn.Module, dtype: torch.dtype) -> None:
         super().__init__()
-        self.model, self.dtype, self.losses = model, dtype, []
+        self.model, self.dtype = model, dtype
+        self.losses: list[float] = []
         head = model.get_output_embeddings().weight
         self.head = head if head.requires_grad else head.detach().to(dtype)
 

@@ -46,7 +46,7 @@ def provenance(seconds: float) -> dict:
 def _lora_factors(layer: nn.Module) -> tuple[Tensor, Tensor, float]:
     """B (m, r), A (r, n) and the scale of one LoRA layer, whose update is scale * B @ A."""
     B, A = (part["default"].weight.detach() for part in (layer.lora_B, layer.lora_A))
-    return B, A, layer.scaling["default"]
+    return B, A, float(layer.scaling["default"])
 
 
 def _squared_norms(dW: dict[str, Tensor], names: Iterable[str]) -> dict[str, float]:

@@ -26,11 +26,12 @@ def lr_search(task: str, method: str = "full", *, rank: int = 0) -> list[Result]
     rate are run and no better, or where the profile has no neighbour.
     """
     rates = sorted(profile().lora_lrs if method == "lora" else profile().full_lrs)
-    found, best, around = {}, len(rates) // 2, None
+    found: dict[float, Result] = {}
+    best, around = len(rates) // 2, None
     while best != around:
         around = best
         near = [lr for lr in rates[max(around - 1, 0) : around + 2] if lr not in found]
-        recipe = {"rank": rank, "seed": profile().seeds[0]}
+        recipe: dict = {"rank": rank, "seed": profile().seeds[0]}
         results = sweep([profile().config(task, method, lr=lr, **recipe) for lr in near])
         found |= {result.config.lr: result for result in results}
         best = rates.index(best_lr(list(found.values())))
@@ -92,7 +93,7 @@ def embedding_configs() -> list[RunConfig]:
     return [tuned(task, train_embedding=True) for task in profile().embedding_tasks]
 
 
-SCALES = {  # name: the fields of RunConfig that set it
+SCALES: dict[str, dict] = {  # name: the fields of RunConfig that set it
     f"α / r, α = {LORA_ALPHA:g}": {},
     f"α / √r, α = {LORA_ALPHA:g}": {"rslora": True},
     f"α / r, α = {8 * LORA_ALPHA:g}": {"alpha": 8 * LORA_ALPHA},

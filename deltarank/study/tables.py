@@ -130,7 +130,7 @@ def spearman(x: pd.Series, y: pd.Series, *, draws: int = 2000) -> dict[str, floa
     0.866
     """
 
-    def correlation(pick: Sequence[int]) -> float:
+    def correlation(pick: np.ndarray) -> float:
         ranks = x.iloc[pick].rank(), y.iloc[pick].rank()  # corr itself drops what is infinite
         return float(ranks[0].corr(ranks[1]))
 
@@ -138,7 +138,7 @@ def spearman(x: pd.Series, y: pd.Series, *, draws: int = 2000) -> dict[str, floa
     varied = [pick for pick in picks if min(z.iloc[pick].nunique() for z in (x, y)) > 1]
     found = [correlation(pick) for pick in varied] or [math.nan]
     low, high = np.percentile(found, [2.5, 97.5])
-    return {"spearman": correlation(range(len(x))), "low": float(low), "high": float(high)}
+    return {"spearman": correlation(np.arange(len(x))), "low": float(low), "high": float(high)}
 
 
 def bootstrap_interval(values: Sequence[float], *, draws: int = 2000) -> tuple[float, float]:

@@ -139,5 +139,7 @@ def pack(rows: Sequence[dict]) -> dict[str, Tensor]:
     for row in sorted(rows, key=lambda row: -len(row["labels"])):
         shortest = min(lines, key=lambda line: sum(len(r["labels"]) for r in line))
         shortest.append(row | {"position_ids": [*range(len(row["labels"]))]})
-    joined = [{key: sum((row[key] for row in line), []) for key in line[0]} for line in lines]
+    joined: list[dict] = [
+        {key: sum((row[key] for row in line), []) for key in line[0]} for line in lines
+    ]
     return collate(joined, max(len(line["labels"]) for line in joined))

@@ -50,7 +50,7 @@ def prepare(config: RunConfig) -> nn.Module:
         torch.manual_seed(config.seed)
         lora = LoraConfig(
             r=config.rank,
-            lora_alpha=config.alpha,
+            lora_alpha=config.alpha,  # type: ignore[arg-type]  # any number will do
             use_rslora=config.rslora,
             rank_pattern=dict(config.rank_pattern),
             target_modules="all-linear",

@@ -250,7 +250,7 @@ def packed(files):
 
 @pytest.fixture
 def archive(monkeypatch, tmp_path):
-    """A source archive of 3,000 film snippets: every third is unclear, of the rest half are good."""
+    """A source archive of 3,000 film snippets: in turn unclear, good and bad."""
     ratings = [(0.4, 2.0, -1.5)[i % 3] for i in range(3000)]
     lines = [f"{i}\t{x}\tFilm &amp; {i}    - done\n" for i, x in enumerate(ratings, 1)]
     name = "hutto_ICWSM_2014/movieReviewSnippets_GroundTruth.txt"
@@ -335,9 +335,8 @@ def test_pirate_speech_is_the_same_each_time_whatever_the_seed():
 
 @needs_packages
 def test_pirate_speech_drops_nothing_but_the_exclamation():
-    assert pirates.pirate("Where is the old sea? Stop there.") == (
-        "Whar be th' barnacle covered sea? Avast there."
-    )
+    assert pirates.pirate("Where is the old sea?") == "Whar be th' barnacle covered sea?"
+    assert pirates.pirate("the") == "Th'"
 
 
 @needs_packages
@@ -358,7 +357,7 @@ def test_verses_are_aligned():
 @needs_packages
 @pytest.mark.slow
 @pytest.mark.parametrize("task", taskdata.BUILDERS)
-def test_a_task_is_built_to_the_bytes_committed(task, tmp_path_factory):
+def test_a_task_is_built_to_the_bytes_committed(task):
     """Converts the model, whose tokens count, and fetches the archive of reviews."""
     assert taskdata.build(task) == committed(task)
 

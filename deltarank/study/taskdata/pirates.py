@@ -16,7 +16,7 @@ REVIEW = re.compile(r"[a-zI][a-zI0-9 ,'-]{18,}[.!?]")
 
 
 def pirate(english: str) -> str:
-    """A sentence in pirate speech by arrr's rules, without the exclamations it adds at random.
+    """One sentence in pirate speech by arrr's rules, without the exclamations it adds at random.
 
     arrr adds them after a word that ends a sentence, so no word is left to end in a full stop
     while it translates: a character that occurs in no text stands behind each.

@@ -1,0 +1,183 @@
+"""The page of a pair: one file that needs nothing else and shows the numbers of the table."""
+
+import json
+import re
+
+import pandas as pd
+import pytest
+import torch
+from bs4 import BeautifulSoup
+
+from deltarank.compare import compare_checkpoints
+from deltarank.drawing import color, heat_map
+from deltarank.page import Inspection, as_html, as_json, as_text
+from deltarank.ranks import TRAINING_ADVICE, recommend_ranks
+from deltarank.spectra import null_energy, spectrum_measures
+
+RULE = {"energy": 0.9}
+
+
+@pytest.fixture
+def found(save):
+    """What is found of a small pair, with a task's losses."""
+    table = compare_checkpoints(*save())
+    losses = pd.DataFrame(
+        {"model": ["base", "tuned"], "rank": [0, None], "loss_nats": [2.0, 1.0], "score": [0, 50.0]}
+    )
+    return Inspection("base", "tuned", RULE, table, recommend_ranks(table, **RULE), losses)
+
+
+def inspected(names, size=lambda layer: 0.1, kind="matrix"):
+    """What is found of matrices of these names, (layer, name), in this order."""
+    S = torch.tensor([3.0, 2.0, 1.0, 0.5])
+    rows = [{"name": name, "layer": layer, "relative_size": size(layer)} for layer, name in names]
+    table = pd.DataFrame(rows).assign(kind=kind, S=[S] * len(rows), shape=[(4, 6)] * len(rows))
+    table = table.assign(**spectrum_measures(S, (4, 6)), rounding_share=0.0, near_rounding=False)
+    table = table.assign(dtype_tuned="F32", module="m")
+    table.attrs = {"rest": {}}
+    lora = recommend_ranks(table, **RULE) if kind == "matrix" else None
+    return Inspection("base", "tuned", RULE, table, lora)
+
+
+def parsed(found):
+    return BeautifulSoup(as_html(found), "html.parser")
+
+
+def seen(node):
+    """The text of a page or a part of it, with single spaces."""
+    return " ".join(node.get_text(" ").split())
+
+
+def titles(picture):
+    return [title.get_text() for title in picture.find_all("title")]
+
+
+# The file
+
+
+def test_the_page_loads_nothing_and_runs_nothing(found):
+    html = as_html(found)
+    assert re.findall(r"(?:src|href|srcset|data)\s*=", html) == []
+    assert re.findall(r"@import|url\(|<script|<link|https?:", html) == []
+
+
+def test_it_has_a_title_a_language_and_names_for_its_pictures(found):
+    page = parsed(found)
+    assert page.html["lang"] == "en" and page.title.get_text() == "tuned against base · deltarank"
+    pictures = page.select("figure svg:not([aria-hidden])")
+    assert len(pictures) == 3 + 7, "three heat maps, and a panel of curves a module"
+    for picture in pictures:
+        assert picture["role"] == "img" and len(picture["aria-label"]) > 40
+
+
+def test_a_name_is_text_and_not_markup():
+    name = "model.layers.0.<b>q</b>.weight"
+    strange = inspected([(0, name)])
+    html = as_html(Inspection("<b>base", "<b>tuned", RULE, strange.table, strange.lora))
+    assert "<b>" not in html and "&lt;b&gt;tuned" in html and "&lt;b&gt;q" in html
+
+
+def test_the_same_findings_give_the_same_bytes(found):
+    again = Inspection("base", "tuned", RULE, found.table, found.lora, found.losses)
+    assert as_html(found) == as_html(again) and as_json(found) == as_json(again)
+
+
+# What it says
+
+
+def test_it_shows_verdict_ranks_and_losses(found):
+    page = parsed(found)
+    text = seen(page)
+    assert [line for line in found.lines if line not in text] == []
+    assert text.index(found.lines[0]) < text.index("Where the update is")
+    extraction, training = page.select(".uses > section")
+    assert f"LoraConfig(\n    r={found.lora['r']},\n" in extraction.get_text()
+    assert "For extraction" in seen(extraction) and "deltarank extract base tuned OUT" in seen(
+        extraction
+    )
+    assert TRAINING_ADVICE in seen(training) and "r=8" in seen(training)
+    losses = page.find(attrs={"aria-label": "Table of losses"})
+    assert "base 0 2.000 0.000 tuned – 1.000 50.000" in seen(losses)
+
+
+def test_every_matrix_has_its_line(found):
+    table = parsed(found).find(attrs={"aria-label": "Table of all matrices"})
+    names = [cell.get_text() for cell in table.select("th[scope=row]")]
+    assert sorted(names) == sorted(found.table["name"].str.removesuffix(".weight"))
+
+
+def test_every_column_is_explained(found):
+    page = parsed(found)
+    explained = {term.get_text() for term in page.find_all("dt")}
+    explained |= {"module", "matrices", "matrix", "shape", "type"}  # in the sentences
+    heads = {h.get_text() for h in page.select("[aria-label^='Table by'] th[scope=col]")}
+    heads |= {h.get_text() for h in page.select("[aria-label^='Table of all'] th[scope=col]")}
+    assert len(heads) == 16 and heads - explained == set()
+
+
+def test_nan_and_infinity_are_dashes_and_null(found):
+    table = found.table.assign(relative_size=float("inf"))
+    strange = Inspection("base", "tuned", RULE, table, found.lora)
+    for text in (as_text(strange), seen(parsed(strange))):
+        assert re.findall(r"\b(nan|inf)\b", text) == [] and "the update is – of the weights" in text
+    matrices = json.loads(as_json(strange), parse_constant=pytest.fail)["matrices"]
+    assert {matrix["relative_size"] for matrix in matrices} == {None}
+
+
+def test_a_pair_without_an_update_has_a_page(save):
+    base, _ = save()
+    with pytest.warns(UserWarning, match="identical"):
+        table = compare_checkpoints(base, base)
+    nothing = Inspection("base", "base", RULE, table, None, warnings=("they are identical",))
+    text = seen(parsed(nothing))
+    assert "Warning: they are identical" in text and nothing.lines[0] in text
+    assert "LoraConfig" not in text and json.loads(as_json(nothing))["ranks"] is None
+
+
+def test_modules_are_named_by_the_shortest_end_that_tells_them_apart():
+    parts = ("attention.self.query", "attention.output.dense", "output.dense", "mlp.down_proj")
+    names = [(i, f"bert.encoder.layer.{i}.{part}.weight") for i in (0, 1) for part in parts]
+    labels = inspected(names).by_module()["label"].tolist()
+    assert labels == ["query", "attention.output.dense", "output.dense", "down"]
+
+
+def test_experts_are_counted_and_not_listed():
+    names = [(0, f"model.layers.0.mlp.experts.up_proj[{i}]") for i in range(5)]
+    experts = inspected(names, kind="expert")
+    assert "5 experts are in the JSON only" in seen(parsed(experts))
+    assert experts.by_module()[["label", "matrices"]].to_numpy().tolist() == [["up", 5]]
+
+
+# What it draws
+
+
+def test_layers_stand_in_their_order_with_their_values():
+    """In a file layer 10 comes before layer 2."""
+    order = sorted(range(12), key=str)
+    names = [(i, f"model.layers.{i}.mlp.down_proj.weight") for i in order]
+    page = parsed(inspected(names, size=lambda layer: (1 + layer) / 100))
+    said = titles(page.select_one(".maps svg"))
+    sizes = ["1.0", "2.0", "3.0", "4.0", "5.0", "6.0", "7.0", "8.0", "9.0", "10", "11", "12"]
+    assert said == [f"down, layer {i}: {size} %" for i, size in enumerate(sizes)]
+
+
+def test_colours_grow_lighter_with_the_value_also_in_grey():
+    parts = [[int(color(i / 20)[k : k + 2], 16) for k in (1, 3, 5)] for i in range(21)]
+    grey = [0.2126 * r + 0.7152 * g + 0.0722 * b for r, g, b in parts]
+    assert min(later - earlier for earlier, later in zip(grey, grey[1:], strict=False)) > 3
+
+
+def test_a_cell_without_a_value_is_an_empty_box():
+    grid = pd.DataFrame([[1.0, float("nan")]], index=["q"], columns=[0, 1])
+    one, other = BeautifulSoup(heat_map(grid, "sizes", str), "html.parser").select("rect")[:2]
+    assert one["fill"] == color(1.0) and "fill" not in other.attrs and other["class"] == ["none"]
+
+
+def test_curves_show_the_energy_and_that_of_noise():
+    page = parsed(inspected([(0, "model.layers.0.mlp.down_proj.weight")]))
+    said = titles(page.select_one(".panels svg"))
+    held = [9 / 14.25, 13 / 14.25, 1.0]
+    noise = [float(null_energy((4, 6))[r - 1]) for r in (1, 2, 4)]
+    for name, shares in (("energy", held), ("energy of noise", noise)):
+        expected = [f"{name} at rank {r}: {E:.2f}" for r, E in zip((1, 2, 4), shares, strict=True)]
+        assert [title for title in said if title.startswith(f"{name} at")] == expected
