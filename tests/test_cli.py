@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 from pairs import Q, edit
+from safetensors.torch import load_file
 
 from deltarank import cli, compare
 from deltarank.study import models, runs
@@ -191,7 +192,16 @@ def test_the_installed_command_works_twice_and_is_quiet(pair, tmp_path):
 
 
 def test_make_inspect_wraps_the_command(pair, tmp_path):
-    make = ["make", "-C", ROOT, "inspect", f"BUILD={tmp_path}/build", f"OUT={tmp_path}/adapter"]
+    make = [
+        "make",
+        "-C",
+        ROOT,
+        "-o",
+        ".venv/ready",
+        "inspect",
+        f"BUILD={tmp_path}/build",
+        f"OUT={tmp_path}/adapter",
+    ]
     lacking = subprocess.run([*make, "BASE=one"], capture_output=True, text=True)
     assert lacking.returncode and "make inspect BASE=" in lacking.stdout
     for _ in range(2):
@@ -201,3 +211,62 @@ def test_make_inspect_wraps_the_command(pair, tmp_path):
         assert "Of the squared update of 14 matrices" in done.stdout
     assert (tmp_path / "build" / "inspect" / "page.html").exists()
     assert (tmp_path / "adapter" / "adapter_model.safetensors").exists()
+
+
+@pytest.mark.parametrize("option", ["--html", "--json"])
+def test_a_target_that_cannot_be_written_is_refused_before_any_work(
+    pair, tmp_path, capsys, monkeypatch, option
+):
+    monkeypatch.setattr(compare, "open_pair", lambda *a, **k: pytest.fail("the pair was opened"))
+    for target in (tmp_path, tmp_path / "no" / "file", "/proc/file"):
+        status, out, errors = said(capsys, "inspect", *pair, option, target)
+        assert status == 2 and out == "" and "cannot be written" in errors
+
+
+def test_a_page_that_cannot_be_finished_leaves_the_last_one(pair, tmp_path, capsys, monkeypatch):
+    page = tmp_path / "page.html"
+    page.write_text("the last one")
+
+    def full(path, target):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(Path, "replace", full)
+    status, _, errors = said(capsys, "inspect", *pair, "--html", page)
+    assert status == 2 and "No space left" in errors and page.read_text() == "the last one"
+    assert [path.name for path in tmp_path.glob(".*")] == []
+
+
+def test_pickles_are_read_only_where_the_option_says_so(pair, capsys):
+    base, tuned = pair
+    weights = f"{tuned}/model.safetensors"
+    torch.save(load_file(weights), f"{tuned}/pytorch_model.bin")
+    os.remove(weights)
+    status, _, errors = said(capsys, "inspect", base, tuned)
+    assert status == 2 and "--allow-pickle" in errors and "allow_pickle" not in errors
+    assert said(capsys, "inspect", base, tuned, "--allow-pickle")[0] == 0
+
+
+def test_the_version_is_told_without_loading_torch():
+    code = "import sys; from deltarank import cli; cli.main(['--version'])"
+    lists = f"import atexit, sys; atexit.register(lambda: print(*sys.modules)); {code}"
+    done = subprocess.run([sys.executable, "-c", lists], capture_output=True, text=True)
+    version, loaded = done.stdout.split("\n", 1)
+    assert done.returncode == 0 and version == f"deltarank {cli.__version__}"
+    assert not {"torch", "pandas", "transformers", "jinja2"} & set(loaded.split())
+
+
+def test_inspect_loads_neither_transformers_nor_the_page_it_does_not_write(pair):
+    code = "import sys; from deltarank import cli; cli.main(sys.argv[1:]); print(*sys.modules)"
+    command = [sys.executable, "-c", code, "inspect", *pair]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    loaded = set(done.stdout.splitlines()[-1].split())
+    assert "torch" in loaded
+    assert not {"transformers", "peft", "jinja2", "matplotlib", "huggingface_hub"} & loaded
+
+
+def test_a_reader_that_stops_reading_is_no_error(pair):
+    command = f"{Path(sys.executable).with_name('deltarank')} inspect {pair[0]} {pair[1]}"
+    piped = f"set -o pipefail; {command} | true"
+    done = subprocess.run(["bash", "-c", piped], capture_output=True, text=True)
+    assert done.returncode == 0 and done.stderr == ""
