@@ -43,11 +43,11 @@ def cut(
     groups = [[r] for r in missing] if part == "rotated" else [missing] if missing else []
     for group in groups:
         cuts = _evaluate_cuts(config, updates(config), group, part, label or f"cuts of {stem}")
-        for r, evaluation in cuts:
+        for r, evaluation in zip(group, cuts, strict=True):
             record = {"run": config.key, "part": part, "rank": r, "device": device_name()}
             save_entry(folders[r], record | {"test": evaluation})
-    entries = {r: load_entry(folder) for r, folder in folders.items()}
-    return pd.DataFrame([{"rank": r} | entries[r][0]["test"] for r in ranks])
+    found = {r: entry[0]["test"] for r, at in folders.items() if (entry := load_entry(at))}
+    return pd.DataFrame([{"rank": r} | found[r] for r in ranks])
 
 
 def stored_cuts(config: RunConfig) -> pd.DataFrame:
@@ -62,7 +62,7 @@ def cut_by_matrix(config: RunConfig, ranks: dict[str, int]) -> dict:
     """Evaluation of a full run whose matrices are cut to ranks of their own, {matrix: rank}."""
 
     def compute() -> tuple[dict, None]:
-        _, found = next(_evaluate_cuts(config, updates(config), [ranks], "head", "cut by matrix"))
+        found = next(_evaluate_cuts(config, updates(config), [ranks], "head", "cut by matrix"))
         record = {"run": config.key, "ranks": ranks, "device": device_name()}
         return record | {"test": found}, None
 
@@ -76,8 +76,8 @@ def _evaluate_cuts(
     ranks: Sequence[int | dict[str, int]],
     part: str,
     label: str,
-) -> Iterator[tuple[int | dict[str, int], dict]]:
-    """Yield (r, evaluation on the test split) of config's model with the cut of dW added."""
+) -> Iterator[dict]:
+    """Yield, rank by rank, the test split's evaluation of config's model with the cut dW added."""
     model = load_model(config.model)
     limit = max(min(weight.shape) for weight in matrices(model).values())
     given = [r for each in ranks for r in (each.values() if isinstance(each, dict) else [each])]
@@ -88,13 +88,13 @@ def _evaluate_cuts(
     parameters = dict(model.named_parameters())
     with torch.no_grad(), progress(len(ranks), label) as bar:
         for name in dW.keys() - W0.keys():
-            parameters[name] += dW[name].to(parameters[name].device)
+            parameters[name].add_(dW[name].to(parameters[name].device))
         for r in ranks:
             for name, (B, A) in factors.items():
                 k = r.get(name, 0) if isinstance(r, dict) else r
                 kept = B[:, :k] @ A[:k]
                 parameters[name].copy_(W0[name] + (dW[name] - kept if part == "tail" else kept))
-            yield r, evaluate(model, config, "test")
+            yield evaluate(model, config, "test")
             bar.update()
 
 
@@ -136,7 +136,8 @@ def score_pair(base: str, tuned: str, task: str, ranks: Sequence[int]) -> pd.Dat
     ends = {name: evaluate(model, config, "test") for name, model in models.items()}
     del models, W0, W1
     cuts = _evaluate_cuts(config, dW, ranks, "head", "score cuts")
-    found: list[tuple] = [("base", 0, ends["base"]), *(("cut", r, scored) for r, scored in cuts)]
+    found: list[tuple] = [("base", 0, ends["base"])]
+    found += [("cut", r, scored) for r, scored in zip(ranks, cuts, strict=True)]
     found += [("tuned", None, ends["tuned"])]
     columns = ("loss_nats", "score")
     return pd.DataFrame(

@@ -8,6 +8,7 @@ import platform
 import time
 from collections.abc import Iterable
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import pandas as pd
 import torch
@@ -22,6 +23,9 @@ from deltarank.study.losses import scoring
 from deltarank.study.models import TINY, matrices
 from deltarank.study.tasks import load_split, load_task
 from deltarank.study.training import has_compiler, lora_layers, prepare, train
+
+if TYPE_CHECKING:  # PEFT is imported where it trains
+    from peft.tuners.lora import LoraLayer
 
 
 def provenance(seconds: float) -> dict:
@@ -43,10 +47,10 @@ def provenance(seconds: float) -> dict:
     }
 
 
-def _lora_factors(layer: nn.Module) -> tuple[Tensor, Tensor, float]:
+def _lora_factors(layer: LoraLayer) -> tuple[Tensor, Tensor, float]:
     """B (m, r), A (r, n) and the scale of one LoRA layer, whose update is scale * B @ A."""
     B, A = (part["default"].weight.detach() for part in (layer.lora_B, layer.lora_A))
-    return B, A, float(layer.scaling["default"])
+    return B, A, layer.scaling["default"]
 
 
 def _squared_norms(dW: dict[str, Tensor], names: Iterable[str]) -> dict[str, float]:

@@ -6,10 +6,10 @@ import contextlib
 import functools
 from collections.abc import Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from deltarank.checkpoints import model_source
 from deltarank.checks import all_finite, first_line
@@ -72,7 +72,7 @@ def load_model(name: str) -> nn.Module:
     source = _source(name)
     with quiet_transformers():
         try:
-            model, report = AutoModelForCausalLM.from_pretrained(
+            loaded: Any = AutoModelForCausalLM.from_pretrained(
                 source,
                 dtype=torch.float32,
                 use_safetensors=True,
@@ -81,6 +81,7 @@ def load_model(name: str) -> nn.Module:
             )
         except (OSError, RuntimeError, ValueError, SafetensorError) as error:
             raise ValueError(f"model {name!r} cannot be loaded: {first_line(error)}") from error
+    model, report = loaded  # a pair, by output_loading_info
     wrong = {k: sorted(map(str, v)) for k, v in report.items() if v}
     if wrong:
         raise ValueError(f"{name}: the weights do not match the architecture: {wrong}")
@@ -135,7 +136,7 @@ def quiet_transformers() -> Iterator[None]:
         logging.enable_progress_bar()
 
 
-def matrices(model: nn.Module) -> dict[str, nn.Parameter]:
+def matrices(model: nn.Module) -> dict[str, Tensor]:
     """The weight matrices under study, by parameter name: every linear layer but the head.
 
     GPT-2's Conv1D is a linear layer too; it stores its matrix as (in, out).

@@ -74,12 +74,12 @@ class Profile:
         sizes = {k: getattr(self, k) for k in ("model", "batch_size", "seq_len", "eval_rows")}
         sizes |= {"generate_rows": self.generate_rows, "compile": self.compile}
         sizes |= {"profile": self.name}
-        recipe = {
+        recipes: dict[str, dict] = {
             "base": {"steps": 0},
             "full": {"steps": self.steps, "lr": _middle(self.full_lrs)},
             "lora": {"steps": self.steps, "lr": _middle(self.lora_lrs), "alpha": LORA_ALPHA},
-        }[method]
-        return RunConfig(task=task, method=method, **(sizes | recipe | changes))
+        }
+        return RunConfig(task=task, method=method, **(sizes | recipes[method] | changes))
 
 
 def _middle(values: Sequence[float]) -> float:

@@ -77,13 +77,14 @@ def sweep(configs: Sequence[RunConfig]) -> list[Result]:
     """
     from joblib import Parallel, delayed
 
-    results = {c: stored(c) for c in dict.fromkeys(configs)}
-    missing = [c for c, result in results.items() if result is None]
+    wanted = dict.fromkeys(configs)
+    results = {c: result for c in wanted if (result := stored(c))}
+    missing = [c for c in wanted if c not in results]
     if missing:
         require_disk(entry_folder(missing[0], "runs").parent, 0.1)
         minutes = sum(estimated_seconds(c) for c in missing) / 60
         print(
-            f"{len(results) - len(missing)} of {len(results)} runs are stored; about "
+            f"{len(results)} of {len(wanted)} runs are stored; about "
             f"{minutes:.0f} min for the rest",
             file=sys.stderr,
         )
@@ -93,7 +94,8 @@ def sweep(configs: Sequence[RunConfig]) -> list[Result]:
     ]
     for config, outcome in Parallel(return_as="generator_unordered", pre_dispatch="n_jobs")(jobs):
         folder = entry_folder(config, "runs")
-        results[config] = Result(config, *cached(folder, lambda found=outcome: found))
+        kept = cached(folder, lambda found=outcome: found)  # type: ignore[misc]  # has a default
+        results[config] = Result(config, *kept)
     return [results[c] for c in configs]
 
 
@@ -130,7 +132,8 @@ def _train_again(config: RunConfig) -> None:
         return
     spectra, _, _ = measure_update(config, model, W0)
     spectra = {name: S.float().cpu() for name, S in spectra.items()}
-    gap = spectral_gap(spectra, stored(config).spectra) if stored(config) else 0
+    before = stored(config)
+    gap = spectral_gap(spectra, before.spectra) if before else 0
     if gap > 0:
         warnings.warn(
             f"{config.key} was trained again, and its singular values differ from those "
@@ -169,7 +172,7 @@ def save_model(config: RunConfig, folder: Path, *, dtype: str = "float32") -> No
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             if name in dW:
-                parameter += dW[name].to(parameter.device)
+                parameter.add_(dW[name].to(parameter.device))
     with quiet_transformers():
         model.to(getattr(torch, dtype)).save_pretrained(folder)
         load_tokenizer(config.model).save_pretrained(folder)

@@ -9,6 +9,7 @@ import tempfile
 import warnings
 from collections.abc import Callable
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
 from torch import nn
@@ -19,6 +20,9 @@ from deltarank.study.configs import RunConfig
 from deltarank.study.losses import AnswerModel, packs, require_own_loss
 from deltarank.study.models import load_model, load_tokenizer, matrices
 from deltarank.study.tasks import a_line_each, encode, load_split, pack
+
+if TYPE_CHECKING:  # PEFT is imported where it trains
+    from peft.tuners.lora import LoraLayer
 
 GRAPHS = 64  # compiled graphs of a layer in one process: one for every LoRA rank of a long sweep
 
@@ -50,7 +54,7 @@ def prepare(config: RunConfig) -> nn.Module:
         torch.manual_seed(config.seed)
         lora = LoraConfig(
             r=config.rank,
-            lora_alpha=config.alpha,  # type: ignore[arg-type]  # any number will do
+            lora_alpha=config.alpha,  # type: ignore[arg-type]  # PEFT says int, any number will do
             use_rslora=config.rslora,
             rank_pattern=dict(config.rank_pattern),
             target_modules="all-linear",
@@ -64,7 +68,7 @@ def prepare(config: RunConfig) -> nn.Module:
     return model
 
 
-def lora_layers(model: nn.Module) -> dict[str, nn.Module]:
+def lora_layers(model: nn.Module) -> dict[str, LoraLayer]:
     """PEFT's LoRA layers by the parameter name of the matrix that each one updates."""
     from peft.tuners.lora import LoraLayer
 
