@@ -220,8 +220,8 @@ def _what_it_holds(out: Path, report) -> str:
     )
     held = (report["squared_norm"] * report["kept"]).sum() / total
     size = sum(file.stat().st_size for file in out.iterdir()) / 1e6
-    low, middle, high = (lora["rank"].quantile(q, "lower") for q in (0, 0.5, 1))
-    ranks = f"rank {low}" if low == high else f"rank {low} to {high} (median {middle})"
+    low, middle, high = lora["rank"].min(), lora["rank"].median(), lora["rank"].max()
+    ranks = f"rank {low}" if low == high else f"rank {low} to {high} (median {middle:.0f})"
     lines = [
         f"{out} holds {len(lora)} matrices at {ranks} and {len(norms)} norms whole, {size:.1f} MB.",
         f"It keeps {percent(held)} of the squared update.",

@@ -99,7 +99,7 @@ def _labels(table: pd.DataFrame) -> list[str]:
 
 def as_text(found: Inspection) -> str:
     """The verdict and a table by module, at most 100 columns wide."""
-    paragraphs = [textwrap.fill(line, 100, break_on_hyphens=False) for line in found.lines]
+    paragraphs = [_wrapped(line) for line in found.lines]
     headings = ["module", "matrices", *(COLUMNS[c].heading for c in IN_TERMINAL)]
     rows = [[heading.replace("cut rank", "rank").replace("’", "'") for heading in headings]]
     for row in found.by_module().to_dict("records"):
@@ -117,7 +117,13 @@ def as_text(found: Inspection) -> str:
     )
     losses = [found.losses.to_string(index=False, na_rep="–")] if found.losses is not None else []
     adapter = [f"To write the adapter: {found.command()}"] if found.lora else []
-    return "\n\n".join([*paragraphs, table, textwrap.fill(legend, 100), *losses, *adapter])
+    return "\n\n".join([*paragraphs, table, _wrapped(legend), *losses, *adapter])
+
+
+def _wrapped(text: str) -> str:
+    """Text in lines of at most 100 columns; a number stays with its "%"."""
+    kept = text.replace(" %", "\N{NO-BREAK SPACE}%")
+    return textwrap.fill(kept, 100, break_on_hyphens=False).replace("\N{NO-BREAK SPACE}", " ")
 
 
 def as_json(found: Inspection) -> str:

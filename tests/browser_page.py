@@ -41,7 +41,9 @@ def inspected(layers):
     )
     table.attrs = {"rest": {"model.norm.weight": 0.1}}
     rule = {"energy": 0.9}
-    losses = pd.DataFrame({"model": ["base", "tuned"], "rank": None, "loss_nats": 1.0, "score": 9})
+    losses = pd.DataFrame(
+        {"model": ["base", "tuned"], "rank": [0, None], "loss_nats": 1.0, "score": 9}
+    )
     pair = (
         "/home/someone/a-rather-long-folder-name-of-a-checkpoint/base",
         "organisation/tuned-1.5B",

@@ -1,10 +1,14 @@
 """The command: what it prints and writes, what it refuses, and that a second call works."""
 
+import fcntl
 import json
 import os
+import pty
 import shutil
+import struct
 import subprocess
 import sys
+import termios
 from pathlib import Path
 
 import pytest
@@ -165,7 +169,7 @@ def test_a_task_scores_base_cuts_and_tuned(config, tmp_path, capsys):
     own = tmp_path / "rows.jsonl"
     own.write_text('{"prompt": "1 + 1 =", "answer": " 2"}\n' * 3)
     status, out, errors = said(capsys, "inspect", base, tuned, "--task", own)
-    assert status == 0, errors
+    assert status == 0 and errors == "", errors
     lines = [line.split() for line in out.splitlines()]
     assert [line[0] for line in lines if line and line[0] in ("base", "cut", "tuned")] == [
         *("base", "cut", "cut", "tuned"),
@@ -270,3 +274,12 @@ def test_a_reader_that_stops_reading_is_no_error(pair):
     piped = f"set -o pipefail; {command} | true"
     done = subprocess.run(["bash", "-c", piped], capture_output=True, text=True)
     assert done.returncode == 0 and done.stderr == ""
+
+
+def test_a_terminal_sees_progress(pair):
+    here, there = pty.openpty()
+    fcntl.ioctl(there, termios.TIOCSWINSZ, struct.pack("HHHH", 30, 100, 0, 0))
+    command = [Path(sys.executable).with_name("deltarank"), "inspect", *pair]
+    environment = {k: v for k, v in os.environ.items() if k != "PROGRESS"}
+    subprocess.run(command, stdout=subprocess.PIPE, stderr=there, env=environment, check=True)
+    assert b"compare checkpoints" in os.read(here, 4096)
