@@ -14,7 +14,7 @@ from deltarank.ranks import kept_share, rank_of, recommend_ranks, verdict
 from deltarank.spectra import energy_rank, null_energy, singular_values, spectrum_measures
 
 
-@pytest.mark.parametrize("share", [0.5, 0.8, 0.95])
+@pytest.mark.parametrize("share", [0.1, 0.5, 0.8, 0.9, 0.95, 0.99])
 def test_energy_agrees_with_peft(share):
     """convert_to_lora gives a layer the rank that energy_rank gives the same update."""
     torch.manual_seed(0)

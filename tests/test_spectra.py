@@ -92,15 +92,6 @@ def test_energy_and_ranks_of_a_zero_update():
     assert (energy_rank(S, 0.9), stable_rank(S), entropy_rank(S)) == (0, 0, 0)
 
 
-@pytest.mark.parametrize("share", [0.1, 0.5, 0.9, 0.95, 0.99])
-@pytest.mark.parametrize("seed", range(3))
-def test_energy_rank_selects_as_peft_does(share, seed):
-    from peft.tuners.lora.conversion import _find_cutoff_index
-
-    S = singular_values(gaussian(50, 40, seed=seed))
-    assert energy_rank(S, share) == _find_cutoff_index(S, share)
-
-
 @pytest.mark.parametrize(
     ("share", "rank"), [(0.25, 1), (0.2500001, 2), (0.5, 2), (0.75, 3), (0.76, 4), (1.0, 4)]
 )
