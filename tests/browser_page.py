@@ -4,20 +4,17 @@ Screenshots, light and dark, wide and narrow, and the print land in build/screen
 """
 
 import re
-import shutil
 
 import pandas as pd
 import pytest
 import torch
 from axe_playwright_python.sync_playwright import Axe
-from playwright.sync_api import sync_playwright
 
 from deltarank.page import Inspection, as_html
 from deltarank.ranks import recommend_ranks
 from deltarank.runtime import ROOT
 from deltarank.spectra import spectrum_measures
 
-CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser")
 SHOTS = ROOT / "build" / "screenshots"
 WIDE, NARROW = {"width": 1200, "height": 900}, {"width": 360, "height": 740}
 MODULES = {"mlp.down_proj": 2.0, "mlp.gate_proj": 1.4, "self_attn.q_proj": 1.0}
@@ -59,16 +56,6 @@ def file(request, tmp_path_factory):
     path.write_text(as_html(inspected(request.param)), encoding="utf8")
     SHOTS.mkdir(parents=True, exist_ok=True)
     return path
-
-
-@pytest.fixture(scope="session")
-def browser():
-    """Debian's Chromium."""
-    assert CHROMIUM, "no chromium on this machine: apt-get install chromium"
-    with sync_playwright() as playwright:
-        opened = playwright.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox"])
-        yield opened
-        opened.close()
 
 
 @pytest.fixture

@@ -11,12 +11,9 @@ import sys
 
 import pytest
 from axe_playwright_python.sync_playwright import Axe
-from playwright.sync_api import sync_playwright
 
-sys.path.insert(0, str(__import__("pathlib").Path(__file__).resolve().parent.parent))
-import utils  # noqa: E402
+import utils
 
-CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser")
 SHOTS = utils.ROOT / "build" / "screenshots"
 WIDE, NARROW = {"width": 1280, "height": 900}, {"width": 360, "height": 740}
 PAGES = ["index.html"] + [
@@ -33,16 +30,6 @@ def site(tmp_path_factory):
     subprocess.run([str(part) for part in command], check=True)
     SHOTS.mkdir(parents=True, exist_ok=True)
     return out
-
-
-@pytest.fixture(scope="session")
-def browser():
-    """Debian's Chromium."""
-    assert CHROMIUM, "no chromium on this machine: apt-get install chromium"
-    with sync_playwright() as playwright:
-        opened = playwright.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox"])
-        yield opened
-        opened.close()
 
 
 @pytest.fixture

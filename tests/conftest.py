@@ -3,6 +3,7 @@
 import functools
 import json
 import os
+import shutil
 import sys
 from pathlib import Path
 
@@ -75,6 +76,19 @@ def config(store):
 def save(tmp_path):
     """A function that saves base and tuned of an architecture and returns their folders."""
     return functools.partial(pairs.save, tmp_path)
+
+
+@pytest.fixture(scope="session")
+def browser():
+    """Debian's Chromium, one for all tests of pages."""
+    from playwright.sync_api import sync_playwright
+
+    chromium = shutil.which("chromium") or shutil.which("chromium-browser")
+    assert chromium, "no chromium on this machine: apt-get install chromium"
+    with sync_playwright() as playwright:
+        opened = playwright.chromium.launch(executable_path=chromium, args=["--no-sandbox"])
+        yield opened
+        opened.close()
 
 
 ANSWERS = ("red", "blue", "red", "green", "blue", "red", "green", "blue")
