@@ -90,6 +90,19 @@ def device_name() -> str:
     return platform.machine()
 
 
+def processor() -> str:
+    """What decides how the processor rounds: maker, family, model, stepping, vector width.
+
+    Its name does not: two kinds call themselves "AMD EPYC".
+    """
+    fields = ("vendor_id", "cpu family", "model", "stepping")
+    found = []
+    with contextlib.suppress(OSError):
+        text = Path("/proc/cpuinfo").read_text()
+        found = re.findall(rf"^(?:{'|'.join(fields)})\s*: (.*)", text, re.MULTILINE)[: len(fields)]
+    return " ".join([*found, torch.backends.cpu.get_cpu_capability()])
+
+
 def commit() -> str:
     """The commit of the checkout, with "-dirty" where files differ; "unknown" outside one."""
     describe = ["describe", "--always", "--abbrev=12", "--exclude=*", "--dirty"]

@@ -45,13 +45,16 @@ class RunConfig:
     rslora: bool = False
     rank_pattern: tuple[tuple[str, int], ...] = ()  # LoRA ranks that differ from `rank`, by module
     lr: float = 0.0
-    schedule: str = "linear"  # decay to zero, without warm-up
+    schedule: str = "linear"  # decay to zero
+    warmup: float = 0.0  # share of the steps in which the rate first rises from zero
+    max_grad_norm: float = 1.0  # a longer gradient is clipped to this norm
     steps: int = 0
     batch_size: int = 16
     seq_len: int = 48
     optimizer: str = "adamw_torch_fused"
     weight_decay: float = 0.0
     train_embedding: bool = False
+    permuted: bool = False  # trained on the answers of other rows: form without skill
     seed: int = 0
     dtype: str = "bfloat16"
     compile: bool = True
@@ -86,6 +89,9 @@ class RunConfig:
             "rslora": (lora or not self.rslora, "only in lora"),
             "rank_pattern": (lora or not self.rank_pattern, "only in lora"),
             "train_embedding": (not self.train_embedding or self.method == "full", "only in full"),
+            "permuted": (trained or not self.permuted, "only in full and lora"),
+            "warmup": (0 <= self.warmup < 1, "must be 0 or more and below 1, such as 0.1"),
+            "max_grad_norm": (0 < self.max_grad_norm < math.inf, "must be above 0, such as 1"),
             "generate_rows": (self.generate_rows >= 0, "must be 0 or more"),
             "weight_decay": (0 <= self.weight_decay < math.inf, "must be 0 or more"),
         }
@@ -121,12 +127,13 @@ class RunConfig:
 
     @property
     def growth_steps(self) -> set[int]:
-        """The steps after which a full run's update is measured on the way."""
+        """The steps after which the update of a full run with a skill is measured on the way."""
         parts = {self.steps // 16, self.steps // 8, self.steps // 4, self.steps // 2}
-        return parts - {0} if self.method == "full" else set()
+        return parts - {0} if self.method == "full" and not self.permuted else set()
 
     @property
     def key(self) -> str:
         """The run's name: readable parts, then 12 hex digits of the hash of its identity."""
         parts = [Path(self.task).stem, self.method] + ([f"r{self.rank}"] if self.rank else [])
+        parts += ["permuted"] if self.permuted else []
         return "-".join([*parts, f"s{self.seed}", digest(self.identity)[:12]])

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from deltarank.checks import require_disk
-from deltarank.runtime import cache_folder, commit, device_name, progress
+from deltarank.runtime import cache_folder, commit, device_name, processor, progress
 from deltarank.spectra import factor_singular_values, rank_measures, singular_values
 from deltarank.study.configs import GROWTH_ROWS, RunConfig
 from deltarank.study.evaluation import evaluate, score_rows
@@ -41,6 +41,7 @@ def provenance(seconds: float) -> dict:
         "transformers": transformers.__version__,
         "peft": peft.__version__,
         "device": device_name(),
+        "processor": processor(),
         "threads": torch.get_num_threads(),
         "compiler": has_compiler(),
         "commit": commit(),

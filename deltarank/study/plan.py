@@ -88,6 +88,30 @@ def lora_configs() -> list[RunConfig]:
     ]
 
 
+def warmup_configs() -> list[RunConfig]:
+    """Full fine-tuning with and without warm-up, at each of the profile's rates for it.
+
+    At the middle rate with every seed; its neighbours, with the first, say that it is no edge.
+    """
+    first = profile().seeds[:1]
+    return [
+        profile().config(task, lr=lr, warmup=warmup, seed=seed)
+        for task, (low, middle, high) in profile().warmup_lrs
+        for lr, seeds in ((middle, profile().seeds), (low, first), (high, first))
+        for warmup in profile().warmups
+        for seed in seeds
+    ]
+
+
+def floor_configs(task: str) -> list[RunConfig]:
+    """A task's format floor: full fine-tuning and LoRA at the lowest rank on permuted answers.
+
+    Each at the rate that is best for the task itself, with the first seed.
+    """
+    skilled = (tuned(task), tuned(task, "lora", rank=min(profile().lora_ranks)))
+    return [dataclasses.replace(config, permuted=True) for config in skilled]
+
+
 def embedding_configs() -> list[RunConfig]:
     """Full fine-tuning with the embedding trained too, beside the same with it frozen."""
     return [tuned(task, train_embedding=True) for task in profile().embedding_tasks]

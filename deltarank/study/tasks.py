@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import random
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -93,6 +94,19 @@ def load_split(task: str, split: str) -> list[dict]:
         f'give some lines "split": "{split}"',
     )
     return splits[split]
+
+
+def permute_answers(rows: Sequence[dict], seed: int) -> list[dict]:
+    """The rows with their answers permuted at random: each keeps its form and loses its sense.
+
+    In a mix, rows change answers only with rows of their own task.
+    """
+    generator = random.Random(seed)
+    by_task: dict[str, list[dict]] = {}
+    for row in rows:
+        by_task.setdefault(row.get("task", ""), []).append(row)
+    answers = {task: generator.sample(group, len(group)) for task, group in by_task.items()}
+    return [row | {"answer": answers[row.get("task", "")].pop()["answer"]} for row in rows]
 
 
 def encode(row: dict, tokenizer, seq_len: int) -> dict[str, list[int]]:

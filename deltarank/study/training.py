@@ -19,7 +19,7 @@ from deltarank.runtime import device, progress
 from deltarank.study.configs import RunConfig
 from deltarank.study.losses import AnswerModel, packs, require_own_loss
 from deltarank.study.models import load_model, load_tokenizer, matrices
-from deltarank.study.tasks import a_line_each, encode, load_split, pack
+from deltarank.study.tasks import a_line_each, encode, load_split, pack, permute_answers
 
 if TYPE_CHECKING:  # PEFT is imported where it trains
     from peft.tuners.lora import LoraLayer
@@ -116,14 +116,23 @@ def train(
 
 
 def _training_rows(config: RunConfig) -> list[dict[str, list[int]]]:
-    """The rows to train on as tokens; raises ValueError for fewer than a batch."""
-    tokenizer = load_tokenizer(config.model)
-    rows = [encode(r, tokenizer, config.seq_len) for r in load_split(config.task, "train")]
+    """The rows to train on as tokens; raises ValueError for fewer than a batch.
+
+    Of a permuted run they come once for every time that they are seen, each time permuted anew,
+    or the answers of one permutation would be learned by heart; a prompt may then meet a longer
+    answer than its own.
+    """
+    rows, length = load_split(config.task, "train"), config.seq_len
     require(
         len(rows) >= config.batch_size,
         f"{config.task} has {len(rows)} training rows, fewer than batch_size={config.batch_size}",
     )
-    return rows
+    if config.permuted:
+        epochs = range(math.ceil(config.steps * config.batch_size / len(rows)))
+        rows = [row for epoch in epochs for row in permute_answers(rows, epoch)]
+        length *= 2
+    tokenizer = load_tokenizer(config.model)
+    return [encode(row, tokenizer, length) for row in rows]
 
 
 def _training_arguments(config: RunConfig, scratch: str):
@@ -143,6 +152,8 @@ def _training_arguments(config: RunConfig, scratch: str):
         per_device_train_batch_size=config.batch_size,
         learning_rate=config.lr,
         lr_scheduler_type=config.schedule,
+        warmup_steps=math.ceil(config.warmup * config.steps),
+        max_grad_norm=config.max_grad_norm,
         weight_decay=config.weight_decay,
         optim=config.optimizer,
         seed=config.seed,
