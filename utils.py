@@ -35,7 +35,14 @@ from deltarank.study import taskdata
 from deltarank.study.claims import assert_claims, assert_table
 from deltarank.study.configs import GROWTH_ROWS, KNOWN_VALUES, MEASUREMENT, RunConfig
 from deltarank.study.convert import GEMMA
-from deltarank.study.cuts import CUT_PARTS, cut, cut_by_matrix, score_pair, stored_cuts
+from deltarank.study.cuts import (
+    CUT_PARTS,
+    LENGTH_PARTS,
+    cut,
+    cut_by_matrix,
+    score_pair,
+    stored_cuts,
+)
 from deltarank.study.evaluation import evaluate, generate, score_rows
 from deltarank.study.figures import (
     VENUE_WIDTHS,

@@ -21,7 +21,8 @@ from deltarank.study.profiles import entry_folder
 from deltarank.study.runs import updates
 from deltarank.study.tasks import encode, load_split
 
-CUT_PARTS = ("head", "tail", "rotated", "sign")
+CUT_PARTS = ("head", "tail", "rotated", "sign")  # which directions?
+LENGTH_PARTS = ("shrunk", "stretched", "tail-scaled")  # or only how long an update?
 
 
 def cut(
@@ -29,13 +30,16 @@ def cut(
 ) -> pd.DataFrame:
     """What is left of a full run when the update of every matrix is cut to rank r.
 
-    part "head" keeps the r leading directions.  Three controls: "tail" keeps all but these,
+    part "head" keeps the r leading directions.  Controls of direction: "tail" keeps all but these,
     "rotated" puts their singular values along random directions, "sign" is the head of
-    sign(dW) mean|dW| (BitDelta, Liu et al. 2024).  Parameters outside the matrices keep their
-    full update, so that r = 0 is what they do alone.
+    sign(dW) mean|dW| (BitDelta, Liu et al. 2024).  Controls of length: "shrunk" is the whole update
+    at the head's Frobenius norm, "tail-scaled" the tail at that norm, "stretched" the head at the
+    whole update's.  Parameters outside the matrices keep their full update, so that r = 0 is what
+    they do alone.
     Returns one line a rank: rank, loss_nats, score, row_nats, row_score; each is stored.
     """
-    require(part in CUT_PARTS, f"part={part!r} is unknown; choose one of {', '.join(CUT_PARTS)}")
+    parts = (*CUT_PARTS, *LENGTH_PARTS)
+    require(part in parts, f"part={part!r} is unknown; choose one of {', '.join(parts)}")
     stem = config.key if part == "head" else f"{config.key}-{part}"
     folders = {r: entry_folder(config, "cuts", f"{stem}-r{r}") for r in ranks}
     missing = [r for r in ranks if load_entry(folders[r]) is None]
@@ -93,9 +97,18 @@ def _evaluate_cuts(
             for name, (B, A) in factors.items():
                 k = r.get(name, 0) if isinstance(r, dict) else r
                 kept = B[:, :k] @ A[:k]
-                parameters[name].copy_(W0[name] + (dW[name] - kept if part == "tail" else kept))
+                parameters[name].copy_(W0[name] + _part(dW[name], kept, part))
             yield evaluate(model, config, "test")
             bar.update()
+
+
+def _part(dW: Tensor, head: Tensor, part: str) -> Tensor:
+    """What is added to a matrix (m, n) of a part of its update dW, whose cut is `head`."""
+    if part in LENGTH_PARTS:
+        source = {"shrunk": dW, "stretched": head, "tail-scaled": dW - head}[part]
+        norm = (dW if part == "stretched" else head).norm()
+        return source * (norm / source.norm()) if source.any() else source
+    return dW - head if part == "tail" else head
 
 
 def _cut_factors(
@@ -103,7 +116,7 @@ def _cut_factors(
 ) -> tuple[Tensor, Tensor]:
     """B (m, k) and A (k, n), k = min(r, m, n): B[:, :j] @ A[:j] is what the cut to rank j adds.
 
-    Of part "tail", what it leaves out.
+    Of the parts that are made of a tail, what they leave out.
     """
     source = dW.sign() * dW.abs().mean() if part == "sign" else dW
     B, A, _ = leading_factors(source, min(r, *dW.shape))

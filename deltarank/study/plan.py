@@ -22,20 +22,41 @@ from deltarank.study.runs import Result, run, sweep
 def lr_search(task: str, method: str = "full", *, rank: int = 0) -> list[Result]:
     """The runs that choose a task's learning rate, by ascending rate, all with the first seed.
 
-    Starts in the middle of the task's rates and climbs: it ends when both neighbours of the best
-    rate are run and no better, or where the profile has no neighbour.
+    Climbs over the profile's rates from their middle.  In its fine_tasks the search goes on from
+    the best of these in half the steps, by finer(rates), for full fine-tuning and LoRA alike.
     """
     rates = sorted(profile().lora_lrs if method == "lora" else profile().full_lrs)
+    recipe: dict = {"rank": rank, "seed": profile().seeds[0]}
+    make = functools.partial(profile().config, task, method, **recipe)
+    found = _climb(make, rates, rates[len(rates) // 2])
+    if task in profile().fine_tasks:
+        found |= _climb(make, finer(rates), best_lr([*found.values()]))
+    return [found[lr] for lr in sorted(found)]
+
+
+def _climb(make: Callable[..., RunConfig], rates: list[float], start: float) -> dict:
+    """Runs by learning rate, from `start` on: until both neighbours of the best are run.
+
+    Ends where the rates, ascending, have no neighbour.
+    """
     found: dict[float, Result] = {}
-    best, around = len(rates) // 2, None
+    best, around = rates.index(start), None
     while best != around:
         around = best
         near = [lr for lr in rates[max(around - 1, 0) : around + 2] if lr not in found]
-        recipe: dict = {"rank": rank, "seed": profile().seeds[0]}
-        results = sweep([profile().config(task, method, lr=lr, **recipe) for lr in near])
-        found |= {result.config.lr: result for result in results}
+        found |= {result.config.lr: result for result in sweep([make(lr=lr) for lr in near])}
         best = rates.index(best_lr(list(found.values())))
-    return [found[lr] for lr in sorted(found)]
+    return found
+
+
+def finer(rates: Sequence[float]) -> list[float]:
+    """The rates, ascending, and between each two their geometric mean, to two digits.
+
+    >>> finer([1e-4, 3e-4])
+    [0.0001, 0.00017, 0.0003]
+    """
+    between = [float(f"{math.sqrt(a * b):.2g}") for a, b in itertools.pairwise(rates)]
+    return sorted([*rates, *between])
 
 
 def best_lr(results: Sequence[Result]) -> float:

@@ -38,10 +38,11 @@ class Profile:
     # A task, and of LoRA each of its lora_ranks, takes the rate of the lowest held-out loss.
     full_lrs: tuple[float, ...] = (3e-6, 1e-5, 3e-5, 1e-4, 3e-4, 1e-3, 3e-3)
     lora_lrs: tuple[float, ...] = (3e-5, 1e-4, 3e-4, 1e-3, 3e-3, 1e-2)
+    fine_tasks: tuple[str, ...] = ("facts", "sorbian", "code")  # whose rates are searched finer
     # Tasks whose full fine-tuning is tried with and without warm-up, each at these rates.
     warmup_lrs: tuple[tuple[str, tuple[float, float, float]], ...] = (
         ("facts", (1e-4, 1.7e-4, 3e-4)),
-        ("sorbian", (5.2e-5, 1e-4, 1.7e-4)),
+        ("sorbian", (5.5e-5, 1e-4, 1.7e-4)),
     )
     warmups: tuple[float, ...] = (0.0, 0.1)  # shares of the steps
     embedding_tasks: tuple[str, ...] = ("sorbian",)  # run once more with a trained embedding
@@ -110,6 +111,7 @@ PROFILES = {
         full_lrs=(1e-4, 1e-3),
         seeds=(0, 1),
         lora_lrs=(1e-3, 1e-2),
+        fine_tasks=(),
         warmup_lrs=(("facts", (1e-4, 1e-3, 1e-2)),),
         embedding_tasks=("facts",),
         scaling_ranks=(1, 8),
@@ -132,6 +134,7 @@ PROFILES = {
         full_lrs=(1e-4,),
         lora_lrs=(1e-3,),
         seeds=(0,),
+        fine_tasks=(),
         warmup_lrs=(),
         embedding_tasks=(),
         scaling_ranks=(),

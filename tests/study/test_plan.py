@@ -10,6 +10,7 @@ from deltarank.study import plan
 from deltarank.study.plan import (
     best_lr,
     cut_until,
+    floor_configs,
     larger_scale,
     lora_until,
     lr_search,
@@ -59,6 +60,28 @@ def test_the_search_climbs_until_both_neighbours_are_no_better(
     results = lr_search("facts")
     assert [result.config.lr for result in results] == tried
     assert best_lr(results) == best
+
+
+def test_a_fine_search_goes_on_in_half_the_steps(monkeypatch, losses):
+    wide = dataclasses.replace(
+        PROFILES["smoke"], full_lrs=(1e-4, 1e-3, 1e-2), fine_tasks=("facts",)
+    )
+    monkeypatch.setitem(PROFILES, "smoke", wide)
+    losses |= {
+        (0, lr): loss for lr, loss in {1e-4: 4, 1e-3: 3, 1e-2: 9, 3.2e-4: 2, 3.2e-3: 5}.items()
+    }
+    tried = [result.config.lr for result in lr_search("facts")]
+    assert tried == [1e-4, 3.2e-4, 1e-3, 3.2e-3, 1e-2]
+    assert tuned("facts").lr == 3.2e-4
+    assert [result.config.lr for result in lr_search("sentiment")] == [1e-4, 1e-3, 1e-2]
+
+
+def test_a_format_floor_is_the_tuned_recipe_on_permuted_answers(losses):
+    losses |= {(rank, lr): lr for rank in (0, 1) for lr in (1e-4, 1e-3, 1e-2)}
+    full, lora = floor_configs("facts")
+    assert (full.rank, lora.rank) == (0, 1) and full.permuted and lora.permuted
+    assert dataclasses.replace(full, permuted=False) == tuned("facts")
+    assert full.key.startswith("facts-full-permuted-s0-")
 
 
 def test_ranks_between_the_profiles_interpolate_their_learning_rates(losses):

@@ -14,7 +14,14 @@ from deltarank.study.cuts import score_pair
 from deltarank.study.models import TINY, load_tokenizer
 from deltarank.study.profiles import PROFILES, profile
 from deltarank.study.runs import run
-from deltarank.study.tasks import TASK_FOLDER, collate, encode, load_split, load_task
+from deltarank.study.tasks import (
+    TASK_FOLDER,
+    collate,
+    encode,
+    load_split,
+    load_task,
+    permute_answers,
+)
 
 TASKS = sorted(tasks.TASKS)
 SHARED = {"facts", "mix"}  # memorised on purpose; mix holds rows of facts
@@ -252,3 +259,13 @@ def test_the_rows_of_an_own_task_are_for_testing_unless_they_say_otherwise(store
     assert len(load_split(own(None), "test")) == 4
     assert run(profile().config(own(None), "base")).status == "finished"
     assert run(profile().config(own("train", "valid", "test"), steps=1)).status == "finished"
+
+
+def test_permuted_answers_are_those_of_other_rows_of_the_same_task():
+    rows = [{"prompt": str(i), "answer": f"a{i}", "task": "ab"[i % 2]} for i in range(40)]
+    permuted = permute_answers(rows, 0)
+    assert [row["prompt"] for row in permuted] == [row["prompt"] for row in rows]
+    for task in "ab":
+        mine, theirs = ([r["answer"] for r in x if r["task"] == task] for x in (rows, permuted))
+        assert sorted(mine) == sorted(theirs) and mine != theirs
+    assert permuted == permute_answers(rows, 0) != permute_answers(rows, 1)

@@ -4,7 +4,7 @@ import pytest
 import torch
 from small_runs import ROWS, Q, batch_of, plain_loss, small
 
-from deltarank.study import measuring
+from deltarank.study import measuring, training
 from deltarank.study.losses import answer_loss
 from deltarank.study.models import TINY, load_model, load_tokenizer, matrices
 from deltarank.study.profiles import profile
@@ -93,6 +93,28 @@ def test_the_first_loss_is_that_of_the_untrained_model(small_task):
     model = prepare(config)
     expected = plain_loss(model, batch_of(small_task[:4], 16), torch.float32).item()
     assert train(config, model) == pytest.approx([expected], rel=1e-5)
+
+
+def test_a_permuted_run_sees_each_prompt_with_other_answers(small_task):
+    rows = training._training_rows(small(steps=12, permuted=True))
+    plain = training._training_rows(small(steps=12))
+    assert len(rows) == 12 * len(plain)  # a batch is all four rows
+    answers = {}
+    for row in rows:
+        prompt = sum(label == -100 for label in row["labels"])
+        ids = tuple(row["input_ids"])
+        answers.setdefault(ids[:prompt], set()).add(ids[prompt:])
+    assert min(map(len, answers.values())) > 1
+
+
+def test_a_warm_up_starts_at_no_rate_and_ends_at_the_whole(small_task):
+    arguments = training._training_arguments(small(steps=30, warmup=0.1, lr=1e-2), "scratch")
+    assert arguments.get_warmup_steps(30) == 3
+    first = [
+        train(config, prepare(config))[1]  # after one step, at rates of 0 and 1e-2
+        for config in (small(steps=2, warmup=0.5, lr=1e-2), small(steps=2, lr=1e-2))
+    ]
+    assert first[0] > first[1]
 
 
 def test_the_alpha_of_rslora_is_divided_by_the_root_of_the_rank(store):
