@@ -133,6 +133,27 @@ def floor_configs(task: str) -> list[RunConfig]:
     return [dataclasses.replace(config, permuted=True) for config in skilled]
 
 
+def production_configs() -> list[RunConfig]:
+    """The long mix by full fine-tuning and LoRA, at the rates that are best for the mix.
+
+    Full fine-tuning and the lowest rank with every seed, the other ranks with the first; nothing
+    in a profile without sizes for it.
+    """
+    if not profile().production_sizes:
+        return []
+    ranks = (0, *profile().lora_ranks)
+    seeds = {rank: profile().seeds[:1] for rank in ranks} | dict.fromkeys(
+        ranks[:2], profile().seeds
+    )
+    found = []
+    for seed, rank in itertools.product(profile().seeds, ranks):
+        if seed in seeds[rank]:
+            method = "lora" if rank else "full"
+            lr = tuned("mix", method, rank=rank).lr
+            found.append(profile().config("production", method, rank=rank, lr=lr, seed=seed))
+    return found
+
+
 def embedding_configs() -> list[RunConfig]:
     """Full fine-tuning with the embedding trained too, beside the same with it frozen."""
     return [tuned(task, train_embedding=True) for task in profile().embedding_tasks]

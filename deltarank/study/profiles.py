@@ -38,13 +38,24 @@ class Profile:
     # A task, and of LoRA each of its lora_ranks, takes the rate of the lowest held-out loss.
     full_lrs: tuple[float, ...] = (3e-6, 1e-5, 3e-5, 1e-4, 3e-4, 1e-3, 3e-3)
     lora_lrs: tuple[float, ...] = (3e-5, 1e-4, 3e-4, 1e-3, 3e-3, 1e-2)
-    fine_tasks: tuple[str, ...] = ("facts", "sorbian", "code")  # whose rates are searched finer
+    fine_tasks: tuple[str, ...] = (
+        "facts",
+        "sorbian",
+        "code",
+        "mix",
+    )  # whose rates are searched finer
     # Tasks whose full fine-tuning is tried with and without warm-up, each at these rates.
     warmup_lrs: tuple[tuple[str, tuple[float, float, float]], ...] = (
         ("facts", (1e-4, 1.7e-4, 3e-4)),
         ("sorbian", (5.5e-5, 1e-4, 1.7e-4)),
     )
     warmups: tuple[float, ...] = (0.0, 0.1)  # shares of the steps
+    # The mix that is trained until its parts are learned, and whose held-out rows are all scored.
+    production_sizes: tuple[tuple[str, int], ...] = (
+        ("steps", 480),
+        ("eval_rows", 2048),
+        ("generate_rows", 640),
+    )
     embedding_tasks: tuple[str, ...] = ("sorbian",)  # run once more with a trained embedding
     scaling_ranks: tuple[int, ...] = (1, 8, 64)  # LoRA of the facts by each of SCALES ...
     scaling_lrs: tuple[float, ...] = (1e-4, 3e-4, 1e-3, 3e-3)  # ... at each of these rates
@@ -86,6 +97,10 @@ class Profile:
             "full": {"steps": self.steps, "lr": _middle(self.full_lrs)},
             "lora": {"steps": self.steps, "lr": _middle(self.lora_lrs), "alpha": LORA_ALPHA},
         }
+        if task == "production":
+            longer = dict(self.production_sizes)
+            recipes = {name: recipe | longer for name, recipe in recipes.items()}
+            recipes["base"]["steps"] = 0
         return RunConfig(task=task, method=method, **(sizes | recipes[method] | changes))
 
 
@@ -112,6 +127,7 @@ PROFILES = {
         seeds=(0, 1),
         lora_lrs=(1e-3, 1e-2),
         fine_tasks=(),
+        production_sizes=(),
         warmup_lrs=(("facts", (1e-4, 1e-3, 1e-2)),),
         embedding_tasks=("facts",),
         scaling_ranks=(1, 8),
@@ -135,6 +151,7 @@ PROFILES = {
         lora_lrs=(1e-3,),
         seeds=(0,),
         fine_tasks=(),
+        production_sizes=(),
         warmup_lrs=(),
         embedding_tasks=(),
         scaling_ranks=(),

@@ -45,6 +45,7 @@ TASKS = {
     "sorbian": Task("language", "chrf", "Sorbian", "#A13FE6", "X"),
     "code": Task("code", "exact", "code", "#381A4B", "<"),
     "mix": Task("production mix", "by row", "mix", "#1B1B1B", "*"),
+    "production": Task("production mix, longer", "by row", "long mix", "#1B1B1B", "*"),
     "shuffled": Task("control", "exact", "shuffled labels", "#555555", "h"),
 }
 

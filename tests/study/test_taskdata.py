@@ -154,7 +154,7 @@ def test_nothing_is_written_when_a_row_breaks_a_rule(monkeypatch, in_bytes, fold
 # What needs no package is built whole
 
 
-@pytest.mark.parametrize("task", ["arithmetic", "mix", "shuffled"])
+@pytest.mark.parametrize("task", ["arithmetic", "mix", "production", "shuffled"])
 def test_it_is_built_as_committed(task):
     assert taskdata.BUILDERS[task]() == committed(task)
 

@@ -24,7 +24,8 @@ from deltarank.study.tasks import (
 )
 
 TASKS = sorted(tasks.TASKS)
-SHARED = {"facts", "mix"}  # memorised on purpose; mix holds rows of facts
+MIXES = ("mix", "production")  # rows of the other files
+SHARED = {"facts", *MIXES}  # facts are memorised on purpose
 
 
 def rows_of(task):
@@ -47,7 +48,7 @@ def test_a_file_is_small(task):
 
 @pytest.mark.parametrize("task", TASKS)
 def test_every_row_has_the_same_keys_and_a_one_line_answer(task):
-    keys = {"split", "prompt", "answer"} | ({"task"} if task == "mix" else set())
+    keys = {"split", "prompt", "answer"} | ({"task"} if task in MIXES else set())
     for row in rows_of(task):
         assert row.keys() == keys
         assert row["prompt"].strip()
@@ -98,24 +99,35 @@ def test_a_fact_has_one_answer():
         assert answers.setdefault(row["prompt"], row["answer"]) == row["answer"]
 
 
-def test_mix_has_equal_shares_of_rows_of_the_other_files():
+@pytest.mark.parametrize("mix", MIXES)
+def test_a_mix_has_equal_shares_of_rows_of_the_other_files(mix):
     for split in ("train", "valid", "test"):
-        counts = Counter(row["task"] for row in rows_of("mix") if row["split"] == split)
-        assert counts.keys() == set(TASKS) - {"mix", "shuffled"}
-        assert len(set(counts.values())) == 1
+        counts = Counter(row["task"] for row in rows_of(mix) if row["split"] == split)
+        assert counts.keys() == set(TASKS) - {*MIXES, "shuffled"}
+        few = {"facts", "sorbian"} if (mix, split) == ("production", "test") else set()
+        assert len({n for task, n in counts.items() if task not in few}) == 1
+        assert all(counts[task] == 128 for task in few)  # all that they have
     sources = {
         (task, row["split"], row["prompt"], row["answer"])
         for task in TASKS
         for row in rows_of(task)
     }
-    for row in rows_of("mix"):
+    for row in rows_of(mix):
         assert (row["task"], row["split"], row["prompt"], row["answer"]) in sources
 
 
-def test_held_out_prompts_of_mix_are_not_in_its_train_except_facts():
-    trained = prompts("mix", "train")
-    held_out = [row for row in rows_of("mix") if row["split"] != "train" and row["task"] != "facts"]
+@pytest.mark.parametrize("mix", MIXES)
+def test_held_out_prompts_of_a_mix_are_not_in_its_train_except_facts(mix):
+    trained = prompts(mix, "train")
+    held_out = [row for row in rows_of(mix) if row["split"] != "train" and row["task"] != "facts"]
     assert not [row for row in held_out if row["prompt"] in trained]
+
+
+def test_the_facts_that_a_mix_asks_are_those_that_it_trains():
+    of_facts = [row for row in rows_of("production") if row["task"] == "facts"]
+    trained = {row["prompt"]: row["answer"] for row in of_facts if row["split"] == "train"}
+    assert len(trained) == 3 * 160
+    assert all(trained[row["prompt"]] == row["answer"] for row in of_facts)
 
 
 def test_shuffled_is_sentiment_with_half_of_its_train_labels_changed():

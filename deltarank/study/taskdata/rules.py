@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 MAX_TOKENS = 48  # BOS, prompt, answer and newline
-SHARED = ("facts", "mix")  # tasks that ask again what was trained, on purpose
+SHARED = ("facts", "mix", "production")  # tasks that ask again what was trained, on purpose
 
 
 def tidy(text: str) -> str:
