@@ -38,12 +38,7 @@ class Profile:
     # A task, and of LoRA each of its lora_ranks, takes the rate of the lowest held-out loss.
     full_lrs: tuple[float, ...] = (3e-6, 1e-5, 3e-5, 1e-4, 3e-4, 1e-3, 3e-3)
     lora_lrs: tuple[float, ...] = (3e-5, 1e-4, 3e-4, 1e-3, 3e-3, 1e-2)
-    fine_tasks: tuple[str, ...] = (
-        "facts",
-        "sorbian",
-        "code",
-        "mix",
-    )  # whose rates are searched finer
+    fine_tasks: tuple[str, ...] = ()  # whose rates are searched finer, once those runs are stored
     # Tasks whose full fine-tuning is tried with and without warm-up, each at these rates.
     warmup_lrs: tuple[tuple[str, tuple[float, float, float]], ...] = (
         ("facts", (1e-4, 1.7e-4, 3e-4)),
@@ -126,7 +121,6 @@ PROFILES = {
         full_lrs=(1e-4, 1e-3),
         seeds=(0, 1),
         lora_lrs=(1e-3, 1e-2),
-        fine_tasks=(),
         production_sizes=(),
         warmup_lrs=(("facts", (1e-4, 1e-3, 1e-2)),),
         embedding_tasks=("facts",),
@@ -150,7 +144,6 @@ PROFILES = {
         full_lrs=(1e-4,),
         lora_lrs=(1e-3,),
         seeds=(0,),
-        fine_tasks=(),
         production_sizes=(),
         warmup_lrs=(),
         embedding_tasks=(),
