@@ -9,7 +9,9 @@ import pandas as pd
 
 from deltarank.spectra import common_energy, rank_measures
 from deltarank.study.configs import GROWTH_ROWS
+from deltarank.study.models import load_tokenizer
 from deltarank.study.runs import Result
+from deltarank.study.tasks import encode, load_split
 
 
 def gain_kept(value: float, base: float, full: float) -> float:
@@ -29,15 +31,34 @@ def needed_rank(kept: pd.Series, share: float) -> float:
     >>> needed_rank(pd.Series({1: 0.0, 4: 1.0, 16: 1.0}), 0.5)
     2.0
     """
-    short = kept.index[~(kept >= share)]
-    enough = kept.index[kept.index > short[-1]] if len(short) else kept.index
-    if not len(enough):
-        return math.inf
-    if not len(short) or short[-1] < 1 or math.isnan(kept[short[-1]]):
-        return float(enough[0])
-    low, high = short[-1], enough[0]
+    low, high = needed_bracket(kept, share)
+    if low < 1 or math.isinf(high) or math.isnan(kept[low]):
+        return high
     part = (share - kept[low]) / (kept[high] - kept[low])
     return float(low * (high / low) ** part)
+
+
+def needed_bracket(kept: pd.Series, share: float) -> tuple[float, float]:
+    """The last rank at which `kept` is below `share`, and the next: needed_rank is above and up to.
+
+    kept: as needed_rank takes it; 0 where no rank falls short, inf where the last one does.
+
+    >>> needed_bracket(pd.Series({1: 0.2, 8: 0.9, 64: 1.0}), 0.95)
+    (8.0, 64.0)
+    """
+    low = max(kept.index[~(kept >= share)], default=0)
+    return float(low), float(min(kept.index[kept.index > low], default=math.inf))
+
+
+def bracket_text(low: float, high: float) -> str:
+    """A bracket of ranks as text: "8 to 64", "> 64", and "2" for the one rank above 1 and up to 2.
+
+    >>> bracket_text(8, 64)
+    '8 to 64'
+    """
+    if math.isinf(high):
+        return f"> {low:g}"
+    return f"{high:g}" if high - low <= 1 else f"{max(low, 1):g} to {high:g}"
 
 
 def at_gain(run: Result, base: Result, share: float) -> dict[str, float]:
@@ -70,6 +91,23 @@ def _growth_loss(result: Result) -> float:
     scores = result.record["evaluation"]["valid"]
     nats, tokens = (sum(scores[f"row_{what}"][:GROWTH_ROWS]) for what in ("nats", "tokens"))
     return nats / tokens
+
+
+def first_epoch_kbit(result: Result) -> float:
+    """The prequential code length of a run's rows, in kbit: what they hold beyond the base at most.
+
+    Over its first epoch a run sees each row once, and its loss before it learns from a batch is
+    what the batch costs to send to who has learned the batches before (Dawid 1984; Voita and Titov
+    2020, arXiv 2003.12298).  Batches have the mean number of answer tokens.  A run of less than an
+    epoch gives the code length of the rows that it saw.
+    """
+    config = result.config
+    tokenizer = load_tokenizer(config.model)
+    rows = [encode(r, tokenizer, config.seq_len) for r in load_split(config.task, "train")]
+    tokens = sum(label != -100 for row in rows for label in row["labels"]) / len(rows)
+    steps = len(rows) // config.batch_size
+    nats = sum(result.record["train_loss_nats"][:steps]) * config.batch_size * tokens
+    return nats / math.log(2) / 1000
 
 
 def captured_energy(result: Result, rank: int) -> float:

@@ -22,16 +22,31 @@ from deltarank.study.runs import Result, run, sweep
 def lr_search(task: str, method: str = "full", *, rank: int = 0) -> list[Result]:
     """The runs that choose a task's learning rate, by ascending rate, all with the first seed.
 
-    Climbs over the profile's rates from their middle.  In its fine_tasks the search goes on from
-    the best of these in half the steps, by finer(rates), for full fine-tuning and LoRA alike.
+    In the profile's fine_tasks the coarse search goes on from its best rate in half the steps, by
+    finer(rates), for full fine-tuning and LoRA alike.
     """
-    rates = sorted(profile().lora_lrs if method == "lora" else profile().full_lrs)
-    recipe: dict = {"rank": rank, "seed": profile().seeds[0]}
-    make = functools.partial(profile().config, task, method, **recipe)
-    found = _climb(make, rates, rates[len(rates) // 2])
+    found = _coarse_search(task, method, rank)
     if task in profile().fine_tasks:
-        found |= _climb(make, finer(rates), best_lr([*found.values()]))
+        rates = finer(_rates(method))
+        found |= _climb(_trial(task, method, rank), rates, best_lr([*found.values()]))
     return [found[lr] for lr in sorted(found)]
+
+
+def _rates(method: str) -> list[float]:
+    """The learning rates that the profile has for a method, ascending."""
+    return sorted(profile().lora_lrs if method == "lora" else profile().full_lrs)
+
+
+def _trial(task: str, method: str, rank: int) -> Callable[..., RunConfig]:
+    """What makes the configuration of a trial from its learning rate, lr=."""
+    recipe: dict = {"rank": rank, "seed": profile().seeds[0]}
+    return functools.partial(profile().config, task, method, **recipe)
+
+
+def _coarse_search(task: str, method: str, rank: int) -> dict[float, Result]:
+    """Runs by learning rate: climbs over the profile's rates from their middle."""
+    rates = _rates(method)
+    return _climb(_trial(task, method, rank), rates, rates[len(rates) // 2])
 
 
 def _climb(make: Callable[..., RunConfig], rates: list[float], start: float) -> dict:
@@ -127,10 +142,13 @@ def warmup_configs() -> list[RunConfig]:
 def floor_configs(task: str) -> list[RunConfig]:
     """A task's format floor: full fine-tuning and LoRA at the lowest rank on permuted answers.
 
-    Each at the rate that is best for the task itself, with the first seed.
+    Each at the rate that the coarse search finds best for the task itself, with the first seed.
     """
-    skilled = (tuned(task), tuned(task, "lora", rank=min(profile().lora_ranks)))
-    return [dataclasses.replace(config, permuted=True) for config in skilled]
+    found = []
+    for method, rank in (("full", 0), ("lora", min(profile().lora_ranks))):
+        lr = best_lr([*_coarse_search(task, method, rank).values()])
+        found.append(_trial(task, method, rank)(lr=lr, permuted=True))
+    return found
 
 
 def production_configs() -> list[RunConfig]:

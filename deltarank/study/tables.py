@@ -17,6 +17,7 @@ from deltarank.study.gains import captured_energy, gain_kept
 from deltarank.study.plan import scaling_configs, tuned
 from deltarank.study.profiles import PROFILES, profile
 from deltarank.study.runs import Result, run, sweep
+from deltarank.study.tasks import load_split
 
 
 def keep_table(name: str, compute: Callable[[], pd.DataFrame]) -> pd.DataFrame:
@@ -69,6 +70,21 @@ def cut_gains(config: RunConfig, cuts: pd.DataFrame) -> pd.DataFrame:
     table["kept_loss"] = [gain_kept(x, base.loss(), full.loss()) for x in table["loss_nats"]]
     table["kept_score"] = [gain_kept(x, base.score(), full.score()) for x in table["score"]]
     return table
+
+
+def by_part(result: Result, split: str = "test") -> pd.DataFrame:
+    """What a run on a mix makes of its parts: rows, loss_nats and score, one line a part."""
+    scored, rows = result.record["evaluation"][split], load_split(result.config.task, split)
+    table = pd.DataFrame({name: scored[f"row_{name}"] for name in ("nats", "tokens", "score")})
+    table["part"] = [row["task"] for row in rows[: len(table)]]
+    parts = table.astype({"score": float}).groupby("part")
+    return pd.DataFrame(
+        {
+            "rows": parts.size(),
+            "loss_nats": parts["nats"].sum() / parts["tokens"].sum(),
+            "score": parts["score"].mean(),
+        }
+    )
 
 
 def show_row(row: dict) -> None:

@@ -5,8 +5,9 @@ import math
 import pandas as pd
 import pytest
 import torch
+from small_runs import small
 
-from deltarank.study.gains import at_gain, needed_rank
+from deltarank.study.gains import at_gain, first_epoch_kbit, needed_rank
 from deltarank.study.profiles import PROFILES
 from deltarank.study.runs import Result
 
@@ -25,6 +26,26 @@ from deltarank.study.runs import Result
 )
 def test_needed_rank(kept, rank):
     assert needed_rank(pd.Series(kept), 0.95) == pytest.approx(rank)
+
+
+@pytest.mark.parametrize(
+    ("kept", "bracket", "text"),
+    [
+        ({1: 0.2, 8: 0.9, 64: 1.0}, (8, 64), "8 to 64"),
+        ({1: 0.2, 8: 0.96, 16: 0.9, 64: 1.0}, (16, 64), "16 to 64"),  # the last shortfall counts
+        ({1: 0.2, 8: 0.9}, (8, math.inf), "> 8"),
+        ({1: 0.98, 8: 0.99}, (0, 1), "1"),
+        ({1: 0.9, 2: 0.95}, (1, 2), "2"),  # share is enough
+        ({8: 0.98, 64: 0.99}, (0, 8), "1 to 8"),
+        ({0: 0.1, 1: 0.98}, (0, 1), "1"),
+        ({1: math.nan, 8: 0.98}, (1, 8), "1 to 8"),
+    ],
+)
+def test_needed_bracket(kept, bracket, text):
+    kept = pd.Series(kept)
+    assert needed_bracket(kept, 0.95) == bracket
+    assert bracket_text(*bracket) == text
+    assert bracket[0] <= needed_rank(kept, 0.95) <= bracket[1]
 
 
 def a_run(losses, ranks):
@@ -57,3 +78,13 @@ def test_the_ranks_at_a_share_of_the_gain(share, step, r90):
     found = at_gain(a_run([7.0, 5.0, 3.0], [10, 20, 30]), base, share)
     assert found["step"] == pytest.approx(step)
     assert found["r90"] == pytest.approx(r90)
+
+
+@pytest.mark.parametrize(("steps", "seen"), [(2, 2), (6, 4)])  # four batches are an epoch
+def test_the_code_length_is_the_loss_of_rows_not_seen_before(small_task, steps, seen):
+    config = small(steps=steps, batch_size=1)
+    losses = [math.log(2), math.log(4), *[math.log(2)] * (steps - 2)]
+    bits = {2: 1 + 2, 4: 1 + 2 + 1 + 1}[seen]
+    tokens = sum(len(row["answer"] + "\n") for row in small_task[:4]) / 4  # bytes are tokens
+    found = first_epoch_kbit(Result(config, {"train_loss_nats": losses}, {}))
+    assert found == pytest.approx(bits * tokens / 1000)

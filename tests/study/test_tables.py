@@ -1,9 +1,12 @@
-"""Statistics over runs: bootstrap intervals."""
+"""Statistics over runs: bootstrap intervals, and a mix by its parts."""
 
 import pytest
 from matrices import gaussian
 
-from deltarank.study.tables import bootstrap_interval
+from deltarank.study.profiles import PROFILES
+from deltarank.study.runs import Result
+from deltarank.study.tables import bootstrap_interval, by_part
+from deltarank.study.tasks import load_split
 
 
 def test_bootstrap_interval_covers_the_mean_of_normal_data():
@@ -16,3 +19,17 @@ def test_bootstrap_interval_covers_the_mean_of_normal_data():
 
 def test_bootstrap_interval_leaves_out_missing_values():
     assert bootstrap_interval([2.0, None, 2.0]) == (2.0, 2.0)
+
+
+def test_a_mix_is_scored_part_by_part():
+    rows = load_split("mix", "test")[:8]
+    nats, scores = [float(i) for i in range(8)], [None, *[10.0 * i for i in range(1, 8)]]
+    test = {"row_nats": nats, "row_tokens": [2] * 8, "row_score": scores}
+    config = PROFILES["paper"].config("mix", eval_rows=8)
+    found = by_part(Result(config, {"evaluation": {"test": test}}, {}))
+    assert found["rows"].sum() == 8
+    for part, line in found.iterrows():
+        mine = [i for i, row in enumerate(rows) if row["task"] == part]
+        assert line["loss_nats"] == pytest.approx(sum(nats[i] for i in mine) / (2 * len(mine)))
+        scored = [scores[i] for i in mine if scores[i] is not None]
+        assert line["score"] == pytest.approx(sum(scored) / len(scored))

@@ -1,0 +1,62 @@
+"""Floors: what a model without the skill reaches by the form of answers, or by copying."""
+
+from __future__ import annotations
+
+import pandas as pd
+
+from deltarank.study.configs import RunConfig
+from deltarank.study.gains import gain_kept
+from deltarank.study.plan import floor_configs
+from deltarank.study.profiles import profile
+from deltarank.study.runs import Result, run
+from deltarank.study.tables import ends
+from deltarank.study.tasks import TASKS, load_split
+
+
+def copied(row: dict) -> str:
+    """The input of a rewriting, given back as its answer.
+
+    >>> copied({"prompt": "Modern: Arise, and walk.\\nKing James:", "answer": " Rise, and walk."})
+    'Arise, and walk.'
+    """
+    return row["prompt"].split("\n")[0].split(": ", 1)[1]
+
+
+def copy_score(task: str) -> float:
+    """Mean chrF of a rewriting's test rows when the input is the answer; NaN for other tasks."""
+    from sacrebleu import sentence_chrf
+
+    if TASKS[task].metric != "chrf":
+        return float("nan")
+    rows = load_split(task, "test")[: profile().generate_rows]
+    scores = [sentence_chrf(copied(row), [row["answer"].strip()]).score for row in rows]
+    return sum(scores) / len(scores)
+
+
+def floors(task: str) -> pd.DataFrame:
+    """What of a task needs no skill: loss_nats and score on test rows, one line a way.
+
+    base: the untuned model; full and lora: trained on permuted answers, which have the form of
+    answers and not their sense (see plan.floor_configs); copy: the input given back.
+    """
+    full, lora = (run(config) for config in floor_configs(task))
+    ways = {"base": run(profile().config(task, "base")), "full": full, "lora": lora}
+    rows = {name: [result.loss(), result.score()] for name, result in ways.items()}
+    rows["copy"] = [float("nan"), copy_score(task)]
+    return pd.DataFrame(rows, index=["loss_nats", "score"]).T
+
+
+def skill_kept(value: float, config: RunConfig, *, by: str = "loss") -> float:
+    """How far `value`, a loss or score, goes from the task's floor to its full fine-tune.
+
+    The floor is the best of floors(task): the lowest loss or the highest score without the skill.
+    The full fine-tune has the task and the seed of `config` and the task's best learning rate.
+    """
+    without = floors(config.task)
+    floor = without["loss_nats"].min() if by == "loss" else without["score"].max()
+    return gain_kept(value, floor, getattr(ends(config)[1], by)())
+
+
+def skill_gain(result: Result, *, by: str = "loss") -> float:
+    """The share of its full fine-tune's gain over the floor that a run reaches on test rows."""
+    return skill_kept(getattr(result, by)(), result.config, by=by)

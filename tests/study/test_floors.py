@@ -1,0 +1,54 @@
+"""Floors: the best of what has no skill, and gains that are measured from it."""
+
+import pytest
+
+from deltarank.study import floors
+from deltarank.study.configs import RunConfig
+from deltarank.study.floors import copied, copy_score, skill_gain, skill_kept
+from deltarank.study.profiles import profile
+from deltarank.study.runs import Result
+from deltarank.study.tasks import load_split
+
+
+def result(loss, score, config=None):
+    test = {"loss_nats": loss, "score": score}
+    return Result(config, {"evaluation": {"test": test}}, {})
+
+
+@pytest.fixture
+def without_skill(monkeypatch):
+    """Base 5 nats and 1 %, trained on permuted answers 2 and 20 or 3 and 10; full: 1 and 100."""
+    known = {"base": result(5.0, 1.0), "full": result(2.0, 20.0), "lora": result(3.0, 10.0)}
+    monkeypatch.setattr(floors, "run", lambda config: known[config.method])
+    permuted = [RunConfig(task="json", steps=1, lr=1.0)]
+    permuted += [RunConfig(task="json", method="lora", rank=1, alpha=1.0, steps=1, lr=1.0)]
+    monkeypatch.setattr(floors, "floor_configs", lambda task: permuted)
+    monkeypatch.setattr(floors, "ends", lambda config: (known["base"], result(1.0, 100.0)))
+
+
+def test_the_floor_is_the_best_without_skill(without_skill):
+    table = floors.floors("json")
+    assert table["loss_nats"].to_dict() == pytest.approx(
+        {"base": 5, "full": 2, "lora": 3, "copy": float("nan")}, nan_ok=True
+    )
+    config = profile().config("json")
+    assert skill_kept(2.0, config) == 0 and skill_kept(1.0, config) == 1
+    assert skill_kept(5.0, config) == -3  # below the floor
+    assert skill_kept(60.0, config, by="score") == 0.5
+
+
+def test_the_gain_of_a_run_is_read_from_the_floor(without_skill):
+    run = result(1.5, 28.0, profile().config("json"))
+    assert skill_gain(run) == 0.5
+    assert skill_gain(run, by="score") == pytest.approx(0.1)
+
+
+@pytest.mark.parametrize("task", ["pirate", "kjv", "sorbian"])
+def test_copying_gives_the_input_back(task):
+    row = load_split(task, "test")[0]
+    assert copied(row) in row["prompt"] and "\n" not in copied(row)
+    assert 0 < copy_score(task) < 100
+
+
+def test_only_a_rewriting_can_be_copied():
+    assert copy_score("json") != copy_score("json")  # NaN
