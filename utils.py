@@ -1,19 +1,14 @@
 """The notebooks' door: what they use of the package deltarank, by name, and nothing else."""
 
-from deltarank.adapters import SHORTFALL, AdapterPlan, extract_adapter
+from deltarank.adapters import AdapterPlan, extract_adapter
 from deltarank.checkpoints import (
-    FLOATS,
-    SLICE_ENTRIES,
-    VOCABULARY,
-    Checkpoint,
-    Pair,
     layer_and_module,
     open_checkpoint,
     open_pair,
 )
-from deltarank.compare import MANTISSA_BITS, NEAR_ROUNDING, compare_checkpoints
+from deltarank.compare import compare_checkpoints
 from deltarank.gram import leading_eigenvectors, leading_factors
-from deltarank.ranks import lora_arguments, rank_of, recommend_ranks, verdict
+from deltarank.ranks import rank_of, recommend_ranks, verdict
 from deltarank.runtime import ROOT, build_folder, cache_folder, device, interactive, progress
 from deltarank.spectra import (
     above_edge,
@@ -33,7 +28,7 @@ from deltarank.spectra import (
 from deltarank.store import load_entry, save_entry
 from deltarank.study import taskdata
 from deltarank.study.claims import assert_claims, assert_table
-from deltarank.study.configs import GROWTH_ROWS, KNOWN_VALUES, MEASUREMENT, RunConfig
+from deltarank.study.configs import GROWTH_ROWS, MEASUREMENT, RunConfig
 from deltarank.study.convert import GEMMA
 from deltarank.study.cuts import (
     CUT_PARTS,
@@ -43,6 +38,7 @@ from deltarank.study.cuts import (
     score_pair,
     stored_cuts,
 )
+from deltarank.study.directions import directions, input_moments
 from deltarank.study.evaluation import evaluate, generate, score_rows
 from deltarank.study.figures import (
     VENUE_WIDTHS,
@@ -57,16 +53,22 @@ from deltarank.study.figures import (
     set_style,
     task_grid,
 )
-from deltarank.study.gains import at_gain, captured_energy, gain_kept, needed_rank
-from deltarank.study.losses import AnswerModel, HeadCrossEntropy, answer_hidden, answer_loss
-from deltarank.study.measuring import measure, provenance
+from deltarank.study.gains import (
+    at_gain,
+    bracket_text,
+    captured_energy,
+    first_epoch_kbit,
+    gain_kept,
+    needed_bracket,
+    needed_rank,
+)
+from deltarank.study.measuring import measure
 from deltarank.study.models import TINY, load_model, load_tokenizer, matrices, model_sha256
-from deltarank.study.overlaps import OVERLAP_RANKS, overlaps, reproducible_rank
+from deltarank.study.overlaps import OVERLAP_RANKS, overlaps
 from deltarank.study.pairs import FolderPair, RunPair
 from deltarank.study.plan import (
     SCALES,
     base_configs,
-    best_lr,
     budget_configs,
     cut_until,
     embedding_configs,
@@ -74,10 +76,7 @@ from deltarank.study.plan import (
     larger_scale,
     lora_configs,
     lora_until,
-    lr_between,
-    lr_search,
     scaling_configs,
-    tuned,
 )
 from deltarank.study.profiles import ALL_TASKS, LORA_ALPHA, PAIR_TIMES, PROFILES, Profile, profile
 from deltarank.study.runs import (
@@ -90,8 +89,10 @@ from deltarank.study.runs import (
     sweep,
     updates,
 )
+from deltarank.study.search import best_lr, lr_between, lr_search, tuned
 from deltarank.study.tables import (
     bootstrap_interval,
+    by_part,
     cut_gains,
     ends,
     gain,

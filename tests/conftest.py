@@ -13,8 +13,9 @@ import pairs
 import pytest
 import torch
 
-from deltarank.study import tasks
+from deltarank.study import plan, search, tasks
 from deltarank.study.profiles import profile
+from deltarank.study.runs import Result
 
 ROOT = Path(__file__).resolve().parent.parent
 torch.set_num_threads(1)
@@ -115,3 +116,22 @@ def small_task(write_task):
     splits = {"train": rows[:4], "valid": rows[:2], "test": rows}
     write_task([{"split": name} | row for name, part in splits.items() for row in part])
     return rows
+
+
+@pytest.fixture
+def losses(monkeypatch):
+    """A table {(rank, lr): held-out loss} that stands in for the runs of every grid.
+
+    {(rank, lr, seed): loss} is that of one seed; None: it diverges.
+    """
+    table = {}
+
+    def result(config):
+        loss = table.get((config.rank, config.lr, config.seed), table.get((config.rank, config.lr)))
+        finished = {"status": "finished", "evaluation": {"valid": {"loss_nats": loss}}}
+        record = {"status": "diverged", "evaluation": {}} if loss is None else finished
+        return Result(config, record, {})
+
+    for module in (plan, search):
+        monkeypatch.setattr(module, "sweep", lambda configs: [result(c) for c in configs])
+    return table

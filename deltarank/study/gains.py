@@ -39,9 +39,9 @@ def needed_rank(kept: pd.Series, share: float) -> float:
 
 
 def needed_bracket(kept: pd.Series, share: float) -> tuple[float, float]:
-    """The last rank at which `kept` is below `share`, and the next: needed_rank is above and up to.
+    """The ranks between which needed_rank lies: the last that falls short, and the one after it.
 
-    kept: as needed_rank takes it; 0 where no rank falls short, inf where the last one does.
+    The first is 0 where no rank falls short, the second inf where the last one does.
 
     >>> needed_bracket(pd.Series({1: 0.2, 8: 0.9, 64: 1.0}), 0.95)
     (8.0, 64.0)
@@ -51,7 +51,7 @@ def needed_bracket(kept: pd.Series, share: float) -> tuple[float, float]:
 
 
 def bracket_text(low: float, high: float) -> str:
-    """A bracket of ranks as text: "8 to 64", "> 64", and "2" for the one rank above 1 and up to 2.
+    """A needed_bracket as text: "8 to 64", "> 64", and "2" where 1 falls short and 2 does not.
 
     >>> bracket_text(8, 64)
     '8 to 64'

@@ -66,17 +66,3 @@ def _leading_vectors(dW: Tensor, r: int) -> tuple[Tensor, Tensor]:
     """Orthonormal (m, r) and (n, r), whose first k columns span dW's k leading singular vectors."""
     B, A, _ = leading_factors(dW, r)
     return torch.linalg.qr(B).Q, torch.linalg.qr(A.T).Q
-
-
-def reproducible_rank(overlap: pd.Series, chance: pd.Series) -> float:
-    """How many directions two runs share beyond chance; both by rank, from `overlaps`.
-
-    Of the r (overlap - chance) / (1 - chance) over all ranks r the largest: k for two updates that
-    share their k leading directions and are random beyond, 0 for random ones.
-
-    >>> one, eighth = pd.Series({8: 1.0, 16: 0.5625}), pd.Series({8: 1 / 16, 16: 1 / 8})
-    >>> reproducible_rank(one, eighth)
-    8.0
-    """
-    shared = overlap.index * (overlap - chance) / (1 - chance)
-    return float(shared.clip(lower=0).max())

@@ -6,103 +6,16 @@ import dataclasses
 import functools
 import itertools
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 
-import numpy as np
 import pandas as pd
 
-from deltarank.checks import require
 from deltarank.study.configs import RunConfig
 from deltarank.study.cuts import cut
 from deltarank.study.gains import gain_kept
 from deltarank.study.profiles import LORA_ALPHA, PROFILES, profile
 from deltarank.study.runs import Result, run, sweep
-
-
-def lr_search(task: str, method: str = "full", *, rank: int = 0) -> list[Result]:
-    """The runs that choose a task's learning rate, by ascending rate, all with the first seed.
-
-    In the profile's fine_tasks the coarse search goes on from its best rate in half the steps, by
-    finer(rates), for full fine-tuning and LoRA alike.
-    """
-    found = _coarse_search(task, method, rank)
-    if task in profile().fine_tasks:
-        rates = finer(_rates(method))
-        found |= _climb(_trial(task, method, rank), rates, best_lr([*found.values()]))
-    return [found[lr] for lr in sorted(found)]
-
-
-def _rates(method: str) -> list[float]:
-    """The learning rates that the profile has for a method, ascending."""
-    return sorted(profile().lora_lrs if method == "lora" else profile().full_lrs)
-
-
-def _trial(task: str, method: str, rank: int) -> Callable[..., RunConfig]:
-    """What makes the configuration of a trial from its learning rate, lr=."""
-    recipe: dict = {"rank": rank, "seed": profile().seeds[0]}
-    return functools.partial(profile().config, task, method, **recipe)
-
-
-def _coarse_search(task: str, method: str, rank: int) -> dict[float, Result]:
-    """Runs by learning rate: climbs over the profile's rates from their middle."""
-    rates = _rates(method)
-    return _climb(_trial(task, method, rank), rates, rates[len(rates) // 2])
-
-
-def _climb(make: Callable[..., RunConfig], rates: list[float], start: float) -> dict:
-    """Runs by learning rate, from `start` on: until both neighbours of the best are run.
-
-    Ends where the rates, ascending, have no neighbour.
-    """
-    found: dict[float, Result] = {}
-    best, around = rates.index(start), None
-    while best != around:
-        around = best
-        near = [lr for lr in rates[max(around - 1, 0) : around + 2] if lr not in found]
-        found |= {result.config.lr: result for result in sweep([make(lr=lr) for lr in near])}
-        best = rates.index(best_lr(list(found.values())))
-    return found
-
-
-def finer(rates: Sequence[float]) -> list[float]:
-    """The rates, ascending, and between each two their geometric mean, to two digits.
-
-    >>> finer([1e-4, 3e-4])
-    [0.0001, 0.00017, 0.0003]
-    """
-    between = [float(f"{math.sqrt(a * b):.2g}") for a, b in itertools.pairwise(rates)]
-    return sorted([*rates, *between])
-
-
-def best_lr(results: Sequence[Result]) -> float:
-    """The learning rate of the lowest held-out loss (split "valid") among finished runs."""
-    finished = [r for r in results if r.status == "finished"]
-    names = ", ".join(r.config.key for r in results)
-    require(bool(finished), f"every learning rate diverged: {names}; lower the grid")
-    return min(finished, key=lambda r: r.loss("valid")).config.lr
-
-
-def tuned(task: str, method: str = "full", *, rank: int = 0, **changes) -> RunConfig:
-    """The configuration at the task's best learning rate; runs what of lr_search is not stored.
-
-    A LoRA whose rank is none of the profile's takes a rate between theirs, by lr_between.
-    """
-    searched = profile().lora_ranks if method == "lora" else (0,)
-    near = {rank} if rank in searched else set(searched)
-    best = {r: best_lr(lr_search(task, method, rank=r)) for r in sorted(near)}
-    return profile().config(task, method, rank=rank, lr=lr_between(best, rank), **changes)
-
-
-def lr_between(best: dict[int, float], rank: int) -> float:
-    """The learning rate of a rank by those of others, ascending: geometric, to two digits.
-
-    >>> lr_between({1: 1e-4, 64: 1e-2}, 8)
-    0.001
-    """
-    if rank in best:
-        return best[rank]
-    logs = np.interp(math.log(rank), np.log(list(best)), np.log(list(best.values())))
-    return float(f"{math.exp(logs):.2g}")
+from deltarank.study.search import best_lr, coarse_search, lr_between, tuned
 
 
 def base_configs() -> list[RunConfig]:
@@ -144,10 +57,11 @@ def floor_configs(task: str) -> list[RunConfig]:
 
     Each at the rate that the coarse search finds best for the task itself, with the first seed.
     """
-    found = []
+    found, seed = [], profile().seeds[0]
     for method, rank in (("full", 0), ("lora", min(profile().lora_ranks))):
-        lr = best_lr([*_coarse_search(task, method, rank).values()])
-        found.append(_trial(task, method, rank)(lr=lr, permuted=True))
+        lr = best_lr(coarse_search(task, method, rank=rank))
+        recipe: dict = {"rank": rank, "lr": lr, "seed": seed, "permuted": True}
+        found.append(profile().config(task, method, **recipe))
     return found
 
 

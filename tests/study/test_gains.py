@@ -7,7 +7,13 @@ import pytest
 import torch
 from small_runs import small
 
-from deltarank.study.gains import at_gain, first_epoch_kbit, needed_rank
+from deltarank.study.gains import (
+    at_gain,
+    bracket_text,
+    first_epoch_kbit,
+    needed_bracket,
+    needed_rank,
+)
 from deltarank.study.profiles import PROFILES
 from deltarank.study.runs import Result
 

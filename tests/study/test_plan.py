@@ -8,72 +8,15 @@ import torch
 
 from deltarank.study import plan
 from deltarank.study.plan import (
-    best_lr,
     cut_until,
     floor_configs,
     larger_scale,
     lora_until,
-    lr_search,
     scaling_configs,
-    tuned,
 )
-from deltarank.study.profiles import PROFILES, profile
+from deltarank.study.profiles import profile
 from deltarank.study.runs import Result
-
-
-@pytest.fixture
-def losses(monkeypatch):
-    """A table {(rank, lr): held-out loss} that stands in for the runs of every grid."""
-    table = {}
-
-    def result(config):
-        loss = table[config.rank, config.lr]
-        finished = {"status": "finished", "evaluation": {"valid": {"loss_nats": loss}}}
-        record = {"status": "diverged", "evaluation": {}} if loss is None else finished
-        return Result(config, record, {})
-
-    monkeypatch.setattr(plan, "sweep", lambda configs: [result(c) for c in configs])
-    return table
-
-
-@pytest.mark.parametrize(("low", "high", "lr"), [(1.0, 2.0, 1e-4), (2, 1, 1e-3), (3, None, 1e-4)])
-def test_a_task_takes_the_learning_rate_of_the_lowest_held_out_loss(losses, low, high, lr):
-    losses |= {(0, 1e-4): low, (0, 1e-3): high}
-    assert tuned("facts", seed=3) == profile().config("facts", lr=lr, seed=3)
-
-
-@pytest.mark.parametrize(
-    ("by_rate", "tried", "best"),
-    [
-        ({1e-4: 2, 1e-3: 1, 1e-2: 2}, [1e-4, 1e-3, 1e-2], 1e-3),  # in the middle at once
-        ({1e-6: 4, 1e-5: 3, 1e-4: 4, 1e-3: 5, 1e-2: 5}, [1e-6, 1e-5, 1e-4, 1e-3], 1e-5),
-        ({1e-5: 9, 1e-4: 5, 1e-3: 4, 1e-2: 3, 1e-1: None}, [1e-4, 1e-3, 1e-2, 1e-1], 1e-2),
-        ({1e-4: 3, 1e-3: 2, 1e-2: 1}, [1e-4, 1e-3, 1e-2], 1e-2),  # at the edge of what is there
-    ],
-)
-def test_the_search_climbs_until_both_neighbours_are_no_better(
-    monkeypatch, losses, by_rate, tried, best
-):
-    wide = dataclasses.replace(PROFILES["smoke"], full_lrs=tuple(by_rate))
-    monkeypatch.setitem(PROFILES, "smoke", wide)
-    losses |= {(0, lr): loss for lr, loss in by_rate.items()}
-    results = lr_search("facts")
-    assert [result.config.lr for result in results] == tried
-    assert best_lr(results) == best
-
-
-def test_a_fine_search_goes_on_in_half_the_steps(monkeypatch, losses):
-    wide = dataclasses.replace(
-        PROFILES["smoke"], full_lrs=(1e-4, 1e-3, 1e-2), fine_tasks=("facts",)
-    )
-    monkeypatch.setitem(PROFILES, "smoke", wide)
-    losses |= {
-        (0, lr): loss for lr, loss in {1e-4: 4, 1e-3: 3, 1e-2: 9, 3.2e-4: 2, 3.2e-3: 5}.items()
-    }
-    tried = [result.config.lr for result in lr_search("facts")]
-    assert tried == [1e-4, 3.2e-4, 1e-3, 3.2e-3, 1e-2]
-    assert tuned("facts").lr == 3.2e-4
-    assert [result.config.lr for result in lr_search("sentiment")] == [1e-4, 1e-3, 1e-2]
+from deltarank.study.search import tuned
 
 
 def test_a_format_floor_is_the_tuned_recipe_on_permuted_answers(losses):
@@ -82,13 +25,6 @@ def test_a_format_floor_is_the_tuned_recipe_on_permuted_answers(losses):
     assert (full.rank, lora.rank) == (0, 1) and full.permuted and lora.permuted
     assert dataclasses.replace(full, permuted=False) == tuned("facts")
     assert full.key.startswith("facts-full-permuted-s0-")
-
-
-def test_ranks_between_the_profiles_interpolate_their_learning_rates(losses):
-    searched = {1: 1e-3, 4: 1e-2, 8: 1e-2}
-    losses |= {(r, lr): abs(lr - best) for r, best in searched.items() for lr in (1e-3, 1e-2)}
-    found = {rank: tuned("facts", "lora", rank=rank).lr for rank in (1, 2, 4, 8)}
-    assert found == searched | {2: 3.2e-3}  # 10 ** -2.5, half way from rank 1 to rank 4
 
 
 @pytest.fixture

@@ -6,7 +6,7 @@ import itertools
 import pytest
 
 from deltarank import store
-from deltarank.study import cuts, overlaps, plan, runs
+from deltarank.study import cuts, overlaps, plan, runs, search
 from deltarank.study.configs import RunConfig
 from deltarank.study.gains import gain_kept
 from deltarank.study.profiles import PROFILES, entry_folder, profile
@@ -88,7 +88,7 @@ ASKED = {
     "overlaps": lambda config: overlaps.overlaps(config, dataclasses.replace(config, seed=9)),
     "cut until": lambda config: plan.cut_until(config, 0.95),
     "lora until": lambda config: plan.lora_until(config, 0.95),
-    "search": lambda config: plan.lr_search(config.task),
+    "search": lambda config: search.lr_search(config.task),
     "example": lambda config: runs.example_update(config),
     "model": lambda config: runs.save_model(config, entry_folder(config, "models")),
 }
@@ -104,7 +104,7 @@ def lora_by_score(full):
     """Ask for LoRA at the profile's ranks up to the first that keeps 95 % of the gain in score."""
     base, whole = runs.run(profile().config(full.task, "base")), runs.run(full)
     for rank in profile().lora_ranks:
-        score = runs.run(plan.tuned(full.task, "lora", rank=rank, seed=full.seed)).score()
+        score = runs.run(search.tuned(full.task, "lora", rank=rank, seed=full.seed)).score()
         if gain_kept(score, base.score(), whole.score()) >= 0.95:
             return
 
@@ -120,22 +120,22 @@ def ask_for_runs_and_cuts(full):
         ranks = profile().scaling_ranks
         runs.sweep([plan.larger_scale(rank=rank, seed=full.seed) for rank in ranks])
     if full.task == "sentiment":
-        plan.lora_until(full, 0.95, start=plan.tuned("shuffled", seed=full.seed))
+        plan.lora_until(full, 0.95, start=search.tuned("shuffled", seed=full.seed))
 
 
 def ask_for_the_rate_between():
     """Ask for notebook 5's run of the King James at a rate between those of ranks 1 and 64."""
-    ends = {rank: plan.tuned("kjv", "lora", rank=rank).lr for rank in (1, 64)}
+    ends = {rank: search.tuned("kjv", "lora", rank=rank).lr for rank in (1, 64)}
     runs.run(profile().config("kjv", "lora", rank=8, lr=plan.lr_between(ends, 8)))
 
 
 def pairs_to_compare():
     """The pairs of runs whose directions the report compares."""
     sizes = profile()
-    groups = [[plan.tuned(t, seed=seed) for seed in sizes.seeds] for t in sizes.lora_tasks]
-    groups.append([plan.tuned(task) for task in sizes.lora_tasks])
+    groups = [[search.tuned(t, seed=seed) for seed in sizes.seeds] for t in sizes.lora_tasks]
+    groups.append([search.tuned(task) for task in sizes.lora_tasks])
     for task in sizes.direction_tasks:
-        groups.append([plan.tuned(task, "lora", rank=min(sizes.lora_ranks)), plan.tuned(task)])
+        groups.append([search.tuned(task, "lora", rank=min(sizes.lora_ranks)), search.tuned(task)])
     return [pair for group in groups for pair in itertools.combinations(group, 2)]
 
 

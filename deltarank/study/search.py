@@ -1,0 +1,112 @@
+"""Learning rates: searched for every task, method and rank, coarse and fine."""
+
+from __future__ import annotations
+
+import functools
+import itertools
+import math
+from collections.abc import Callable, Sequence
+
+import numpy as np
+
+from deltarank.checks import require
+from deltarank.study.configs import RunConfig
+from deltarank.study.profiles import profile
+from deltarank.study.runs import Result, sweep
+
+
+def lr_search(task: str, method: str = "full", *, rank: int = 0) -> list[Result]:
+    """The runs that choose a task's learning rate, by ascending rate.
+
+    In the profile's fine_tasks, where a low rank falls short or one seed misleads, the climb goes
+    on from the best rate of coarse_search over finer(rates), each with every seed, for full
+    fine-tuning and LoRA alike.
+    """
+    coarse = coarse_search(task, method, rank=rank)
+    if task not in profile().fine_tasks:
+        return coarse
+    make = functools.partial(profile().config, task, method, rank=rank)
+    return _climb(make, profile().seeds, finer(_rates(method)), best_lr(coarse))
+
+
+def coarse_search(task: str, method: str = "full", *, rank: int = 0) -> list[Result]:
+    """The runs of a climb over the profile's rates from their middle, with the first seed."""
+    rates = _rates(method)
+    make = functools.partial(profile().config, task, method, rank=rank)
+    return _climb(make, profile().seeds[:1], rates, rates[len(rates) // 2])
+
+
+def _rates(method: str) -> list[float]:
+    """The learning rates that the profile has for a method, ascending."""
+    return sorted(profile().lora_lrs if method == "lora" else profile().full_lrs)
+
+
+def _climb(
+    make: Callable[..., RunConfig], seeds: Sequence[int], rates: list[float], start: float
+) -> list[Result]:
+    """Runs from the rate `start` on, by ascending rate, each rate with these seeds.
+
+    Ends when both neighbours of the best rate are run, or where the rates have no neighbour.
+    make(lr=, seed=) gives the configuration of a trial.
+    """
+    found: dict[float, list[Result]] = {}
+    best, around = rates.index(start), None
+    while best != around:
+        around = best
+        near = [lr for lr in rates[max(around - 1, 0) : around + 2] if lr not in found]
+        trials = [make(lr=lr, seed=seed) for lr in near for seed in seeds]
+        for result in sweep(trials):
+            found.setdefault(result.config.lr, []).append(result)
+        best = rates.index(best_lr(list(itertools.chain(*found.values()))))
+    return [result for lr in sorted(found) for result in found[lr]]
+
+
+def finer(rates: Sequence[float]) -> list[float]:
+    """The rates, ascending, and between each two their geometric mean, to two digits.
+
+    >>> finer([1e-4, 3e-4])
+    [0.0001, 0.00017, 0.0003]
+    """
+    between = [float(f"{math.sqrt(a * b):.2g}") for a, b in itertools.pairwise(rates)]
+    return sorted([*rates, *between])
+
+
+def best_lr(results: Sequence[Result]) -> float:
+    """The learning rate of the lowest held-out loss (split "valid"), mean over its runs.
+
+    Rates with a run that diverged are out.
+    """
+    by_rate: dict[float, list[Result]] = {}
+    for result in results:
+        by_rate.setdefault(result.config.lr, []).append(result)
+    finished = {
+        lr: np.mean([r.loss("valid") for r in runs])
+        for lr, runs in by_rate.items()
+        if all(r.status == "finished" for r in runs)
+    }
+    names = ", ".join(r.config.key for r in results)
+    require(bool(finished), f"every learning rate diverged: {names}; lower the grid")
+    return min(finished, key=finished.__getitem__)
+
+
+def tuned(task: str, method: str = "full", *, rank: int = 0, **changes) -> RunConfig:
+    """The configuration at the task's best learning rate; runs what of lr_search is not stored.
+
+    A LoRA whose rank is none of the profile's takes a rate between theirs, by lr_between.
+    """
+    searched = profile().lora_ranks if method == "lora" else (0,)
+    near = {rank} if rank in searched else set(searched)
+    best = {r: best_lr(lr_search(task, method, rank=r)) for r in sorted(near)}
+    return profile().config(task, method, rank=rank, lr=lr_between(best, rank), **changes)
+
+
+def lr_between(best: dict[int, float], rank: int) -> float:
+    """The learning rate of a rank by those of others, ascending: geometric, to two digits.
+
+    >>> lr_between({1: 1e-4, 64: 1e-2}, 8)
+    0.001
+    """
+    if rank in best:
+        return best[rank]
+    logs = np.interp(math.log(rank), np.log(list(best)), np.log(list(best.values())))
+    return float(f"{math.exp(logs):.2g}")

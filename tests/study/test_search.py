@@ -1,0 +1,59 @@
+"""The search of learning rates: climbs that end, coarse and fine, and rates between ranks."""
+
+import dataclasses
+
+import pytest
+
+from deltarank.study.profiles import PROFILES, profile
+from deltarank.study.search import best_lr, lr_search, tuned
+
+
+@pytest.mark.parametrize(("low", "high", "lr"), [(1.0, 2.0, 1e-4), (2, 1, 1e-3), (3, None, 1e-4)])
+def test_a_task_takes_the_learning_rate_of_the_lowest_held_out_loss(losses, low, high, lr):
+    losses |= {(0, 1e-4): low, (0, 1e-3): high}
+    assert tuned("facts", seed=3) == profile().config("facts", lr=lr, seed=3)
+
+
+@pytest.mark.parametrize(
+    ("by_rate", "tried", "best"),
+    [
+        ({1e-4: 2, 1e-3: 1, 1e-2: 2}, [1e-4, 1e-3, 1e-2], 1e-3),  # in the middle at once
+        ({1e-6: 4, 1e-5: 3, 1e-4: 4, 1e-3: 5, 1e-2: 5}, [1e-6, 1e-5, 1e-4, 1e-3], 1e-5),
+        ({1e-5: 9, 1e-4: 5, 1e-3: 4, 1e-2: 3, 1e-1: None}, [1e-4, 1e-3, 1e-2, 1e-1], 1e-2),
+        ({1e-4: 3, 1e-3: 2, 1e-2: 1}, [1e-4, 1e-3, 1e-2], 1e-2),  # at the edge of what is there
+    ],
+)
+def test_the_search_climbs_until_both_neighbours_are_no_better(
+    monkeypatch, losses, by_rate, tried, best
+):
+    wide = dataclasses.replace(PROFILES["smoke"], full_lrs=tuple(by_rate))
+    monkeypatch.setitem(PROFILES, "smoke", wide)
+    losses |= {(0, lr): loss for lr, loss in by_rate.items()}
+    results = lr_search("facts")
+    assert [result.config.lr for result in results] == tried
+    assert best_lr(results) == best
+
+
+def test_a_fine_search_goes_on_in_half_the_steps(monkeypatch, losses):
+    wide = dataclasses.replace(
+        PROFILES["smoke"], full_lrs=(1e-4, 1e-3, 1e-2), fine_tasks=("facts",)
+    )
+    monkeypatch.setitem(PROFILES, "smoke", wide)
+    losses |= {
+        (0, lr): loss for lr, loss in {1e-4: 4, 1e-3: 3, 1e-2: 9, 3.2e-4: 2, 3.2e-3: 5}.items()
+    }
+    tried = [(result.config.lr, result.config.seed) for result in lr_search("facts")]
+    assert tried == [(lr, s) for lr in (1e-4, 3.2e-4, 1e-3, 3.2e-3) for s in profile().seeds]
+    assert tuned("facts").lr == 3.2e-4
+    assert [result.config.lr for result in lr_search("sentiment")] == [1e-4, 1e-3, 1e-2]
+    losses[0, 3.2e-4, 1] = 9  # its mean over the seeds is no longer the lowest
+    assert tuned("facts").lr == 1e-3
+    losses[0, 1e-3, 1] = None  # and this one diverges with a seed
+    assert tuned("facts").lr == 3.2e-3
+
+
+def test_ranks_between_the_profiles_interpolate_their_learning_rates(losses):
+    searched = {1: 1e-3, 4: 1e-2, 8: 1e-2}
+    losses |= {(r, lr): abs(lr - best) for r, best in searched.items() for lr in (1e-3, 1e-2)}
+    found = {rank: tuned("facts", "lora", rank=rank).lr for rank in (1, 2, 4, 8)}
+    assert found == searched | {2: 3.2e-3}  # 10 ** -2.5, half way from rank 1 to rank 4
