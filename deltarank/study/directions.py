@@ -146,13 +146,14 @@ def _one_direction(dW: Tensor) -> Tensor:
 def _compare(lines: Tensor, dW: Tensor, other: Tensor, M: Tensor) -> dict[str, list[float] | float]:
     """The columns of `directions` for one matrix; those that no rank changes are one number.
 
-    lines: (n, 2 + DRAWS), a, a0 and random directions; dW, other: (m, n); M: (n, n).
+    lines: (n, 2 + DRAWS), a, a0 and random directions; dW, other: (m, n); M: (n, n).  In float64
+    where M is: what it makes large hides what it makes small from a Gram matrix in float32.
     """
     ranks = torch.tensor([r for r in DIRECTION_RANKS if r <= min(dW.shape)])
-    lines, dW, other, R = lines.double(), dW.double(), other.double(), _root(M)
-    plain, felt = (F.normalize(Z, dim=0) for Z in (lines, R.T @ lines))
+    R = _root(M)
+    plain, felt = (F.normalize(Z, dim=0) for Z in (lines, R.T @ lines.double()))
     right = _shares(plain, dW, other, ranks)  # (ranks, 1 + 2 + DRAWS)
-    inputs = _shares(felt, dW @ R, other @ R, ranks)
+    inputs = _shares(felt, dW.double() @ R, other.double() @ R, ranks)
     turned = (felt[:, 1] @ felt).square()  # of a0 with a, itself and random directions
     columns = {
         "rank": ranks,
