@@ -15,24 +15,24 @@ from deltarank.study.profiles import profile
 from deltarank.study.runs import Result, sweep
 
 
-def lr_search(task: str, method: str = "full", *, rank: int = 0) -> list[Result]:
-    """The runs that choose a task's learning rate, by ascending rate.
+def lr_search(task: str, method: str = "full", **recipe) -> list[Result]:
+    """The runs that choose a task's learning rate, by ascending rate; recipe: rank=, alpha=.
 
     In the profile's fine_tasks, where a low rank falls short or one seed misleads, the climb goes
     on from the best rate of coarse_search over finer(rates), each with every seed, for full
     fine-tuning and LoRA alike.
     """
-    coarse = coarse_search(task, method, rank=rank)
+    coarse = coarse_search(task, method, **recipe)
     if task not in profile().fine_tasks:
         return coarse
-    make = functools.partial(profile().config, task, method, rank=rank)
+    make = functools.partial(profile().config, task, method, **recipe)
     return _climb(make, profile().seeds, finer(_rates(method)), best_lr(coarse))
 
 
-def coarse_search(task: str, method: str = "full", *, rank: int = 0) -> list[Result]:
+def coarse_search(task: str, method: str = "full", **recipe) -> list[Result]:
     """The runs of a climb over the profile's rates from their middle, with the first seed."""
     rates = _rates(method)
-    make = functools.partial(profile().config, task, method, rank=rank)
+    make = functools.partial(profile().config, task, method, **recipe)
     return _climb(make, profile().seeds[:1], rates, rates[len(rates) // 2])
 
 
@@ -89,15 +89,20 @@ def best_lr(results: Sequence[Result]) -> float:
     return min(finished, key=finished.__getitem__)
 
 
-def tuned(task: str, method: str = "full", *, rank: int = 0, **changes) -> RunConfig:
+def tuned(
+    task: str, method: str = "full", *, rank: int = 0, alpha: float | None = None, **changes
+) -> RunConfig:
     """The configuration at the task's best learning rate; runs what of lr_search is not stored.
 
-    A LoRA whose rank is none of the profile's takes a rate between theirs, by lr_between.
+    A LoRA whose rank is none of the profile's takes a rate between theirs, by lr_between; one with
+    an alpha of its own is searched with it.
     """
+    scale: dict = {} if alpha is None else {"alpha": alpha}
     searched = profile().lora_ranks if method == "lora" else (0,)
     near = {rank} if rank in searched else set(searched)
-    best = {r: best_lr(lr_search(task, method, rank=r)) for r in sorted(near)}
-    return profile().config(task, method, rank=rank, lr=lr_between(best, rank), **changes)
+    best = {r: best_lr(lr_search(task, method, rank=r, **scale)) for r in sorted(near)}
+    recipe = {"rank": rank, "lr": lr_between(best, rank)} | scale | changes
+    return profile().config(task, method, **recipe)
 
 
 def lr_between(best: dict[int, float], rank: int) -> float:

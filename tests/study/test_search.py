@@ -57,3 +57,11 @@ def test_ranks_between_the_profiles_interpolate_their_learning_rates(losses):
     losses |= {(r, lr): abs(lr - best) for r, best in searched.items() for lr in (1e-3, 1e-2)}
     found = {rank: tuned("facts", "lora", rank=rank).lr for rank in (1, 2, 4, 8)}
     assert found == searched | {2: 3.2e-3}  # 10 ** -2.5, half way from rank 1 to rank 4
+
+
+def test_a_lora_with_an_alpha_of_its_own_is_searched_with_it(losses):
+    losses |= {(1, lr): lr for lr in (1e-3, 1e-2)}
+    assert tuned("facts", "lora", rank=1, alpha=256.0, seed=1) == profile().config(
+        "facts", "lora", rank=1, alpha=256.0, lr=1e-3, seed=1
+    )
+    assert {run.config.alpha for run in lr_search("facts", "lora", rank=1, alpha=256.0)} == {256.0}
