@@ -60,6 +60,7 @@ def test_a_page_has_no_serious_accessibility_violation(open_page, name, scheme):
     page = open_page(name, scheme=scheme)
     page.screenshot(path=SHOTS / f"{name.removesuffix('.html')}-{scheme}.png", full_page=True)
     page.locator("#unfold").click() if page.locator("#unfold").is_visible() else None
+    page.locator(".hint > a").first.focus() if page.locator(".hint").count() else None
     found = Axe().run(page, options={"preload": False}).response["violations"]
     serious = [v for v in found if v["impact"] in ("serious", "critical")]
     assert [(v["id"], v["nodes"][0]["html"][:200]) for v in serious] == []
@@ -84,7 +85,88 @@ def test_links_lead_to_pages_of_the_site_or_the_web(open_page, site, name):
     page = open_page(name)
     for link in page.locator("a[href]").all():
         href = link.get_attribute("href")
-        assert href.startswith("#") or "://" in href or (site / href).exists(), href
+        if "://" not in href:
+            file, _, place = href.partition("#")
+            target = site / (file or name)
+            assert target.exists() and (not place or f'id="{place}"' in target.read_text()), href
+
+
+@pytest.mark.parametrize("name", PAGES)
+def test_each_figure_has_links_to_its_svg_pdf_and_csv(open_page, site, name):
+    for image in open_page(name).locator("img.figure").all():
+        figure = image.get_attribute("src").removesuffix(".svg")
+        links = image.locator("xpath=following-sibling::p[1]").locator("a").all()
+        files = [link.get_attribute("href") for link in links]
+        assert files == [f"{figure}.{kind}" for kind in ("svg", "pdf", "csv")]
+        for file in files:
+            assert (site / file).read_bytes() == (utils.ROOT / file).read_bytes()
+
+
+ON_TOP = """hint => {
+    const { left, right, top, bottom } = hint.getBoundingClientRect();
+    return [left + 5, right - 5].every((x) => [top + 5, bottom - 5].every(
+        (y) => hint.contains(document.elementFromPoint(x, y))));
+}"""  # nothing cuts it off or covers it
+
+
+@pytest.mark.parametrize("viewport", [WIDE, NARROW], ids=["wide", "phone"])
+@pytest.mark.parametrize("name", PAGES)
+def test_hints_show_whole_on_focus(open_page, name, viewport):
+    page = open_page(name, viewport=viewport)
+    for hint in page.locator(".hint").all():
+        assert not hint.get_by_role("tooltip").is_visible()
+        hint.locator("> a").focus()
+        shown = hint.get_by_role("tooltip")
+        box = shown.bounding_box()
+        assert box["x"] >= 0 and box["x"] + box["width"] <= viewport["width"]
+        assert box["y"] >= 0 and box["y"] + box["height"] <= viewport["height"]
+        assert shown.evaluate("hint => hint.scrollWidth <= hint.clientWidth")
+        assert shown.evaluate(ON_TOP)
+        assert page.locator("[role=tooltip]:visible").count() == 1
+
+
+def test_a_term_shows_the_definition_of_notebook_10_on_hover(open_page):
+    stable = "How many directions as strong as the first would hold the whole sum of squares"
+    assert stable in open_page("10_define_the_ranks.html").locator("main").inner_text()
+    page = open_page("03_measure_spectra.html")
+    hint = page.locator(".hint", has=page.get_by_role("link", name="stable rank"))
+    hint.locator("> a").hover()
+    assert hint.get_by_role("tooltip").inner_text() == stable
+    hint.get_by_role("tooltip").hover()  # it stays while it is read
+    assert hint.get_by_role("tooltip").is_visible()
+    page.mouse.move(0, 0)
+    assert not hint.get_by_role("tooltip").is_visible()
+
+
+def test_a_citation_shows_the_title_of_notebook_11_on_hover(open_page):
+    title = "LoRA Learns Less and Forgets Less"
+    row = open_page("11_relate_to_prior_work.html").locator("td", has_text="arXiv 2405.09673")
+    assert title in row.inner_text()
+    link = open_page("03_measure_spectra.html").get_by_role("link", name="arXiv 2405.09673")
+    link.hover()
+    assert title in link.locator("xpath=..").get_by_role("tooltip").inner_text()
+
+
+@pytest.mark.parametrize("name", ["index.html", "10_define_the_ranks.html"])
+def test_the_contents_are_folded_on_a_phone_and_open_beside_the_text(open_page, name):
+    phone, last = open_page(name, viewport=NARROW), "11 · Relate to prior work"
+    link = phone.locator("nav.contents").get_by_role("link", name=last)
+    assert not link.is_visible()
+    assert phone.locator("h1").bounding_box()["y"] < NARROW["height"] / 3
+    phone.locator("nav.contents summary").click()
+    assert link.is_visible()
+    phone.locator("nav.contents summary").click()
+    phone.set_viewport_size(WIDE)
+    link.wait_for(state="visible")
+    assert not phone.locator("nav.contents summary").is_visible()
+    assert open_page(name).locator("nav.contents").get_by_role("link", name=last).is_visible()
+
+
+@pytest.mark.parametrize("name", PAGES)
+def test_titles_have_no_pilcrow(open_page, name):
+    page = open_page(name)
+    headings = page.locator("h1, h2, h3").all_inner_texts()
+    assert headings and not [text for text in [page.title(), *headings] if "¶" in text]
 
 
 def test_formulas_are_drawn(open_page):

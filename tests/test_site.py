@@ -19,10 +19,16 @@ def code_cell(source, output=None, *, tags=()):
     return nbformat.v4.new_code_cell(source, outputs=outputs, metadata={"tags": list(tags)})
 
 
-def write_notebook(folder, *cells):
-    title = nbformat.v4.new_markdown_cell("# 3 · Some title")
+def write_notebook(folder, *cells, name="03_some"):
+    title = nbformat.v4.new_markdown_cell(f"# {int(name[:2])} · Some title")
     notebook = nbformat.v4.new_notebook(cells=[title, *cells])
-    nbformat.write(notebook, folder / "03_some.ipynb")
+    nbformat.write(notebook, folder / f"{name}.ipynb")
+
+
+def built(folder, name="03_some"):
+    """A page of the site of the notebooks and figures in a folder."""
+    build(folder, folder, folder / "out")
+    return BeautifulSoup((folder / "out" / f"{name}.html").read_text("utf8"), "html.parser")
 
 
 def test_the_list_of_figures_is_that_of_the_committed_notebooks():
@@ -49,10 +55,75 @@ def test_claims_are_folded_under_the_count_of_their_lines_and_other_cells_are_no
         code_cell("utils.assert_claims(untagged)", {"text/html": tables[3]}),
         code_cell("no_claims", {"text/html": tables[3]}, tags=["paper-only"]),
     )
-    build(tmp_path, tmp_path, tmp_path / "out")
-    page = BeautifulSoup((tmp_path / "out" / "03_some.html").read_text("utf8"), "html.parser")
+    page = built(tmp_path)
     summaries = [fold.find("summary").get_text() for fold in page.select("details.claims")]
     assert summaries == ["1 line of numbers checked", "3 lines of numbers checked"]
     folded = [len(table.select("tbody tr")) for table in page.select("details.claims table")]
     assert folded == [1, 3]
     assert len(page.select("table")) == 4  # the two others are shown as they are
+
+
+def test_a_figure_is_linked_to_those_of_its_files_that_exist(tmp_path):
+    for kind in ("svg", "csv", "png"):
+        (tmp_path / f"03_lone.{kind}").write_text(kind)
+    figure = code_cell("f", {"text/plain": "<03_lone>", "image/png": "x"})
+    figure["outputs"][0]["metadata"] = {"image/png": {"alt": 'a "line" & more'}}
+    write_notebook(tmp_path, figure)
+    page = built(tmp_path)
+    assert page.select_one("img.figure")["alt"] == 'a "line" & more'
+    links = {link.get_text(): link["href"] for link in page.select(".files a")}
+    assert links == {"SVG": "figures/03_lone.svg", "CSV": "figures/03_lone.csv"}
+    assert (tmp_path / "out" / links["CSV"]).read_text() == "csv"
+
+
+DEFINED = """## Wide rank
+
+How wide it is, e.g. by sight: more below. It is not high.
+
+## The tall and the deep
+
+The *tall* one is high; a *deep* one is low.
+
+## Other words
+
+| word | meaning |
+|---|---|
+| round | has [no](03_some.ipynb) corner |
+"""
+
+
+def hints(page):
+    """What each link with a hint says: [(text of the link, text of the hint)]."""
+    found = page.select(".hint")
+    assert [h.a["aria-describedby"] for h in found] == [h.span["id"] for h in found]
+    return [(h.a.get_text(), h.span.get_text()) for h in found]
+
+
+def test_a_term_has_the_definition_of_notebook_10_at_its_first_place_in_the_prose(tmp_path):
+    text = "## Tall\n\n`tall`: see [tall](x.html), tallest. Wide\nranks, a < b, Tall, deep & round."
+    write_notebook(tmp_path, nbformat.v4.new_markdown_cell(text + "\n\nA tall wide rank."))
+    definitions = nbformat.v4.new_markdown_cell(DEFINED)
+    write_notebook(tmp_path, definitions, name="10_define_the_ranks")
+    page = built(tmp_path)
+    assert hints(page) == [
+        ("Wide\nranks", "How wide it is, e.g. by sight: more below"),
+        ("Tall", "The tall one is high"),
+        ("deep", "a deep one is low"),
+        ("round", "has no corner"),
+    ]
+    assert ", a < b, " in page.get_text()
+    target = (tmp_path / "out" / "10_define_the_ranks.html").read_text("utf8")
+    for link in page.select(".hint > a"):
+        assert f'id="{link["href"].partition("#")[2]}"' in target
+    assert hints(BeautifulSoup(target, "html.parser")) == []  # there they are defined
+
+
+def test_a_citation_is_linked_and_has_the_title_of_notebook_11_where_it_lists_the_work(tmp_path):
+    work = "Doe 1999, *A Title*, [arXiv 9901.00001](https://arxiv.org/abs/9901.00001)"
+    write_notebook(tmp_path, nbformat.v4.new_markdown_cell("(arXiv 9901.00001, arXiv 9902.00002)"))
+    works = nbformat.v4.new_markdown_cell(f"| work |\n|---|\n| {work} |")
+    write_notebook(tmp_path, works, name="11_relate_to_prior_work")
+    page = built(tmp_path)
+    assert hints(page) == [("arXiv 9901.00001", "Doe 1999, A Title")]
+    addresses = [link["href"] for link in page.select("p a[href*=arxiv]")]
+    assert addresses == [f"https://arxiv.org/abs/{n}" for n in ("9901.00001", "9902.00002")]

@@ -2,10 +2,12 @@
 
 Every notebook becomes a page with the contents at its side; the README becomes the index.  Nothing
 is loaded from the network: figures are files beside the pages, formulas are MathML, the style is
-one file.  The site is built beside OUT and then put in its place, so that an interrupted build
-leaves the last one.
+one file.  Where a page names what notebook 10 defines or notebook 11 cites, a hint says what it is.
+The site is built beside OUT and then put in its place, so that an interrupted build leaves the last
+one.
 """
 
+import html
 import re
 import shutil
 import sys
@@ -14,7 +16,7 @@ from pathlib import Path
 
 import jinja2
 import nbformat
-from bs4 import BeautifulSoup
+from bs4 import BeautifulSoup, Tag
 from latex2mathml.converter import convert as to_mathml
 from nbconvert import HTMLExporter
 from nbconvert.filters.markdown_mistune import markdown2html_mistune
@@ -22,6 +24,9 @@ from pygments.formatters import HtmlFormatter
 
 HERE = Path(__file__).resolve().parent
 ROOT = HERE.parent.parent
+DEFINITIONS, WORKS = "10_define_the_ranks.html", "11_relate_to_prior_work.html"
+EVERYDAY = {"base", "head", "loss", "score", "steps, rows", "tail", "the matrices", "tuned"}
+SHORT = {"rank for 90 %": "r90"}  # the other spelling of a term
 
 
 def title_of(file: Path, notebook: dict) -> str:
@@ -30,16 +35,27 @@ def title_of(file: Path, notebook: dict) -> str:
     return heading if heading[0].isdigit() else f"{int(file.name[:2])} · Read the report"
 
 
+def figure(name: str, alt: str, figures: Path, out: Path) -> str:
+    """A figure of save_figure as a file that is sharp at any size, and links to all its files."""
+    links = []
+    for kind in ("svg", "pdf", "csv"):
+        file = f"{name}.{kind}"
+        if (figures / file).exists():
+            shutil.copyfile(figures / file, out / "figures" / file)
+            label = f"{kind.upper()} of figure {name}"
+            links.append(f'<a href="figures/{file}" aria-label="{label}">{kind.upper()}</a>')
+    image = f'<img class="figure" src="figures/{name}.svg" alt="{html.escape(alt)}">'
+    return f'{image}<p class="files">{" · ".join(links)}</p>'
+
+
 def with_figure_files(notebook: dict, figures: Path, out: Path) -> dict:
-    """Replace every figure of save_figure by a file that is sharp at any size, with alt text."""
+    """Replace every figure of save_figure by its files."""
     for output in (o for cell in notebook["cells"] for o in cell.get("outputs", [])):
         name = re.fullmatch(r"<(\d\d_\w+)>", output.get("data", {}).get("text/plain", ""))
         if name is None:
             continue
-        file = f"{name.group(1)}.svg"
-        shutil.copyfile(figures / file, out / "figures" / file)
-        alt = output["metadata"]["image/png"]["alt"].replace('"', "&quot;")
-        output["data"] = {"text/html": f'<img class="figure" src="figures/{file}" alt="{alt}">'}
+        alt = output["metadata"]["image/png"]["alt"]
+        output["data"] = {"text/html": figure(name.group(1), alt, figures, out)}
     return notebook
 
 
@@ -48,13 +64,13 @@ def with_formulas(page: BeautifulSoup) -> None:
     for text in page.find_all(string=re.compile(r"\$[^$]+\$")):
         if text.find_parent(["pre", "code", "script", "style"]):
             continue
-        html = re.sub(
+        formulas = re.sub(
             r"\$\$(.+?)\$\$|\$(.+?)\$",
             lambda m: to_mathml(m[1] or m[2], display="block" if m[1] else "inline"),
             str(text),
             flags=re.DOTALL,
         )
-        text.replace_with(BeautifulSoup(html, "html.parser"))
+        text.replace_with(BeautifulSoup(formulas, "html.parser"))
 
 
 def fold_claims(page: BeautifulSoup) -> None:
@@ -69,9 +85,9 @@ def fold_claims(page: BeautifulSoup) -> None:
         fold.insert(0, summary)
 
 
-def finished(html: str) -> str:
+def finished(body: str) -> BeautifulSoup:
     """The body of a page: formulas, folded code, tables that scroll, links between the pages."""
-    page = BeautifulSoup(html, "html.parser")
+    page = BeautifulSoup(body, "html.parser")
     with_formulas(page)
     for style in page.select("style"):
         style.decompose()  # pandas writes one into every table
@@ -91,23 +107,95 @@ def finished(html: str) -> str:
         pre["tabindex"] = "0"
     for anchor in page.select("a.anchor-link"):
         anchor.decompose()
-    for link in page.select("a[href$='.ipynb']"):
-        link["href"] = Path(link["href"]).with_suffix(".html").name
-    return str(page)
+    for anchor in page.select("a[href$='.ipynb']"):
+        anchor["href"] = Path(anchor["href"]).with_suffix(".html").name
+    return page
 
 
-def readme_page(out: Path) -> str:
+def readme_page(out: Path) -> BeautifulSoup:
     """The README as the body of the index; its figure becomes a file of the site."""
     text = (ROOT / "README.md").read_text(encoding="utf8")
     page = BeautifulSoup(markdown2html_mistune(text), "html.parser")
+    for anchor in page.select("a[href]:not(.anchor-link)"):
+        if not anchor["href"].endswith(".ipynb") and "://" not in anchor["href"]:
+            anchor.unwrap()  # files of the repository, which the site does not hold
     for image in page.select("img"):
-        file = Path(image["src"]).with_suffix(".svg")
-        shutil.copyfile(ROOT / file, out / "figures" / file.name)
-        image["src"], image["class"] = f"figures/{file.name}", "figure"
-    for link in page.select("a[href]"):
-        if not link["href"].endswith(".ipynb") and "://" not in link["href"]:
-            link.unwrap()  # files of the repository, which the site does not hold
+        drawn = figure(Path(image["src"]).stem, image["alt"], ROOT / "figures", out)
+        image.find_parent("p").replace_with(BeautifulSoup(drawn, "html.parser"))
     return finished(str(page))
+
+
+def sentences(paragraph: Tag) -> list[str]:
+    """The sentences of a paragraph; a clause that begins with a term in emphasis is its own."""
+    ends = r"(?<=\.)\s+(?=[A-Z<])|(?<=;)\s+(?=(?:an? |the )?<em>)"
+    return re.split(ends, paragraph.decode_contents())
+
+
+def glossary(page: BeautifulSoup) -> dict[str, tuple[Tag, str]]:
+    """Each term of notebook 10: the element that introduces it, and the sentence that defines it.
+
+    A term is a rank in a heading, a word in emphasis, or a word of the table of other words; words
+    that have an everyday meaning too are left out.
+    """
+    found = {}
+    for heading in page.select("h2:has(+ p)"):
+        if re.search(r"\brank\b", heading.get_text()):
+            for term in re.findall(r"(?:^|, and the )([^:,]+)", heading.get_text()):
+                found[term.lower()] = (heading, sentences(heading.find_next_sibling("p"))[0])
+    for word in page.select("h2 ~ p em"):
+        inside = [text for text in sentences(word.parent) if str(word) in text]
+        if inside and inside[0].endswith((".", ";", ":")):  # else a formula goes on below
+            found[word.get_text().lower()] = (word, inside[0])
+    for row in page.select("table:has(th:-soup-contains('meaning')) tbody tr"):
+        word, meaning = row.select("td")[:2]
+        found[word.get_text()] = (word, meaning.decode_contents())
+    return {term: place for term, place in found.items() if term not in EVERYDAY}
+
+
+def works(page: BeautifulSoup) -> dict[str, str]:
+    """Authors, year and title of each work in the tables of notebook 11, by its address."""
+    links = page.select("td:first-child a[href*='arxiv.org/abs/']")
+    return {a["href"]: a.parent.decode_contents().partition("<a ")[0].rstrip(", ") for a in links}
+
+
+def link(page: BeautifulSoup, words: str, address: str, *, once: bool) -> None:
+    """Link words of the prose, a regular expression, to an address, at their first place or all."""
+    pattern = re.compile(rf"(?<!\w){words}(?!\w)", re.IGNORECASE)
+    for text in page.find_all(string=pattern):
+        if not text.find_parent(["p", "li"]) or text.find_parent(["a", "code", "math", "td"]):
+            continue
+        linked = pattern.sub(rf'<a href="{address}">\g<0></a>', html.escape(text), count=once)
+        text.replace_with(BeautifulSoup(linked, "html.parser"))
+        if once:
+            return
+
+
+def with_hints(page: BeautifulSoup, hints: dict[str, str]) -> None:
+    """Show the hint of each link that has one on hover and focus; tables say it themselves."""
+    links = [a for a in page.select("a[href]") if a["href"] in hints and not a.find_parent("td")]
+    for number, anchor in enumerate(links):
+        anchor["aria-describedby"] = f"hint-{number}"
+        place = anchor.wrap(page.new_tag("span", attrs={"class": "hint"}))
+        hint = page.new_tag("span", attrs={"role": "tooltip", "id": f"hint-{number}"})
+        hint.append(BeautifulSoup(hints[anchor["href"]], "html.parser"))
+        place.append(hint)
+
+
+def explain(pages: dict[str, BeautifulSoup]) -> None:
+    """Link terms and citations of all pages, with a hint on what they are."""
+    empty = BeautifulSoup("", "html.parser")
+    hints, addresses = works(pages.get(WORKS, empty)), {}
+    for term, (place, meaning) in glossary(pages.get(DEFINITIONS, empty)).items():
+        place["id"] = place.get("id") or "term-" + re.sub(r"\W+", "-", term)
+        addresses[term] = f"{DEFINITIONS}#{place['id']}"
+        # links within a hint are dropped
+        hints[addresses[term]] = re.sub(r"</?a\b.*?>|[.;:]$", "", meaning)
+    for name, page in pages.items():
+        link(page, r"arXiv (\d{4}\.\d{5})", r"https://arxiv.org/abs/\1", once=False)
+        for term in sorted(addresses, key=len, reverse=True) if name != DEFINITIONS else ():
+            words = re.escape(term).replace(r"\ ", r"\s+")
+            link(page, rf"(?:{words}|{SHORT.get(term, words)})s?", addresses[term], once=True)
+        with_hints(page, hints)
 
 
 def build(notebooks: Path, figures: Path, out: Path) -> None:
@@ -119,14 +207,17 @@ def build(notebooks: Path, figures: Path, out: Path) -> None:
     contents += [(f"{file.stem}.html", title_of(file, notebook)) for file, notebook in read.items()]
     environment = jinja2.Environment(loader=jinja2.FileSystemLoader(HERE), autoescape=False)
     frame = environment.get_template("page.html.j2")
-    bodies = {"index.html": readme_page(out)}
+    pages = {"index.html": readme_page(out)}
     explorer = (HERE / "explorer.js").read_text(encoding="utf8")
     exporter = HTMLExporter(template_name="basic")
     for file, notebook in read.items():
-        html, _ = exporter.from_notebook_node(with_figure_files(notebook, figures, out))
-        bodies[f"{file.stem}.html"] = body = finished(html)
-        if 'id="explorer-data"' in body:  # notebook 9 holds the data, the script draws them
-            bodies[f"{file.stem}.html"] += f"<script>\n{explorer}</script>"
+        body, _ = exporter.from_notebook_node(with_figure_files(notebook, figures, out))
+        pages[f"{file.stem}.html"] = finished(body)
+    explain(pages)
+    bodies = {name: str(page) for name, page in pages.items()}
+    for name, page in pages.items():
+        if page.find(id="explorer-data"):  # notebook 9 holds the data, the script draws them
+            bodies[name] += f"<script>\n{explorer}</script>"
     for place, (name, title) in enumerate(contents):
         around = {"before": contents[place - 1] if place else None}
         around["after"] = contents[place + 1] if place + 1 < len(contents) else None
