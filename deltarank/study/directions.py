@@ -31,9 +31,10 @@ JITTER = 1e-12  # of the trace, added to a moment's diagonal: few tokens leave i
 def input_moments(model: nn.Module, config: RunConfig, rows: Sequence[dict]) -> dict[str, Tensor]:
     """E[x x^T] of the inputs x that each matrix's layer gets on `rows`, (n, n), float64, by name.
 
-    The mean over the tokens of prompt and answer, with the one that starts a text and without
-    padding; the forward pass is that of score_rows.  Layers that read the same tensor (q, k and v;
-    gate and up) share one moment.
+    The mean over the tokens of prompt and answer, without padding and without the first of a row:
+    the start token is the same in all rows, and its huge activations (Sun et al. 2024, arXiv
+    2402.17762) would hide the others.  The forward pass is that of score_rows.  Layers that read
+    the same tensor (q, k and v; gate and up) share one moment.
     """
     sums: dict[str, Tensor] = {}
     source: dict[str, str] = {}  # of every matrix the first that reads the same
@@ -54,7 +55,7 @@ def _layer_inputs(
 ) -> Iterator[tuple[dict[str, Tensor], Tensor]]:
     """Yield some of the rows as every matrix's layer gets them, (rows, length, n), by name.
 
-    Beside them (rows, length): False where there is padding.
+    Beside them (rows, length): False for the first token and where there is padding.
     """
     tokenizer = load_tokenizer(config.model)
     encoded = [encode(row, tokenizer, config.seq_len) for row in rows]
@@ -67,7 +68,8 @@ def _layer_inputs(
             lengths = torch.tensor([len(row["labels"]) for row in picked], device=place)
             with torch.autocast(place.type, dtype, enabled=dtype != torch.float32):
                 answer_hidden(model, **batch)
-            yield inputs, torch.arange(int(lengths.max()), device=place) < lengths[:, None]
+            place_of = torch.arange(int(lengths.max()), device=place)
+            yield inputs, (place_of > 0) & (place_of < lengths[:, None])
 
 
 @contextlib.contextmanager

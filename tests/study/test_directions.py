@@ -100,8 +100,8 @@ def test_moments_are_those_of_each_row_by_itself(name):
     layer.register_forward_hook(lambda layer, args, output: seen.append(args[0].detach()[0]))
     for row in rows:
         model(torch.tensor([encode(row, tokenizer, 64)["input_ids"]]))
-    X = torch.cat(seen).double()  # (tokens, n)
-    assert len(X) == sum(len(encode(row, tokenizer, 64)["labels"]) for row in rows)
+    X = torch.cat([x[1:] for x in seen]).double()  # (tokens, n), none the first of its row
+    assert len(X) == sum(len(encode(row, tokenizer, 64)["labels"]) - 1 for row in rows)
     torch.testing.assert_close(found[name], X.T @ X / len(X), rtol=1e-4, atol=1e-6)
 
 
