@@ -1,11 +1,14 @@
 """Statistics over runs: bootstrap intervals, and a mix by its parts."""
 
+import math
+
+import pandas as pd
 import pytest
 from matrices import gaussian
 
 from deltarank.study.profiles import PROFILES
 from deltarank.study.runs import Result
-from deltarank.study.tables import bootstrap_interval, by_part
+from deltarank.study.tables import bootstrap_interval, by_part, spearman
 from deltarank.study.tasks import load_split
 
 
@@ -19,6 +22,21 @@ def test_bootstrap_interval_covers_the_mean_of_normal_data():
 
 def test_bootstrap_interval_leaves_out_missing_values():
     assert bootstrap_interval([2.0, None, 2.0]) == (2.0, 2.0)
+
+
+def test_the_interval_of_spearman_covers_what_normal_data_have():
+    x, noise = gaussian(2, 400).numpy()
+    found = spearman(pd.Series(x), pd.Series(x + noise))
+    rho = found["spearman"]
+    assert rho == pytest.approx(6 / math.pi * math.asin(math.sqrt(0.5) / 2), abs=0.1)
+    error = (1 - rho**2) * math.sqrt((1 + rho**2 / 2) / 397)  # Bonett and Wright 2000
+    assert found["low"] == pytest.approx(rho - 1.96 * error, abs=0.5 * error)
+    assert found["high"] == pytest.approx(rho + 1.96 * error, abs=0.5 * error)
+
+
+def test_spearman_leaves_out_draws_without_an_order():
+    found = spearman(pd.Series([1, 2]), pd.Series([3, math.inf]))
+    assert [*found.values()] == pytest.approx([1, 1, 1])
 
 
 def test_a_mix_is_scored_part_by_part():
