@@ -41,7 +41,7 @@ def test_text_and_lines_are_large_enough_and_fonts_embedded(venue, path):
     drawn = b"\n".join(contents(pdf))
     sizes = {float(size) for size in re.findall(rb"/F\d+ ([\d.]+) Tf", drawn)}
     assert sizes and min(sizes) >= (5 if venue == "nature" else 6)  # pt
-    widths = {float(width) for width in re.findall(rb"^([\d.]+) w$", drawn, re.MULTILINE)}
+    widths = {float(width) for width in re.findall(rb"(?<!\S)([\d.]+) w(?!\S)", drawn)}
     assert min(widths - {0.0}) >= 0.25  # pt
     assert b"/Type3" not in pdf and b"/FontFile2" in pdf
 
