@@ -16,6 +16,7 @@ from deltarank.study.gains import gain_kept
 from deltarank.study.profiles import LORA_ALPHA, PROFILES, profile
 from deltarank.study.runs import Result, run, sweep
 from deltarank.study.search import best_lr, coarse_search, lr_between, tuned
+from deltarank.study.tasks import TASKS
 
 
 def base_configs() -> list[RunConfig]:
@@ -41,15 +42,41 @@ def warmup_configs() -> list[RunConfig]:
     """Full fine-tuning with and without warm-up, at each of the profile's rates for it.
 
     At the middle rate with every seed; its neighbours, with the first, say that it is no edge.
+    The runs at the middle rate have every held-out row scored.
     """
     first = profile().seeds[:1]
     return [
-        profile().config(task, lr=lr, warmup=warmup, seed=seed)
+        change(profile().config(task, lr=lr, warmup=warmup, seed=seed))
         for task, (low, middle, high) in profile().warmup_lrs
-        for lr, seeds in ((middle, profile().seeds), (low, first), (high, first))
+        for lr, seeds, change in (
+            (middle, profile().seeds, scored_whole),
+            (low, first, dataclasses.replace),
+            (high, first, dataclasses.replace),
+        )
         for warmup in profile().warmups
         for seed in seeds
     ]
+
+
+def scored_whole(config: RunConfig) -> RunConfig:
+    """The run with a score of every held-out row, where fewer would be generated for it."""
+    if TASKS[config.task].metric != "chrf":
+        return config
+    return dataclasses.replace(config, generate_rows=config.eval_rows)
+
+
+def again_configs() -> list[tuple[RunConfig, RunConfig]]:
+    """Runs of the report beside the same run with every held-out row scored.
+
+    Full fine-tuning of Sorbian and its LoRA of the middle rank, with every seed: the first of a
+    pair are from several processors, the second from one.
+    """
+    ranks = (0, sorted(profile().lora_ranks)[len(profile().lora_ranks) // 2])
+    runs = [
+        tuned("sorbian", "lora" if rank else "full", rank=rank, seed=seed)
+        for rank, seed in itertools.product(ranks, profile().seeds)
+    ]
+    return [(config, scored_whole(config)) for config in runs]
 
 
 def floor_configs(task: str) -> list[RunConfig]:
