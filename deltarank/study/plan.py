@@ -98,7 +98,7 @@ def production_configs() -> list[RunConfig]:
     Full fine-tuning and the lowest rank with every seed, the other ranks with the first; nothing
     in a profile without sizes for it.
     """
-    if not profile().production_sizes:
+    if "production" not in dict(profile().own_sizes):
         return []
     ranks = (0, *profile().lora_ranks)
     seeds = {rank: profile().seeds[:1] for rank in ranks} | dict.fromkeys(

@@ -45,11 +45,10 @@ class Profile:
         ("sorbian", (5.5e-5, 1e-4, 1.7e-4)),
     )
     warmups: tuple[float, ...] = (0.0, 0.1)  # shares of the steps
-    # The mix that is trained until its parts are learned, and whose held-out rows are all scored.
-    production_sizes: tuple[tuple[str, int], ...] = (
-        ("steps", 480),
-        ("eval_rows", 2048),
-        ("generate_rows", 640),
+    # Tasks with sizes of their own: the long mix is trained until its parts are learned, and all of
+    # its held-out rows are scored.
+    own_sizes: tuple[tuple[str, tuple[tuple[str, int], ...]], ...] = (
+        ("production", (("steps", 480), ("eval_rows", 2048), ("generate_rows", 640))),
     )
     embedding_tasks: tuple[str, ...] = ("sorbian",)  # run once more with a trained embedding
     scaling_ranks: tuple[int, ...] = (1, 8, 64)  # LoRA of the facts by each of SCALES ...
@@ -84,18 +83,22 @@ class Profile:
 
         The learning rate is the middle one of the method's, common to all tasks.
         """
-        sizes = {k: getattr(self, k) for k in ("model", "batch_size", "seq_len", "eval_rows")}
-        sizes |= {"generate_rows": self.generate_rows, "compile": self.compile}
-        sizes |= {"profile": self.name}
+        shared = (
+            "model",
+            "steps",
+            "batch_size",
+            "seq_len",
+            "eval_rows",
+            "generate_rows",
+            "compile",
+        )
+        sizes = {field: getattr(self, field) for field in shared} | {"profile": self.name}
+        sizes |= dict(dict(self.own_sizes).get(task, ()))
         recipes: dict[str, dict] = {
             "base": {"steps": 0},
-            "full": {"steps": self.steps, "lr": _middle(self.full_lrs)},
-            "lora": {"steps": self.steps, "lr": _middle(self.lora_lrs), "alpha": LORA_ALPHA},
+            "full": {"lr": _middle(self.full_lrs)},
+            "lora": {"lr": _middle(self.lora_lrs), "alpha": LORA_ALPHA},
         }
-        if task == "production":
-            longer = dict(self.production_sizes)
-            recipes = {name: recipe | longer for name, recipe in recipes.items()}
-            recipes["base"]["steps"] = 0
         return RunConfig(task=task, method=method, **(sizes | recipes[method] | changes))
 
 
@@ -121,7 +124,7 @@ PROFILES = {
         full_lrs=(1e-4, 1e-3),
         seeds=(0, 1),
         lora_lrs=(1e-3, 1e-2),
-        production_sizes=(),
+        own_sizes=(),
         warmup_lrs=(("facts", (1e-4, 1e-3, 1e-2)),),
         embedding_tasks=("facts",),
         scaling_ranks=(1, 8),
@@ -144,7 +147,7 @@ PROFILES = {
         full_lrs=(1e-4,),
         lora_lrs=(1e-3,),
         seeds=(0,),
-        production_sizes=(),
+        own_sizes=(),
         warmup_lrs=(),
         embedding_tasks=(),
         scaling_ranks=(),
