@@ -72,7 +72,7 @@ inspect: $(READY) ## BASE=… TUNED=… [TASK=…] [OUT=…]: a page on your own
 		$(if $(TASK),--task "$(TASK)")
 	@$(if $(OUT),$(BIN)/deltarank extract "$(BASE)" "$(TUNED)" "$(OUT)")
 
-bench: $(READY) ## time training, spectra and pairs against stock recipes [ONLY=pairs] [RECORD=yes]
+bench: $(READY) ## time training, spectra, pairs, the report; against stock recipes [ONLY=pairs] [RECORD=yes]
 	@$(BIN)/python tests/bench.py $(ONLY)
 
 lab: $(READY) ## open JupyterLab

@@ -53,6 +53,7 @@ from deltarank.study.figures import (
     set_style,
     task_grid,
 )
+from deltarank.study.floors import floors, skill_gain, skill_kept
 from deltarank.study.gains import (
     at_gain,
     bracket_text,
@@ -68,6 +69,7 @@ from deltarank.study.overlaps import OVERLAP_RANKS, overlaps
 from deltarank.study.pairs import FolderPair, RunPair
 from deltarank.study.plan import (
     SCALES,
+    again_configs,
     base_configs,
     budget_configs,
     cut_until,
@@ -77,6 +79,7 @@ from deltarank.study.plan import (
     lora_configs,
     lora_until,
     scaling_configs,
+    warmup_configs,
 )
 from deltarank.study.profiles import ALL_TASKS, LORA_ALPHA, PAIR_TIMES, PROFILES, Profile, profile
 from deltarank.study.runs import (

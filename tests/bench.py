@@ -1,8 +1,9 @@
 """make bench: what the report computes, against stock recipes run beside it.
 
-A training step, the spectra of one model, and checkpoint pairs.  Timings need an otherwise idle
-machine; nothing is asserted.  `make bench ONLY=pairs` runs one part (spectra, training, pairs);
-with RECORD=yes the times of the pairs replace those that notebook 8 shows.
+A training step, the spectra of one model, checkpoint pairs, and the whole quick report.  Timings
+need an otherwise idle machine; nothing is asserted.  `make bench ONLY=pairs` runs one part
+(spectra, training, pairs, report).  With RECORD=yes what was measured of pairs and report is
+stored for notebook 8 and the README.
 """
 
 import contextlib
@@ -28,7 +29,7 @@ from deltarank.spectra import singular_values
 from deltarank.study import training
 from deltarank.study.configs import RunConfig
 from deltarank.study.models import load_model, load_tokenizer
-from deltarank.study.profiles import PAIR_TIMES, PROFILES
+from deltarank.study.profiles import PAIR_TIMES, PROFILES, REPORT_TIMES
 from deltarank.study.tasks import collate, encode, load_split
 
 STEPS = 10  # the first four warm up and compile
@@ -306,10 +307,25 @@ def bench_pairs() -> None:
             rows = [row for i in range(ROUNDS) for row in one_round(Path(scratch), i)]
             tables.append(pd.DataFrame(rows).assign(pair=title, **energy_held(Path(scratch) / "0")))
         print_pair(tables[-1])
+    record(pd.concat(tables), PAIR_TIMES)
+
+
+def record(times: pd.DataFrame, path: Path) -> None:
+    """Store times with the machine that they were taken on, where RECORD asks for it."""
     if os.environ.get("RECORD"):
         machine = {"device": device_name(), "threads": torch.get_num_threads()}
         machine |= {"torch": torch.__version__, "commit": commit()}
-        pd.concat(tables).assign(**machine).to_csv(PAIR_TIMES, index=False)
+        times.assign(**machine).to_csv(path, index=False)
+
+
+def bench_report() -> None:
+    """Print time and memory of `make report` from an empty cache, packages apart."""
+    with tempfile.TemporaryDirectory(dir=cache_folder()) as scratch:
+        command = ["make", "report", f"BUILD={scratch}/build"]
+        seconds, memory = timed(command, Path(scratch) / "cache")
+    print(f"make report: {seconds / 60:.1f} min, {memory:.1f} GB")
+    times = {"minutes": [round(seconds / 60, 1)], "GB": [round(memory, 1)]}
+    record(pd.DataFrame(times), REPORT_TIMES)
 
 
 def one_round(pair: Path, i: int) -> Iterator[dict]:
@@ -351,7 +367,12 @@ def print_pair(table: pd.DataFrame) -> None:
           f"{first['lacks_bound']:.0e} by its own bound")  # fmt: skip
 
 
-PARTS = {"spectra": bench_spectra, "training": bench_training, "pairs": bench_pairs}
+PARTS = {
+    "spectra": bench_spectra,
+    "training": bench_training,
+    "pairs": bench_pairs,
+    "report": bench_report,
+}
 
 if __name__ == "__main__":
     print(f"{device_name()}, {torch.get_num_threads()} threads, torch {torch.__version__}")

@@ -5,11 +5,11 @@ from __future__ import annotations
 import pandas as pd
 
 from deltarank.study.configs import RunConfig
-from deltarank.study.gains import gain_kept
+from deltarank.study.gains import Measured, gain_kept
 from deltarank.study.plan import floor_configs
 from deltarank.study.profiles import profile
 from deltarank.study.runs import Result, run
-from deltarank.study.tables import ends
+from deltarank.study.search import tuned
 from deltarank.study.tasks import TASKS, load_split
 
 
@@ -46,15 +46,19 @@ def floors(task: str) -> pd.DataFrame:
     return pd.DataFrame(rows, index=["loss_nats", "score"]).T
 
 
-def skill_kept(value: float, config: RunConfig, *, by: str = "loss") -> float:
-    """How far `value`, a loss or score, goes from the task's floor to its full fine-tune.
+def skill_kept(value: Measured, config: RunConfig, *, by: str = "loss") -> Measured:
+    """How far `value`, a loss or score or a series of them, goes from the floor to the full tune.
 
     The floor is the best of floors(task): the lowest loss or the highest score without the skill.
     The full fine-tune has the task and the seed of `config` and the task's best learning rate.
+    NaN for a task that has no floor, since LoRA is not trained on it.
     """
+    if config.task not in profile().lora_tasks:
+        return value * float("nan")
     without = floors(config.task)
     floor = without["loss_nats"].min() if by == "loss" else without["score"].max()
-    return gain_kept(value, floor, getattr(ends(config)[1], by)())
+    full = run(tuned(config.task, seed=config.seed))
+    return gain_kept(value, floor, getattr(full, by)())
 
 
 def skill_gain(result: Result, *, by: str = "loss") -> float:

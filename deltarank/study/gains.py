@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from typing import TypeVar
 
 import numpy as np
 import pandas as pd
@@ -13,14 +14,16 @@ from deltarank.study.models import load_tokenizer
 from deltarank.study.runs import Result
 from deltarank.study.tasks import encode, load_split
 
+Measured = TypeVar("Measured", float, pd.Series)  # one number, or one a rank
 
-def gain_kept(value: float, base: float, full: float) -> float:
+
+def gain_kept(value: Measured, base: float, full: float) -> Measured:
     """How far `value` goes from the base model's towards the full fine-tune's; NaN without a gain.
 
     >>> gain_kept(2.0, base=5.0, full=1.0)
     0.75
     """
-    return (value - base) / (full - base) if full != base else float("nan")
+    return (value - base) / (full - base if full != base else float("nan"))
 
 
 def needed_rank(kept: pd.Series, share: float) -> float:

@@ -84,33 +84,34 @@ def floor_configs(task: str) -> list[RunConfig]:
 
     Each at the rate that the coarse search finds best for the task itself, with the first seed.
     """
-    found, seed = [], profile().seeds[0]
-    for method, rank in (("full", 0), ("lora", min(profile().lora_ranks))):
-        lr = best_lr(coarse_search(task, method, rank=rank))
-        recipe: dict = {"rank": rank, "lr": lr, "seed": seed, "permuted": True}
-        found.append(profile().config(task, method, **recipe))
-    return found
+    seed = profile().seeds[0]
+    ranks = (0, min(profile().lora_ranks))
+    return [_coarsely_tuned(task, rank, seed=seed, permuted=True) for rank in ranks]
 
 
 def production_configs() -> list[RunConfig]:
-    """The long mix by full fine-tuning and LoRA, at the rates that are best for the mix.
+    """The long mix by full fine-tuning and LoRA, at the rates of the coarse search for the mix.
 
     Full fine-tuning and the lowest rank with every seed, the other ranks with the first; nothing
     in a profile without sizes for it.
     """
     if "production" not in dict(profile().own_sizes):
         return []
-    ranks = (0, *profile().lora_ranks)
-    seeds = {rank: profile().seeds[:1] for rank in ranks} | dict.fromkeys(
-        ranks[:2], profile().seeds
-    )
-    found = []
-    for seed, rank in itertools.product(profile().seeds, ranks):
-        if seed in seeds[rank]:
-            method = "lora" if rank else "full"
-            lr = tuned("mix", method, rank=rank).lr
-            found.append(profile().config("production", method, rank=rank, lr=lr, seed=seed))
-    return found
+    first, *others = profile().seeds
+    low, *higher = profile().lora_ranks
+    runs = [(0, first), (low, first), *((rank, first) for rank in higher)]
+    runs += [(rank, seed) for seed in others for rank in (0, low)]
+    return [_coarsely_tuned("production", rank, seed=seed, like="mix") for rank, seed in runs]
+
+
+def _coarsely_tuned(task: str, rank: int, *, like: str = "", **changes) -> RunConfig:
+    """A run at the rate that the coarse search finds for its task, or for the one it is `like`.
+
+    LoRA of this rank, full fine-tuning at rank 0.
+    """
+    method = "lora" if rank else "full"
+    lr = best_lr(coarse_search(like or task, method, rank=rank))
+    return profile().config(task, method, rank=rank, lr=lr, **changes)
 
 
 def embedding_configs() -> list[RunConfig]:

@@ -11,7 +11,9 @@ from deltarank.runtime import ROOT, build_folder, profile_name, venue
 from deltarank.study.configs import RunConfig
 from deltarank.study.models import GEMMA, TINY
 
-PAIR_TIMES = ROOT / "data" / "bench_pairs.csv"  # written by `RECORD=yes make bench ONLY=pairs`
+# Written by `RECORD=yes make bench`: what notebook 8 and the README say of time and memory.
+PAIR_TIMES = ROOT / "data" / "bench_pairs.csv"
+REPORT_TIMES = ROOT / "data" / "bench_report.csv"
 ALL_TASKS = ("pirate", "json", "kjv", "sentiment", "facts", "arithmetic", "sorbian", "code", "mix")
 LORA_ALPHA = 32.0  # one alpha at all ranks
 

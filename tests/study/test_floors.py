@@ -1,5 +1,6 @@
 """Floors: the best of what has no skill, and gains that are measured from it."""
 
+import pandas as pd
 import pytest
 
 from deltarank.study import floors
@@ -18,27 +19,29 @@ def result(loss, score, config=None):
 @pytest.fixture
 def without_skill(monkeypatch):
     """Base 5 nats and 1 %, trained on permuted answers 2 and 20 or 3 and 10; full: 1 and 100."""
-    known = {"base": result(5.0, 1.0), "full": result(2.0, 20.0), "lora": result(3.0, 10.0)}
-    monkeypatch.setattr(floors, "run", lambda config: known[config.method])
-    permuted = [RunConfig(task="json", steps=1, lr=1.0)]
-    permuted += [RunConfig(task="json", method="lora", rank=1, alpha=1.0, steps=1, lr=1.0)]
+    known = {0.0: result(5.0, 1.0), 1.0: result(2.0, 20.0), 1.5: result(3.0, 10.0)}
+    known[2.0] = result(1.0, 100.0)
+    monkeypatch.setattr(floors, "run", lambda config: known[config.lr])
+    permuted = [RunConfig(task="facts", steps=1, lr=1.0)]
+    permuted += [RunConfig(task="facts", method="lora", rank=1, alpha=1.0, steps=1, lr=1.5)]
     monkeypatch.setattr(floors, "floor_configs", lambda task: permuted)
-    monkeypatch.setattr(floors, "ends", lambda config: (known["base"], result(1.0, 100.0)))
+    best = RunConfig(task="facts", steps=1, lr=2.0)
+    monkeypatch.setattr(floors, "tuned", lambda task, seed: best)
 
 
 def test_the_floor_is_the_best_without_skill(without_skill):
-    table = floors.floors("json")
+    table = floors.floors("facts")
     assert table["loss_nats"].to_dict() == pytest.approx(
         {"base": 5, "full": 2, "lora": 3, "copy": float("nan")}, nan_ok=True
     )
-    config = profile().config("json")
+    config = profile().config("facts")
     assert skill_kept(2.0, config) == 0 and skill_kept(1.0, config) == 1
     assert skill_kept(5.0, config) == -3  # below the floor
     assert skill_kept(60.0, config, by="score") == 0.5
 
 
 def test_the_gain_of_a_run_is_read_from_the_floor(without_skill):
-    run = result(1.5, 28.0, profile().config("json"))
+    run = result(1.5, 28.0, profile().config("facts"))
     assert skill_gain(run) == 0.5
     assert skill_gain(run, by="score") == pytest.approx(0.1)
 
@@ -52,3 +55,8 @@ def test_copying_gives_the_input_back(task):
 
 def test_only_a_rewriting_can_be_copied():
     assert copy_score("json") != copy_score("json")  # NaN
+
+
+def test_a_task_without_lora_has_no_floor(without_skill):
+    kept = skill_kept(pd.Series([1.0, 2.0]), profile().config("shuffled"))
+    assert kept.isna().all()
