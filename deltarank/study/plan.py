@@ -66,16 +66,14 @@ def scored_whole(config: RunConfig) -> RunConfig:
 
 
 def again_configs() -> list[tuple[RunConfig, RunConfig]]:
-    """Runs of the report beside the same run with every held-out row scored.
+    """Runs of the profile's again_tasks, each beside the same run with every row scored.
 
-    Full fine-tuning of Sorbian and its LoRA of the middle rank, with every seed: the first of a
-    pair are from several processors, the second from one.
+    Full fine-tuning and LoRA of the middle rank, with every seed.  The first of a pair come from
+    several processors, the second from one.
     """
     ranks = (0, sorted(profile().lora_ranks)[len(profile().lora_ranks) // 2])
-    runs = [
-        tuned("sorbian", "lora" if rank else "full", rank=rank, seed=seed)
-        for rank, seed in itertools.product(ranks, profile().seeds)
-    ]
+    grid = itertools.product(profile().again_tasks, ranks, profile().seeds)
+    runs = [tuned(t, "lora" if rank else "full", rank=rank, seed=seed) for t, rank, seed in grid]
     return [(config, scored_whole(config)) for config in runs]
 
 

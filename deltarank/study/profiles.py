@@ -53,6 +53,7 @@ class Profile:
         ("production", (("steps", 480), ("eval_rows", 2048), ("generate_rows", 640))),
     )
     embedding_tasks: tuple[str, ...] = ("sorbian",)  # run once more with a trained embedding
+    again_tasks: tuple[str, ...] = ("sorbian",)  # run once more on one processor, whole test split
     scaling_ranks: tuple[int, ...] = (1, 8, 64)  # LoRA of the facts by each of SCALES ...
     scaling_lrs: tuple[float, ...] = (1e-4, 3e-4, 1e-3, 3e-3)  # ... at each of these rates
     # Tasks in which a low rank falls short, by LoRA of this rank (0: full fine-tuning) ...
@@ -129,6 +130,7 @@ PROFILES = {
         own_sizes=(),
         warmup_lrs=(("facts", (1e-4, 1e-3, 1e-2)),),
         embedding_tasks=("facts",),
+        again_tasks=("facts",),
         scaling_ranks=(1, 8),
         scaling_lrs=(1e-3, 1e-2),
         budget_runs=(("facts", 0), ("facts", 1)),
@@ -152,6 +154,7 @@ PROFILES = {
         own_sizes=(),
         warmup_lrs=(),
         embedding_tasks=(),
+        again_tasks=(),
         scaling_ranks=(),
         budgets=(),
         compile=False,  # takes longer than it saves on so few steps
