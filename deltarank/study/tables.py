@@ -12,6 +12,7 @@ from deltarank.checkpoints import layer_and_module
 from deltarank.spectra import spectrum_measures
 from deltarank.store import cached
 from deltarank.study.configs import RunConfig
+from deltarank.study.floors import skill_kept
 from deltarank.study.gains import captured_energy, gain_kept
 from deltarank.study.plan import scaling_configs
 from deltarank.study.profiles import PROFILES, profile
@@ -62,13 +63,16 @@ def cut_gains(config: RunConfig, cuts: pd.DataFrame) -> pd.DataFrame:
     """Cuts of a full run (from `cut`), one line a rank, beside what they keep of update and task.
 
     Columns: task, seed, rank, loss_nats, score; energy, the share of the squared update of all
-    matrices; kept_loss and kept_score, shares of the gain from the base model to the run.
+    matrices; kept_loss and kept_score, shares of the gain from the base model to the run;
+    skill_loss and skill_score, of that from the task's floor (see floors.skill_kept).
     """
     base, full = run(PROFILES[config.profile].config(config.task, "base")), run(config)
     table = cuts[["rank", "loss_nats", "score"]].assign(task=config.task, seed=config.seed)
     table["energy"] = [captured_energy(full, rank) for rank in table["rank"]]
     table["kept_loss"] = [gain_kept(x, base.loss(), full.loss()) for x in table["loss_nats"]]
     table["kept_score"] = [gain_kept(x, base.score(), full.score()) for x in table["score"]]
+    table["skill_loss"] = skill_kept(table["loss_nats"], config)
+    table["skill_score"] = skill_kept(table["score"], config, by="score")
     return table
 
 

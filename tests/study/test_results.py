@@ -6,9 +6,8 @@ import itertools
 import pytest
 
 from deltarank import store
-from deltarank.study import cuts, overlaps, plan, runs, search
+from deltarank.study import cuts, floors, overlaps, plan, runs, search
 from deltarank.study.configs import RunConfig
-from deltarank.study.gains import gain_kept
 from deltarank.study.profiles import PROFILES, entry_folder, profile
 
 STORE = PROFILES["paper"].store
@@ -101,11 +100,10 @@ def test_what_is_not_stored_is_refused_by_the_guard_over_training(config, no_tra
 
 
 def lora_by_score(full):
-    """Ask for LoRA at the profile's ranks up to the first that keeps 95 % of the gain in score."""
-    base, whole = runs.run(profile().config(full.task, "base")), runs.run(full)
+    """Ask for LoRA at the profile's ranks up to the first that keeps 95 % of the skill by score."""
     for rank in profile().lora_ranks:
-        score = runs.run(search.tuned(full.task, "lora", rank=rank, seed=full.seed)).score()
-        if gain_kept(score, base.score(), whole.score()) >= 0.95:
+        lora = runs.run(search.tuned(full.task, "lora", rank=rank, seed=full.seed))
+        if floors.skill_gain(lora, by="score") >= 0.95:
             return
 
 
@@ -119,17 +117,25 @@ def ask_for_runs_and_cuts(full):
         plan.lora_until(full, 0.95, recipe=plan.larger_scale)
         ranks = profile().scaling_ranks
         runs.sweep([plan.larger_scale(rank=rank, seed=full.seed) for rank in ranks])
-    if full.task == "sentiment":
-        plan.lora_until(full, 0.95, start=search.tuned("shuffled", seed=full.seed))
+
+
+def ask_for_controls():
+    """Ask for notebook 2's controls: the warm-up, the floors, the same runs on one processor."""
+    permuted = [config for task in profile().lora_tasks for config in plan.floor_configs(task)]
+    again = [config for pair in plan.again_configs() for config in pair]
+    runs.sweep([*plan.warmup_configs(), *permuted, *again])
 
 
 def look_for_what_is_being_gathered():
-    """Look for runs that answer the next questions, of which not all are there yet."""
-    gathered = [*plan.warmup_configs()]
-    for task in profile().lora_tasks:
-        gathered += plan.floor_configs(task)
-    for config in gathered:
-        runs.stored(config)
+    """Look for runs that answer the next questions, of which not all are there yet.
+
+    Those of the facts' finer search: both neighbours of a rate, half a step of the grid away.
+    """
+    rates = search.finer(sorted(profile().full_lrs + profile().lora_lrs))
+    recipes = [("full", {}), ("lora", {"rank": 1})]
+    recipes += [("lora", {"rank": rank, "alpha": 256.0}) for rank in (8, 64)]
+    for (method, recipe), lr, seed in itertools.product(recipes, rates, profile().seeds):
+        runs.stored(profile().config("facts", method, lr=lr, seed=seed, **recipe))
 
 
 def ask_for_the_rate_between():
@@ -175,6 +181,7 @@ def test_the_paper_is_rendered_without_training(monkeypatch, no_training, record
         for part in cuts.CUT_PARTS:
             cuts.cut(config, profile().control_ranks, part=part)
     ask_for_the_rate_between()
+    ask_for_controls()
     look_for_what_is_being_gathered()
     pairs = pairs_to_compare()
     assert len(full) == 30 and len(pairs) > 60
