@@ -19,6 +19,7 @@ from deltarank.checks import first_line, require
 
 # On disk a vocabulary matrix is known by its name, the rest by its shape.
 VOCABULARY = re.compile(r"(embed|wte|wpe|shared|lm_head|decoder|cls|score|classifier|qa_outputs)")
+CAUSAL = re.compile(r"CausalLM|(?<!With)LMHeadModel")  # LlamaForCausalLM, GPT2LMHeadModel
 FLOATS = {"F64", "F32", "F16", "BF16"}
 SLICE_ENTRIES = 2**21  # of a matrix, read at once; larger buffers cost more than they save
 
@@ -49,6 +50,7 @@ def model_source(name: str) -> str:
 class Checkpoint:
     """A folder of weights: its headers are read, its tensors are not."""
 
+    source: str  # what from_pretrained loads: the folder or a hub id
     folder: Path
     config: dict  # its config.json
     files: dict[str, Path]  # the file that holds each tensor
@@ -75,7 +77,8 @@ def open_checkpoint(source: str, *, allow_pickle: bool = False) -> Checkpoint:
     """
     adapter = (Path(source).expanduser() / "adapter_config.json").exists()
     require(not adapter, f"{source} is an adapter, not a model: merge it (merge_and_unload) first")
-    folder = Path(model_source(source))
+    loaded = model_source(source)
+    folder = Path(loaded)
     if not folder.is_dir():
         folder = _download(source, allow_pickle)
     config = json.loads((folder / "config.json").read_text(encoding="utf8"))
@@ -94,7 +97,7 @@ def open_checkpoint(source: str, *, allow_pickle: bool = False) -> Checkpoint:
         )
         del files[name], shapes[name], dtypes[name]  # masks and positions are no weights
     require(bool(files), f"{source} holds no weights")
-    return Checkpoint(folder, config, files, shapes, dtypes)
+    return Checkpoint(loaded, folder, config, files, shapes, dtypes)
 
 
 def _download(source: str, allow_pickle: bool) -> Path:
@@ -187,7 +190,7 @@ class Pair:
 
     def is_causal(self) -> bool:
         """Whether the base continues text, which PEFT wants to be told."""
-        return any("CausalLM" in name for name in self.base.config.get("architectures") or [])
+        return any(map(CAUSAL.search, self.base.config.get("architectures") or []))
 
     def shape(self, name: str) -> tuple[int, ...]:
         """The shape that both sides have: for a resized vocabulary, of its common rows."""

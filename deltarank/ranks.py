@@ -86,11 +86,15 @@ def _allocate(
     return dict(collections.Counter(name for _, name in taken))
 
 
-def lora_arguments(ranks: dict[str, int]) -> dict:
-    """{matrix: rank} as LoraConfig takes it; the scale alpha / r is 1 everywhere."""
+def lora_arguments(ranks: dict[str, int], *, patterns: bool = True) -> dict:
+    """{matrix: rank} as LoraConfig takes it; the scale alpha / r is 1 everywhere.
+
+    Without patterns all matrices have the largest rank.
+    """
     modules = {name.removesuffix(".weight"): r for name, r in ranks.items() if r}
-    r = collections.Counter(modules.values()).most_common(1)[0][0]
-    pattern = {module: rank for module, rank in modules.items() if rank != r}
+    most, counts = max(modules.values()), collections.Counter(modules.values())
+    r = counts.most_common(1)[0][0] if patterns else most
+    pattern = {module: rank for module, rank in modules.items() if patterns and rank != r}
     same = {"lora_alpha": r, "rank_pattern": pattern, "alpha_pattern": dict(pattern)}
     return {"r": r} | same | {"target_modules": sorted(modules)}
 
