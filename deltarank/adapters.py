@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 import threading
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -13,8 +14,9 @@ import torch
 from torch import Tensor
 
 from deltarank.checkpoints import Pair, open_pair
-from deltarank.checks import require, require_disk
+from deltarank.checks import require
 from deltarank.compare import compare_checkpoints, difference, differences, require_float32
+from deltarank.factors import Cut, Factors, Form
 from deltarank.gram import gram_matrix, leading_eigenvectors
 from deltarank.peft_format import (
     Places,
@@ -23,8 +25,8 @@ from deltarank.peft_format import (
     require_replaceable,
     write_adapter,
 )
-from deltarank.ranks import lora_arguments, rank_of, recommend_ranks
-from deltarank.runtime import by_core, device, progress
+from deltarank.ranks import rank_of, recommend_ranks
+from deltarank.runtime import by_core, device
 
 SHORTFALL = 1e-3  # share of the squared update by which an adapter may miss the best of its rank
 
@@ -36,36 +38,44 @@ def extract_adapter(
     *,
     rank: int | None = None,
     energy: float | None = None,
+    budget: int | None = None,
     ranks: dict | None = None,
+    dtype: str = "float32",
+    patterns: bool = False,
+    norms: bool = False,
     allow_pickle: bool = False,
 ) -> pd.DataFrame:
     """Write the cut of tuned - base as a PEFT adapter: the folder `out`, whole or not at all.
 
-    rank: one for all matrices (a smaller matrix gets all it has); energy: as in recommend_ranks;
-    ranks: what that returned.  Linear layers become LoRA factors of scale 1; norms that changed go
-    into modules_to_save; the rest cannot be part of a LoRA and is dropped.  All is float32.
+    rank: one for all matrices (a smaller matrix gets all it has); energy, budget: as in
+    recommend_ranks; ranks: what that returned.  dtype, patterns: the Form of the factors.  norms:
+    those that changed go whole, as float32, into modules_to_save, which vLLM and llama.cpp refuse.
 
-    Returns one line a changed tensor: name, part ("lora", "modules_to_save", "dropped"), rank,
-    squared_norm, kept (the share of it that the adapter holds), best (the most that its rank can
-    hold); attrs["lora"]: the arguments of LoraConfig.  An adapter that `out` holds is replaced.
-    Raises as open_pair and find_places, ValueError for a bad rank and, before any work,
-    FileExistsError for a folder that is there and is no adapter.
+    Returns one line a changed tensor: name, part ("lora", "modules_to_save", "left_out" for norms,
+    "dropped" for what no LoRA can hold), rank, squared_norm, kept (the share of it that the adapter
+    holds), best (the most that its rank can hold), rounding (the share lost to the dtype);
+    attrs["lora"]: LoraConfig's arguments.  An adapter that `out` holds is replaced.  Raises as
+    open_pair and find_places, ValueError for a bad rank and, before any work, FileExistsError for
+    a folder that is there and is no adapter.
     """
-    given = sum(value is not None for value in (rank, energy, ranks))
-    require(given == 1, "give one of rank=16, energy=0.9 and ranks=recommend_ranks(...)")
-    folder = Path(out).expanduser().resolve()
+    given = sum(value is not None for value in (rank, energy, budget, ranks))
+    require(given == 1, "give one of rank=16, energy=0.9, budget=1_000_000 and ranks={...}")
+    folder, form = Path(out).expanduser().resolve(), Form(dtype, patterns)
     require_replaceable(folder)
     pair = open_pair(base, tuned, allow_pickle=allow_pickle)
     places = find_places(pair.base.config, pair.base.shapes).renamed(pair.names)
-    if energy is not None:
+    if rank is None and ranks is None:
         table = compare_checkpoints(base, tuned, allow_pickle=allow_pickle)
-        ranks = recommend_ranks(table, energy=energy)
-    plan = _plan(pair, places, rank, ranks)
-    return _adapter_report(plan, plan.write(folder))
+        ranks = recommend_ranks(table, energy=energy, budget=budget)
+    chosen, rest = _sorted_out(pair, places, rank, ranks)
+    saved = _whole_norms(places, rest) if norms else []
+    return AdapterPlan(pair, places, chosen, saved, rest, form).write(folder)
 
 
-def _plan(pair: Pair, places: Places, rank: int | None, ranks: dict | None) -> AdapterPlan:
-    """What changed, sorted into factors, whole norms and the rest."""
+def _sorted_out(
+    pair: Pair, places: Places, rank: int | None, ranks: dict | None
+) -> tuple[dict[str, int], dict[str, float]]:
+    """Of what changed: the ranks of linear layers, and |dW|^2 of what gets no factors."""
     tuned, limits = pair.tuned.folder.name, {n: min(pair.shape(n)) for n in places.linear}
     require(bool(limits), f"{tuned} has no linear layer that a LoRA can adapt")
     most = max(limits.values())
@@ -74,8 +84,7 @@ def _plan(pair: Pair, places: Places, rank: int | None, ranks: dict | None) -> A
     changed = _changed(pair)
     chosen = {n: min(limits[n], wanted[n]) for n in changed if wanted.get(n)}
     require(bool(chosen), f"no linear layer of {tuned} gets a rank: there is nothing to write")
-    rest = {name: difference(pair, name) for name in changed if name not in chosen}
-    return AdapterPlan(pair, places, chosen, _whole_norms(places, rest), rest)
+    return chosen, {name: difference(pair, name) for name in changed if name not in chosen}
 
 
 def _changed(pair: Pair) -> list[str]:
@@ -96,70 +105,77 @@ def _whole_norms(places: Places, changed: Iterable[str]) -> list[str]:
     return [name for name, module in norms.items() if module.endswith(modules)]
 
 
-def _adapter_report(plan: AdapterPlan, factors: dict[str, dict]) -> pd.DataFrame:
-    """The table that extract_adapter returns."""
-    rows = [{"name": n, "part": "lora", "rank": plan.ranks[n]} | f for n, f in factors.items()]
-    for name, norm in plan.rest.items():
-        part, whole = ("modules_to_save", 1.0) if name in plan.saved else ("dropped", 0.0)
-        row = {"name": name, "part": part, "rank": 0, "squared_norm": norm}
-        rows.append(row | {"kept": whole, "best": whole})
-    report = pd.DataFrame(rows)
-    report.attrs["lora"] = plan.arguments()
-    return report
-
-
 _memory = threading.local()  # a thread's last update: fresh memory costs as much as the reading
 
 
 @dataclass(frozen=True)
 class AdapterPlan:
-    """What goes into an adapter, and where."""
+    """What goes into an adapter of a pair, and where."""
 
     pair: Pair
     places: Places  # of the tuned file's tensors
     ranks: dict[str, int]  # of the linear weights that get factors
     saved: list[str]  # tensors of norms, kept whole
     rest: dict[str, float]  # |dW|^2 of what changed and gets no factors
+    form: Form
 
-    def arguments(self) -> dict:
-        """The arguments of LoraConfig that say where the factors go."""
-        return lora_arguments({self.places.linear[name]: r for name, r in self.ranks.items()})
+    def modules(self) -> dict[str, str]:
+        """{module of the model: its weight in the tuned file} of what gets factors."""
+        return {self.places.linear[name].removesuffix(".weight"): name for name in self.ranks}
+
+    def factors(self) -> Factors:
+        """The factors of the modules."""
+        modules = self.modules()
+        shapes = {m: self._out_and_in(name) for m, name in modules.items()}
+        return Factors(shapes, {m: self.ranks[name] for m, name in modules.items()}, self.form)
+
+    def _out_and_in(self, name: str) -> tuple[int, int]:
+        """The shape of a matrix as PEFT has it: Conv1D stores it turned."""
+        m, n = self.pair.shape(name)
+        return (n, m) if name in self.places.conv1d else (m, n)
 
     def config(self) -> dict:
         """The adapter's adapter_config.json."""
         modules = {self.places.norms[name].rpartition(".")[0] for name in self.saved}
         return lora_config(
-            self.arguments(),
+            self.factors().arguments(),
             task_type="CAUSAL_LM" if self.pair.is_causal() else None,
             fan_in_fan_out=not self.places.conv1d.isdisjoint(self.ranks),
             modules_to_save=sorted(modules) or None,
-            base_model_name_or_path=str(self.pair.base.folder),
+            base_model_name_or_path=self.pair.base.source,
         )
 
-    def shapes(self) -> dict[str, tuple[int, ...]]:
-        """Name in the adapter's file and shape of every tensor, in the order they are made."""
-        shapes: dict[str, tuple[int, ...]] = {}
-        for name, r in self.ranks.items():
-            rows, columns = self.pair.shape(name)[:: -1 if name in self.places.conv1d else 1]
-            module = f"base_model.model.{self.places.linear[name].removesuffix('.weight')}"
-            shapes |= {f"{module}.lora_A.weight": (r, columns)}
-            shapes |= {f"{module}.lora_B.weight": (rows, r)}
+    def write(self, folder: Path) -> pd.DataFrame:
+        """Write the folder, whole or not at all; return the table of extract_adapter."""
+        factors, modules = self.factors(), self.modules()
+        tuned = self.pair.tuned
+        notes: dict[str, dict[str, float]] = {}
+        made = factors.tensors(lambda module: self.factorise(modules[module]), notes)
+        whole = (tuned.read(name) for name in self.saved)
         at = {name: f"base_model.model.{self.places.norms[name]}" for name in self.saved}
-        return shapes | {at[name]: self.pair.tuned.shapes[name] for name in self.saved}
+        layout = {at[name]: (torch.float32, tuned.shapes[name]) for name in self.saved}
+        tensors = itertools.chain(made, whole)
+        write_adapter(folder, self.config(), factors.layout() | layout, tensors)
+        return self._report(notes)
 
-    def tensors(self, factors: dict[str, dict]) -> Iterator[Tensor]:
-        """Yield the tensors; note in `factors` the squared_norm, kept and best of each matrix."""
-        sizes = {name: math.prod(self.pair.shape(name)) for name in self.ranks}
-        with progress(sum(sizes.values()), "extract adapter") as bar:
-            found = by_core(self.factorise, self.ranks)
-            for name, (A, B, factors[name]) in zip(self.ranks, found, strict=True):
-                yield A
-                yield B
-                bar.update(sizes[name])
-        yield from (self.pair.tuned.read(name) for name in self.saved)
+    def _report(self, notes: dict[str, dict[str, float]]) -> pd.DataFrame:
+        """The table of extract_adapter, from what Factors notes of each module."""
+        names = self.modules()
+        rows = [
+            {"name": names[m], "part": "lora", "rank": self.ranks[names[m]]} | note
+            for m, note in notes.items()
+        ]
+        for name, norm in self.rest.items():
+            part = "left_out" if name in self.places.norms else "dropped"
+            part, kept = ("modules_to_save", 1.0) if name in self.saved else (part, 0.0)
+            row = {"name": name, "part": part, "rank": 0, "squared_norm": norm}
+            rows.append(row | {"kept": kept, "best": kept, "rounding": 0.0})
+        table = pd.DataFrame(rows)
+        table.attrs["lora"] = self.factors().arguments()
+        return table
 
-    def factorise(self, name: str) -> tuple[Tensor, Tensor, dict[str, float]]:
-        """A, B and what they hold of one matrix."""
+    def factorise(self, name: str) -> Cut:
+        """B, A and what they hold of one matrix."""
         m, n = self.pair.shape(name)
         dW = self.update(name)
         X = dW if m >= n else dW.T  # (long, small)
@@ -173,7 +189,7 @@ class AdapterPlan:
         found = {"squared_norm": norm * scale**2, "kept": held / norm, "best": best / norm}
         long.mul_(scale)
         B, A = (long, V.T) if (m >= n) != (name in self.places.conv1d) else (V, long.T)  # (out, in)
-        return A, B, found
+        return B, A, found
 
     def update(self, name: str) -> Tensor:
         """dW of one matrix as stored, in memory that the thread's next one takes over."""
@@ -197,11 +213,3 @@ class AdapterPlan:
             list(differences(self.pair, name, None))  # names the file
         require_float32(found, name)
         return float(found)
-
-    def write(self, folder: Path) -> dict[str, dict]:
-        """Write the folder, whole or not at all; return what `tensors` notes."""
-        shapes = self.shapes()
-        factors: dict[str, dict] = {}
-        require_disk(folder.parent, 4e-9 * sum(map(math.prod, shapes.values())))
-        write_adapter(folder, self.config(), shapes, self.tensors(factors))
-        return factors

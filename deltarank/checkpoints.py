@@ -19,6 +19,7 @@ from deltarank.checks import first_line, require
 
 # On disk a vocabulary matrix is known by its name, the rest by its shape.
 VOCABULARY = re.compile(r"(embed|wte|wpe|shared|lm_head|decoder|cls|score|classifier|qa_outputs)")
+CAUSAL = re.compile(r"CausalLM|(?<!With)LMHeadModel")  # LlamaForCausalLM, GPT2LMHeadModel
 FLOATS = {"F64", "F32", "F16", "BF16"}
 SLICE_ENTRIES = 2**21  # of a matrix, read at once; larger buffers cost more than they save
 
@@ -49,6 +50,7 @@ def model_source(name: str) -> str:
 class Checkpoint:
     """A folder of weights: its headers are read, its tensors are not."""
 
+    source: str  # what from_pretrained loads: the folder or a hub id
     folder: Path
     config: dict  # its config.json
     files: dict[str, Path]  # the file that holds each tensor
@@ -73,17 +75,18 @@ def open_checkpoint(source: str, *, allow_pickle: bool = False) -> Checkpoint:
     and the cure for whatever cannot be compared: pickles unless `allow_pickle` (they can run code
     when read), torn, empty or missing files, quantised weights, an adapter in place of a model.
     """
-    adapter = (Path(source).expanduser() / "adapter_config.json").exists()
-    require(not adapter, f"{source} is an adapter, not a model: merge it (merge_and_unload) first")
-    folder = Path(model_source(source))
+    _require_no_adapter(source, Path(source).expanduser())
+    loaded = model_source(source)
+    folder = Path(loaded)
     if not folder.is_dir():
-        folder = _download(source, allow_pickle)
-    config = json.loads((folder / "config.json").read_text(encoding="utf8"))
+        folder = download(source, ["*.safetensors", "*.json"] + ["*.bin"] * allow_pickle)
+        _require_no_adapter(source, folder)
+    config = read_config(folder / "config.json")
     quantised = config.get("quantization_config")
     require(not quantised, f"{source} is quantised: dequantise it, then compare")
     files, shapes, dtypes = {}, {}, {}
     for file in _weight_files(folder, allow_pickle):
-        for name, (dtype, shape) in _header(file).items():
+        for name, (dtype, shape) in read_header(file).items():
             require(name not in files, f"{source}: {name} is in two files; delete the stale one")
             files[name], dtypes[name], shapes[name] = file, dtype, shape
     for name in [n for n in files if dtypes[n] not in FLOATS]:
@@ -94,16 +97,35 @@ def open_checkpoint(source: str, *, allow_pickle: bool = False) -> Checkpoint:
         )
         del files[name], shapes[name], dtypes[name]  # masks and positions are no weights
     require(bool(files), f"{source} holds no weights")
-    return Checkpoint(folder, config, files, shapes, dtypes)
+    return Checkpoint(loaded, folder, config, files, shapes, dtypes)
 
 
-def _download(source: str, allow_pickle: bool) -> Path:
-    """The folder into which a hub model was downloaded; pickles only where they are allowed."""
+def _require_no_adapter(source: str, folder: Path) -> None:
+    """Raise ValueError for the folder of an adapter in place of a model's."""
+    adapter = (folder / "adapter_config.json").exists()
+    cure = "inspect it alone, or merge it (merge_and_unload) and give the model"
+    require(not adapter, f"{source} is an adapter, not a model: {cure}")
+
+
+def read_config(file: Path) -> dict:
+    """What a config file says; raises FileNotFoundError or ValueError that names it."""
+    where = f"{file.parent.name}/{file.name}"
+    if not file.exists():
+        raise FileNotFoundError(f"{where} is not there: fetch it again")
+    try:
+        config = json.loads(file.read_text(encoding="utf8"))
+    except ValueError as error:
+        raise ValueError(f"{where} is torn ({first_line(error)}): fetch it again") from error
+    require(isinstance(config, dict), f"{where} is no JSON object: fetch it again")
+    return config
+
+
+def download(source: str, patterns: list[str]) -> Path:
+    """The folder into which those files of a hub model were downloaded that match the patterns."""
     from huggingface_hub import snapshot_download
 
     try:
-        wanted = ["*.safetensors", "*.json"] + (["*.bin"] if allow_pickle else [])
-        return Path(snapshot_download(source, allow_patterns=wanted))
+        return Path(snapshot_download(source, allow_patterns=patterns))
     except Exception as error:
         raise ValueError(f"{source!r} cannot be downloaded: {first_line(error)}") from error
 
@@ -139,7 +161,7 @@ def _unpickle(file: Path) -> dict[str, Tensor]:
     return {name: tensor for name, tensor in tensors.items() if isinstance(tensor, Tensor)}
 
 
-def _header(file: Path) -> dict[str, tuple[str, tuple[int, ...]]]:
+def read_header(file: Path) -> dict[str, tuple[str, tuple[int, ...]]]:
     """Type and shape of every tensor of a file, {name: (dtype, shape)}."""
     from safetensors import SafetensorError, safe_open
 
@@ -187,7 +209,7 @@ class Pair:
 
     def is_causal(self) -> bool:
         """Whether the base continues text, which PEFT wants to be told."""
-        return any("CausalLM" in name for name in self.base.config.get("architectures") or [])
+        return any(map(CAUSAL.search, self.base.config.get("architectures") or []))
 
     def shape(self, name: str) -> tuple[int, ...]:
         """The shape that both sides have: for a resized vocabulary, of its common rows."""

@@ -1,4 +1,4 @@
-"""A pair's findings for readers: the lines of a terminal, one HTML file, JSON."""
+"""Findings of a pair or an adapter for readers: the lines of a terminal, one HTML file, JSON."""
 
 from __future__ import annotations
 
@@ -20,7 +20,13 @@ import torch
 from deltarank import __version__
 from deltarank.columns import COLUMNS, number
 from deltarank.drawing import curve_panel, heat_map
-from deltarank.ranks import TRAINING_ADVICE, changed_matrices, rank_of, verdict
+from deltarank.ranks import (
+    TRAINING_ADVICE,
+    adapter_verdict,
+    changed_matrices,
+    rank_of,
+    verdict,
+)
 from deltarank.spectra import energy, null_energy
 
 IN_TERMINAL = ["relative_size", "r90", "r90_over_null", "energy_8", "energy_64", "rank"]
@@ -34,9 +40,9 @@ HEAT_MAPS = {
 
 @dataclasses.dataclass(frozen=True)
 class Inspection:
-    """What was found in a pair: the table of compare_checkpoints, ranks by a rule, and losses."""
+    """What was found: the table of compare_checkpoints or adapter_spectra, ranks, and losses."""
 
-    base: str
+    base: str | None  # None: `tuned` is an adapter, and its base was not needed
     tuned: str
     rule: dict[str, float]  # as recommend_ranks takes it: {"energy": 0.9}
     table: pd.DataFrame
@@ -44,10 +50,15 @@ class Inspection:
     losses: pd.DataFrame | None = None  # from score_pair
     warnings: tuple[str, ...] = ()
 
+    @property
+    def sources(self) -> list[str]:
+        """What was inspected: base and tuned model, or the adapter."""
+        return [*filter(None, [self.base]), self.tuned]
+
     @functools.cached_property
     def lines(self) -> list[str]:
         """The verdict."""
-        return verdict(self.table, self.lora)
+        return (verdict if self.base else adapter_verdict)(self.table, self.lora)
 
     @functools.cached_property
     def shown(self) -> pd.DataFrame:
@@ -77,8 +88,7 @@ class Inspection:
 
     def command(self) -> str:
         """The command that writes the adapter of these ranks."""
-        names = f"{shlex.quote(self.base)} {shlex.quote(self.tuned)}"
-        return f"deltarank extract {names} OUT {self.rule_text()}"
+        return f"deltarank extract {shlex.join(self.sources)} OUT {self.rule_text()}"
 
 
 def _labels(table: pd.DataFrame) -> list[str]:
@@ -127,9 +137,9 @@ def _wrapped(text: str) -> str:
 
 
 def as_json(found: Inspection) -> str:
-    """All numbers: pair, rule, verdict, one record a matrix with S (six digits), ranks, versions.
+    """All numbers: sources, rule, verdict, a record a matrix with S (six digits), ranks, versions.
 
-    What is no number (a size over zero weights) is null.
+    What is no number (a size over zero weights, the base of an adapter) is null.
     """
     ranks = found.lora and {
         "use": "extraction of the update, not training of a LoRA",
@@ -191,7 +201,7 @@ def as_html(found: Inspection) -> str:
     )
     return environment.get_template("page.html.j2").render(
         found=found,
-        names=[Path(name).name or name for name in (found.tuned, found.base)],
+        names=[Path(name).name or name for name in reversed(found.sources)],
         columns=COLUMNS,
         modules=found.by_module().to_dict("records"),
         matrices=found.shown[found.shown["kind"] != "expert"].to_dict("records"),
@@ -237,6 +247,7 @@ def _heat_maps(found: Inspection) -> list[tuple[str, str]]:
     return [
         (title, heat_map(grids[column].astype(float), title, COLUMNS[column].show))
         for column, title in HEAT_MAPS.items()
+        if grids[column].notna().any(axis=None)
     ]
 
 
@@ -248,7 +259,7 @@ def _curve_panels(found: Inspection) -> list[str]:
     for label, rows in inner.groupby("label", sort=False):
         smallest = int(rows["min_dim"].min())
         ranks = [2**k for k in range(int(math.log2(smallest)) + 1)]
-        curves = [[float(energy(S)[r - 1]) for r in ranks] for S in rows["S"]]
+        curves = [[float(energy(S)[:r][-1]) for r in ranks] for S in rows["S"]]
         noise = [[float(null_energy(shape)[r - 1]) for r in ranks] for shape in rows["shape"]]
         held, flat = (np.median(each, axis=0).tolist() for each in (curves, noise))
         panels.append(curve_panel(str(label), ranks, held, flat, rows["rank"].median(), last))

@@ -12,12 +12,15 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
+import torch
 from torch import Tensor
 
 from deltarank.checkpoints import layer_and_module
-from deltarank.checks import require
+from deltarank.checks import require, require_disk
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
+STORED = {torch.float32: "F32", torch.bfloat16: "BF16", torch.float16: "F16"}
+Layout = dict[str, tuple[torch.dtype, tuple[int, ...]]]  # a file's tensors: name, type and shape
 
 # What the names of tensors and config.json say of a language model, as transformers builds it.
 EMBEDDING = re.compile(r"embed|_emb\.|\b(wte|wpe|shared)\.|relative_attention_bias")
@@ -152,7 +155,7 @@ def _norms(shapes: dict[str, tuple[int, ...]]) -> list[str]:
 
 
 def lora_config(arguments: dict, **more) -> dict:
-    """The adapter_config.json of a LoRA: `arguments` of recommend_ranks, and more of LoraConfig."""
+    """The adapter_config.json of a LoRA: `arguments` of lora_arguments, and more of LoraConfig."""
     fixed = {"peft_type": "LORA", "bias": "none", "lora_dropout": 0.0, "init_lora_weights": True}
     fixed |= {"use_dora": False, "use_rslora": False, "inference_mode": True}
     return fixed | arguments | more
@@ -169,19 +172,19 @@ def require_replaceable(folder: Path) -> None:
         )
 
 
-def write_adapter(
-    folder: Path, config: dict, shapes: dict[str, tuple[int, ...]], tensors: Iterable[Tensor]
-) -> None:
-    """Write config and float32 tensors beside the folder, then rename: whole or not at all.
+def write_adapter(folder: Path, config: dict, layout: Layout, tensors: Iterable[Tensor]) -> None:
+    """Write config and tensors beside the folder, then rename: whole or not at all.
 
     An adapter that is there stays until the new one is complete.  Raises FileExistsError for a
-    folder that is more than an adapter.
+    folder that is more than an adapter, OSError where the disk is too full.
     """
+    size = sum(dtype.itemsize * math.prod(shape) for dtype, shape in layout.values())
+    require_disk(folder.parent, size / 1e9)
     scratch = Path(tempfile.mkdtemp(dir=folder.parent, prefix=f".{folder.name}-"))
     try:
         text = json.dumps(config, indent=2, sort_keys=True)
         (scratch / CONFIG).write_text(text, encoding="utf8")
-        _write_safetensors(scratch / WEIGHTS, shapes, tensors)
+        _write_safetensors(scratch / WEIGHTS, layout, tensors)
         scratch.chmod(0o755)
         _put_in_place(scratch, folder)
     finally:
@@ -202,25 +205,24 @@ def _put_in_place(scratch: Path, folder: Path) -> None:
     shutil.rmtree(aside, ignore_errors=True)
 
 
-def _write_safetensors(
-    file: Path, shapes: dict[str, tuple[int, ...]], tensors: Iterable[Tensor]
-) -> None:
-    """Write float32 tensors of known shapes one by one, so that never all are in memory.
+def _write_safetensors(file: Path, layout: Layout, tensors: Iterable[Tensor]) -> None:
+    """Write tensors of known types and shapes one by one, so that never all are in memory.
 
     The format: the header's length (8 bytes), the header (JSON), the tensors' bytes.
     """
     header: dict[str, dict] = {"__metadata__": {"format": "pt"}}
     start = 0
-    for name, shape in shapes.items():
-        end = start + 4 * math.prod(shape)
-        header[name] = {"dtype": "F32", "shape": list(shape), "data_offsets": [start, end]}
+    for name, (dtype, shape) in layout.items():
+        end = start + dtype.itemsize * math.prod(shape)
+        header[name] = {"dtype": STORED[dtype], "shape": shape, "data_offsets": [start, end]}
         start = end
     text = json.dumps(header).encode()
     text += b" " * (-len(text) % 8)
     with open(file, "wb") as opened:
         opened.write(len(text).to_bytes(8, "little") + text)
-        for shape, tensor in zip(shapes.values(), tensors, strict=True):
+        for (dtype, shape), tensor in zip(layout.values(), tensors, strict=True):
             require(tuple(tensor.shape) == shape, f"a tensor is {tuple(tensor.shape)}, not {shape}")
-            opened.write(tensor.float().cpu().contiguous().numpy().data)
+            held = tensor.to("cpu", dtype).clone(memory_format=torch.contiguous_format)
+            opened.write(held.view(torch.uint8).numpy().data)  # NumPy has no bfloat16
         opened.flush()
         os.fsync(opened.fileno())

@@ -8,6 +8,7 @@ import math
 import numpy as np
 import pandas as pd
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from deltarank.checks import require
@@ -25,9 +26,9 @@ def recommend_ranks(
     energy: float | None = None,
     budget: int | None = None,
 ) -> dict:
-    """Ranks for the matrices of compare_checkpoints, as arguments of PEFT's LoraConfig.
+    """Ranks for the matrices of compare_checkpoints or adapter_spectra, as PEFT's LoraConfig.
 
-    rank: one for all (a smaller matrix gets all it has).
+    rank: one for all (a matrix of fewer singular values gets all it has).
     energy: every matrix gets the smallest rank that holds this share of its energy above noise,
     sum over i of max(sigma_i^2 - noise_i^2, 0), where noise has the matrix's shape and the
     variance that the median singular value gives (as above_edge).
@@ -44,9 +45,9 @@ def recommend_ranks(
     spectra = {name: S.double() for name, S in zip(rows["name"], rows["S"], strict=True)}
     require(bool(shapes), "no matrix was changed: there is nothing to adapt")
     if rank is not None:
-        limit = max(map(min, shapes.values()))
+        limit = max(map(len, spectra.values()))
         require(1 <= rank <= limit, f"rank={rank}: choose one from 1 to {limit}")
-        ranks = {name: min(rank, *shape) for name, shape in shapes.items()}
+        ranks = {name: min(rank, len(S)) for name, S in spectra.items()}
     elif energy is not None:
         require(0 < energy <= 1, f"energy={energy}: must be above 0 and at most 1, such as 0.9")
         ranks = {
@@ -65,6 +66,7 @@ def changed_matrices(table: pd.DataFrame) -> pd.DataFrame:
 def _above_noise(S: Tensor, shape: tuple[int, int]) -> Tensor:
     """The singular values without what noise of this shape and their median would give them."""
     null = null_energy(shape).diff(prepend=torch.zeros(1, dtype=torch.float64))  # of sum = 1
+    S = F.pad(S, (0, len(null) - len(S)))  # a LoRA has no more than its rank; the rest are 0
     noise = null * S.double().square().median() / null.median()
     return (S.double().square() - noise).clamp_min(0).sqrt()
 
@@ -86,11 +88,15 @@ def _allocate(
     return dict(collections.Counter(name for _, name in taken))
 
 
-def lora_arguments(ranks: dict[str, int]) -> dict:
-    """{matrix: rank} as LoraConfig takes it; the scale alpha / r is 1 everywhere."""
+def lora_arguments(ranks: dict[str, int], *, patterns: bool = True) -> dict:
+    """{matrix: rank} as LoraConfig takes it; the scale alpha / r is 1 everywhere.
+
+    Without patterns all matrices have the largest rank.
+    """
     modules = {name.removesuffix(".weight"): r for name, r in ranks.items() if r}
-    r = collections.Counter(modules.values()).most_common(1)[0][0]
-    pattern = {module: rank for module, rank in modules.items() if rank != r}
+    most, counts = max(modules.values()), collections.Counter(modules.values())
+    r = counts.most_common(1)[0][0] if patterns else most
+    pattern = {module: rank for module, rank in modules.items() if patterns and rank != r}
     same = {"lora_alpha": r, "rank_pattern": pattern, "alpha_pattern": dict(pattern)}
     return {"r": r} | same | {"target_modules": sorted(modules)}
 
@@ -138,6 +144,45 @@ def verdict(table: pd.DataFrame, lora: dict | None) -> list[str]:
     ]
 
 
+def adapter_verdict(table: pd.DataFrame, lora: dict | None) -> list[str]:
+    """What an adapter uses of its rank, which ranks to cut it at, and how sure that is.
+
+    table: of adapter_spectra; lora: as in verdict.
+    """
+    rows = changed_matrices(table)
+    if lora is None or rows.empty:
+        return [f"None of {len(table)} matrices can be cut: the adapter changes no layer."]
+    ranks = pd.Series({name: rank_of(lora, name) for name in rows["name"]})
+    used = {share: [energy_rank(S, share) for S in rows["S"]] for share in (0.9, 0.99)}
+    at_90, at_99 = (pd.Series(used[share]).median() for share in (0.9, 0.99))
+    half = rows["lora_rank"].median() / 2
+    found = "it uses most of its rank"
+    if at_90 <= half:
+        found = f"half of its rank holds {99 if at_99 <= half else 90} % of it"
+    parameters = int((rows["shape"].map(sum) * rows["lora_rank"]).sum())
+    return [
+        f"Of its {_span(rows['lora_rank'])} in {len(rows)} matrices the adapter uses {at_90:.0f} "
+        f"directions (median) for 90 % and {at_99:.0f} for 99 % of its squared update: {found}. "
+        f"Cut at {_span(ranks)} it keeps {percent(kept_share(table, lora))}.",
+        _rank_sentences(table, rows, ranks),
+        f"The adapter takes {parameters:,} parameters, stored as "
+        f"{', '.join(sorted(set(rows['dtype_tuned'])))}. Its squared update is no measure of what "
+        "it has learned: score the cut before you ship it.",
+    ]
+
+
+def _span(ranks: pd.Series) -> str:
+    """Ranks in words.
+
+    >>> _span(pd.Series([4, 4])), _span(pd.Series([2, 4, 16]))
+    ('rank 4', 'ranks of 2 to 16 (median 4)')
+    """
+    low, high = ranks.min(), ranks.max()
+    if low == high:
+        return f"rank {low}"
+    return f"ranks of {low} to {high} (median {ranks.median():.0f})"
+
+
 def _finding(table: pd.DataFrame, rows: pd.DataFrame, lora: dict, ranks: pd.Series) -> str:
     """The first line: how low-rank the update is, where to cut it, how to train instead."""
     at_8, at_64 = (common_energy(rows["S"], r) for r in (8, 64))
@@ -146,12 +191,10 @@ def _finding(table: pd.DataFrame, rows: pd.DataFrame, lora: dict, ranks: pd.Seri
         found = "it is low-rank"
     elif rows["r90_over_null"].median() > 0.8:
         found = "it is spread out like noise"
-    low, high = ranks.min(), ranks.max()
-    at = f"rank {low}" if low == high else f"ranks of {low} to {high} (median {ranks.median():.0f})"
+    kept = percent(kept_share(table, lora))
     return (
         f"Of the squared update of {len(rows)} matrices rank 8 keeps {percent(at_8)}, rank 64 "
-        f"{percent(at_64)}: {found}. Cut at {at} it keeps {percent(kept_share(table, lora))}. "
-        f"{TRAINING_ADVICE}"
+        f"{percent(at_64)}: {found}. Cut at {_span(ranks)} it keeps {kept}. {TRAINING_ADVICE}"
     )
 
 

@@ -42,6 +42,20 @@ def factor_singular_values(B: Tensor, A: Tensor) -> Tensor:
     return torch.linalg.svdvals(core)
 
 
+def factor_svd(B: Tensor, A: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """U (m, r), S (r,) descending and Vh (r, n) of B @ A, float64, without forming the product.
+
+    B: (m, r), A: (r, n); where r exceeds m or n, the smallest of the three is returned for r.
+
+    >>> U, S, Vh = factor_svd(torch.tensor([[2.0], [0.0]]), torch.tensor([[0.0, 3.0]]))
+    >>> S.tolist(), (U @ Vh).abs().tolist()
+    ([6.0], [[0.0, 1.0], [0.0, 0.0]])
+    """
+    (Q_B, R_B), (Q_A, R_A) = torch.linalg.qr(B.double()), torch.linalg.qr(A.double().T)
+    U, S, Vh = torch.linalg.svd(R_B @ R_A.T, full_matrices=False)
+    return Q_B @ U, S, Vh @ Q_A.T
+
+
 def energy(S: Tensor) -> Tensor:
     """Share of sum(sigma^2) that the best approximation of rank 1, 2, ... keeps, (len(S),).
 

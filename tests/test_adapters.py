@@ -1,6 +1,8 @@
 """Adapters: PEFT reads and merges them to the cut, names alone tell where, a folder is whole."""
 
+import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -16,9 +18,10 @@ from transformers.pytorch_utils import Conv1D
 
 from deltarank import adapters, peft_format
 from deltarank.adapters import extract_adapter
+from deltarank.checkpoints import open_pair
 from deltarank.compare import compare_checkpoints
 from deltarank.peft_format import find_places
-from deltarank.ranks import recommend_ranks
+from deltarank.ranks import rank_of, recommend_ranks
 from deltarank.spectra import truncate
 
 T5 = {"d_model": 32, "d_kv": 16, "d_ff": 48, "num_heads": 2, "vocab_size": 64, "num_layers": 2}
@@ -64,45 +67,103 @@ def more_architectures(monkeypatch):
 # What PEFT makes of them
 
 
+RICHER = {"patterns": True, "norms": True}
+
+
+def config_of(folder):
+    return json.loads((Path(folder) / "adapter_config.json").read_text())
+
+
+def factors_of(folder):
+    return load_file(Path(folder) / "adapter_model.safetensors")
+
+
+def product(tensors, module):
+    """B @ A of a module as a file holds them, in float64."""
+    at = f"base_model.model.{module}"
+    return tensors[f"{at}.lora_B.weight"].double() @ tensors[f"{at}.lora_A.weight"].double()
+
+
+def merges_to_the_cut(architecture, folders, out, rank, **form):
+    """Write the adapter; the merged model is the base plus what the report says; the report."""
+    report = extract_adapter(*folders, str(out), rank=rank, **form).set_index("name")
+    model = build(architecture)
+    W0 = {name: weight.clone() for name, weight in model.named_parameters()}
+    W1 = dict(type(model).from_pretrained(folders[1]).named_parameters())
+    merged = PeftModel.from_pretrained(model, out).merge_and_unload()
+    for name, weight in merged.named_parameters():
+        dW = W1[name] - W0[name]
+        part = report["part"].get(name, "unchanged")
+        if part == "lora":
+            dW = truncate(dW, min(rank, *dW.shape))
+        elif part != "modules_to_save":
+            dW = torch.zeros_like(dW)
+        torch.testing.assert_close(weight, W0[name] + dW, rtol=0, atol=1e-6)
+    return report
+
+
 @pytest.mark.filterwarnings("error:Found missing adapter keys")
 @pytest.mark.parametrize(
     ("architecture", "rank"),
     [*((name, rank) for name in pairs.ARCHITECTURES for rank in (2, 8)), *((n, 8) for n in MORE)],
 )
 def test_an_adapter_merges_to_the_cut_model(save, tmp_path, architecture, rank):
-    base, tuned = save(architecture)
-    out = tmp_path / "adapter"
-    report = extract_adapter(base, tuned, str(out), rank=rank).set_index("name")
-    model = build(architecture)
-    W0 = {name: weight.clone() for name, weight in model.named_parameters()}
-    W1 = dict(type(model).from_pretrained(tuned).named_parameters())
-    merged = PeftModel.from_pretrained(model, out).merge_and_unload()
-    adapted = set(report.index[report["part"] == "lora"])
-    for name, weight in merged.named_parameters():
-        dW = W1[name] - W0[name]
-        if name in adapted:
-            dW = truncate(dW, min(rank, *dW.shape))
-        elif report["part"].get(name, "dropped") == "dropped":
-            dW = torch.zeros_like(dW)
-        torch.testing.assert_close(weight, W0[name] + dW, rtol=0, atol=1e-6)
-    assert len(adapted) >= 8
-    kept = report.loc[[n for n in adapted if min(W0[n].shape) > 2], "kept"]
+    folders, out = save(architecture), tmp_path / "adapter"
+    report = merges_to_the_cut(architecture, folders, out, rank)
+    lora = report[report["part"] == "lora"]
+    assert len(lora) >= 8
+    W0 = dict(build(architecture).named_parameters())
+    kept = lora.loc[[name for name in lora.index if min(W0[name].shape) > 2], "kept"]
     expected = float(SIGMA[:rank].square().sum() / SIGMA.square().sum())
     assert (kept - expected).abs().max() < 1e-4
     if architecture in ("gpt-oss", "mixtral"):
         assert (report["part"] == "dropped").any()  # experts: said, not silent
     if architecture in ("llama", "gemma"):
-        assert report.loc["model.norm.weight", "part"] == "modules_to_save"
+        assert report.loc["model.norm.weight", "part"] == "left_out"
 
 
 @pytest.mark.parametrize("architecture", ["llama", "gemma", "gpt2", "bert"])
-def test_the_config_is_the_one_that_peft_writes(save, tmp_path, architecture):
+def test_one_rank_and_no_pattern_is_what_other_programs_read(save, tmp_path, architecture):
+    """llama.cpp scales a tensor by alpha over its own rank, vLLM refuses modules_to_save."""
+    folders, out = save(architecture), tmp_path / "adapter"
+    report = merges_to_the_cut(architecture, folders, out, 20)
+    ranks = set(report.loc[report["part"] == "lora", "rank"])
+    assert ranks == ({16, 20} if architecture in ("llama", "gemma") else {20})
+    config = config_of(out)
+    assert config["r"] == config["lora_alpha"] == 20
+    assert config["rank_pattern"] == config["alpha_pattern"] == {}
+    assert config["modules_to_save"] is None and config["bias"] == "none"
+    tensors = factors_of(out)
+    assert {re.sub(r".*lora_", "", name) for name in tensors} == {"A.weight", "B.weight"}
+    stored = {W.shape[0] if "lora_A" in name else W.shape[1] for name, W in tensors.items()}
+    assert stored == {20}
+
+
+@pytest.mark.filterwarnings("error:Found missing adapter keys")
+@pytest.mark.parametrize("architecture", ["llama", "gemma", "gpt2", "bert"])
+def test_the_richer_form_of_peft_keeps_ranks_and_norms(save, tmp_path, architecture):
+    folders, out = save(architecture), tmp_path / "adapter"
+    report = merges_to_the_cut(architecture, folders, out, 20, **RICHER)
+    norms = [name for name in report.index if "norm" in name.lower() and "bias" not in name]
+    assert norms or architecture == "gpt2"  # ln_1, ln_f: left as they were
+    assert set(report.loc[norms, "part"]) <= {"modules_to_save"}
+    tensors = factors_of(out)
+    for module in report.attrs["lora"]["target_modules"]:
+        at, rank = f"base_model.model.{module}", rank_of(report.attrs["lora"], module)
+        assert tensors[f"{at}.lora_A.weight"].shape[0] == rank
+        assert tensors[f"{at}.lora_B.weight"].shape[1] == rank
+    assert bool(config_of(out)["rank_pattern"]) == (architecture in ("llama", "gemma"))
+
+
+@pytest.mark.parametrize("form", [{}, RICHER])
+@pytest.mark.parametrize("architecture", ["llama", "gemma", "gpt2", "bert"])
+def test_the_config_is_the_one_that_peft_writes(save, tmp_path, architecture, form):
     base, tuned = save(architecture)
-    report = extract_adapter(base, tuned, str(tmp_path / "ours"), rank=20)
+    report = extract_adapter(base, tuned, str(tmp_path / "ours"), rank=20, **form)
     saved = {n.rpartition(".")[0] for n in report.query("part == 'modules_to_save'")["name"]}
     config = LoraConfig(
         **report.attrs["lora"],
-        task_type="CAUSAL_LM" if architecture in ("llama", "gemma") else None,
+        task_type="CAUSAL_LM" if architecture != "bert" else None,
         fan_in_fan_out=architecture == "gpt2",
         modules_to_save=sorted(saved) or None,
         base_model_name_or_path=base,
@@ -111,7 +172,47 @@ def test_the_config_is_the_one_that_peft_writes(save, tmp_path, architecture):
     config.save_pretrained(tmp_path / "theirs")
     ours, theirs = (LoraConfig.from_pretrained(tmp_path / name) for name in ("ours", "theirs"))
     assert ours.to_dict() == theirs.to_dict()
-    assert bool(ours.rank_pattern) == (architecture in ("llama", "gemma"))
+
+
+@pytest.mark.parametrize(
+    ("architecture", "causal"),
+    [
+        ("Qwen3ForCausalLM", True),
+        ("OpenAIGPTLMHeadModel", True),
+        ("T5WithLMHeadModel", False),
+        ("BertForMaskedLM", False),
+    ],
+)
+def test_the_name_of_the_class_tells_whether_a_model_is_causal(save, architecture, causal):
+    pair = open_pair(*save())
+    pair.base.config["architectures"] = [architecture]
+    assert pair.is_causal() == causal
+
+
+@pytest.mark.parametrize("architecture", ["llama", "qwen 3"])
+def test_the_adapted_model_computes_the_logits_of_the_cut(save, tmp_path, architecture):
+    folders, out = save(architecture, norms=False), tmp_path / "adapter"
+    extract_adapter(*folders, str(out), rank=20)
+    model, tokens = build(architecture).eval(), torch.arange(64)[None]
+    cut = build(architecture).eval()
+    W1 = dict(type(model).from_pretrained(folders[1]).named_parameters())
+    with torch.no_grad():
+        for name, weight in cut.named_parameters():
+            if weight.dim() == 2:
+                weight += truncate(W1[name] - weight, min(20, *weight.shape))
+        expected, before = cut(tokens).logits, model(tokens).logits
+        found = PeftModel.from_pretrained(model, out)(tokens).logits
+    torch.testing.assert_close(found, expected, rtol=0, atol=1e-6)
+    assert (expected - before).abs().max() > 1e-3
+
+
+def test_a_base_of_the_hub_is_named_by_its_id(save, tmp_path, monkeypatch):
+    base, tuned = save()
+    monkeypatch.setattr("huggingface_hub.snapshot_download", lambda *a, **k: base)
+    extract_adapter("someone/model", tuned, str(tmp_path / "out"), rank=2)
+    assert config_of(tmp_path / "out")["base_model_name_or_path"] == "someone/model"
+    extract_adapter(base, tuned, str(tmp_path / "out"), rank=2)
+    assert config_of(tmp_path / "out")["base_model_name_or_path"] == base
 
 
 @pytest.mark.filterwarnings("error:Found missing adapter keys")
@@ -119,7 +220,7 @@ def test_norms_whose_names_end_alike_are_saved_together(save, tmp_path):
     """PEFT takes the norm of a model without a head for every module whose name ends in norm."""
     base, tuned = save("llama base", norms=False)
     edit(tuned, lambda t: t["norm.weight"].add_(0.5))
-    report = extract_adapter(base, tuned, str(tmp_path / "out"), rank=2)
+    report = extract_adapter(base, tuned, str(tmp_path / "out"), rank=2, norms=True)
     assert report.query("part == 'modules_to_save'")["name"].tolist() == ["norm.weight"]
     merged = PeftModel.from_pretrained(build("llama base"), tmp_path / "out").merge_and_unload()
     after = (
@@ -157,17 +258,17 @@ def test_an_adapter_recovers_a_merged_lora(tmp_path):
     folders = str(tmp_path / "base"), str(tmp_path / "tuned")
     report = extract_adapter(*folders, str(tmp_path / "out"), energy=0.9999)
     assert set(report["rank"]) == {4} and set(report["part"]) == {"lora"}
-    tensors = load_file(tmp_path / "out" / "adapter_model.safetensors")
-    for name, product in products.items():
+    tensors = factors_of(tmp_path / "out")
+    for name, update in products.items():
         found = tensors[f"{name}.lora_B.weight"] @ tensors[f"{name}.lora_A.weight"]
-        torch.testing.assert_close(found, product, rtol=0, atol=1e-6)
+        torch.testing.assert_close(found, update, rtol=0, atol=1e-6)
 
 
 def test_ranks_differ_by_matrix(save, tmp_path):
     base, tuned = save()
     table = compare_checkpoints(base, tuned)
     lora = recommend_ranks(table, budget=1500)
-    report = extract_adapter(base, tuned, str(tmp_path / "out"), ranks=lora)
+    report = extract_adapter(base, tuned, str(tmp_path / "out"), ranks=lora, patterns=True)
     used = report[report["part"] == "lora"].set_index("name")
     sides = table.set_index("name").loc[used.index, "shape"].map(sum)
     assert 0.9 * 1500 < (used["rank"] * sides).sum() <= 1500
@@ -175,6 +276,22 @@ def test_ranks_differ_by_matrix(save, tmp_path):
     loaded = PeftModel.from_pretrained(build("llama"), tmp_path / "out")
     ranks = {m.r["default"] for m in loaded.modules() if hasattr(m, "get_delta_weight")}
     assert ranks == set(used["rank"])
+
+
+def test_the_largest_rank_is_that_of_all_and_changes_no_product(save, tmp_path):
+    base, tuned = save()
+    lora = recommend_ranks(compare_checkpoints(base, tuned), budget=1100)
+    own = extract_adapter(base, tuned, str(tmp_path / "own"), ranks=lora, patterns=True)
+    one = extract_adapter(base, tuned, str(tmp_path / "one"), ranks=lora)
+    assert own["rank"].tolist() == one["rank"].tolist()
+    assert one.attrs["lora"]["r"] == own["rank"].max() > own.attrs["lora"]["r"]
+    loaded = PeftModel.from_pretrained(build("llama"), tmp_path / "one")
+    layers = [m for m in loaded.modules() if hasattr(m, "get_delta_weight")]
+    assert {m.r["default"] for m in layers} == {own["rank"].max()}
+    assert {m.scaling["default"] for m in layers} == {1.0}
+    before, after = (factors_of(tmp_path / name) for name in ("own", "one"))
+    for module in one.attrs["lora"]["target_modules"]:
+        assert torch.equal(product(before, module), product(after, module))
 
 
 def test_ranks_beyond_a_matrix_give_all_it_has(save, tmp_path):
@@ -265,9 +382,7 @@ def test_a_file_without_its_prefix_gives_the_same_adapter(save, tmp_path, sides)
     for side in sides:
         edit(tmp_path / side, strip)
     extract_adapter(*folders, str(tmp_path / "without"), rank=2)
-    found, expected = (
-        load_file(tmp_path / name / "adapter_model.safetensors") for name in ("without", "with")
-    )
+    found, expected = (factors_of(tmp_path / name) for name in ("without", "with"))
     assert found.keys() == expected.keys()
     assert all(torch.equal(found[name], expected[name]) for name in expected)
 
@@ -319,6 +434,60 @@ def test_old_names_of_norms_are_dropped(save, tmp_path):
     report = extract_adapter(*folders, str(tmp_path / "out"), rank=2)
     norms = report[report["name"].str.contains("gamma|beta")]
     assert len(norms) and set(norms["part"]) == {"dropped"}
+
+
+# In which type
+
+
+@pytest.mark.parametrize(("dtype", "most"), [("bfloat16", 1e-5), ("float16", 2e-7)])
+def test_what_rounding_loses_is_measured(save, tmp_path, dtype, most):
+    folders = save()
+    exact = extract_adapter(*folders, str(tmp_path / "exact"), rank=2)
+    rounded = extract_adapter(*folders, str(tmp_path / "rounded"), rank=2, dtype=dtype)
+    assert set(exact["rounding"]) == {0.0}
+    before, after = (factors_of(tmp_path / name) for name in ("exact", "rounded"))
+    assert {W.dtype for W in after.values()} == {getattr(torch, dtype)}
+    rows = zip(exact.itertuples(), rounded.itertuples(), strict=True)
+    for one, other in [pair for pair in rows if pair[0].part == "lora"]:
+        module = one.name.removesuffix(".weight")
+        lost = (product(before, module) - product(after, module)).square().sum()
+        assert other.rounding == pytest.approx(float(lost) / one.squared_norm, rel=1e-3)
+        assert one.kept - other.kept == pytest.approx(other.rounding, rel=1e-3)
+        assert 0 < other.rounding < most and other.best == one.best
+
+
+@pytest.mark.parametrize("scale", [1e-3, 1e6])
+def test_float16_keeps_small_and_large_updates(save, tmp_path, scale):
+    """Factors of sqrt(sigma) each stay where float16 has all its digits."""
+    folders = save()
+    for side in ("base", "tuned"):
+        edit(tmp_path / side, lambda t: [W.mul_(scale) for W in t.values()])
+    report = extract_adapter(*folders, str(tmp_path / "out"), rank=2, dtype="float16")
+    assert report["rounding"].max() < 2e-7
+
+
+def test_what_float16_cannot_hold_is_refused(save, tmp_path):
+    folders, out = save(), tmp_path / "adapters" / "out"
+    for side in ("base", "tuned"):
+        edit(tmp_path / side, lambda t: [W.mul_(1e15) for W in t.values()])
+    with pytest.raises(ValueError, match="proj: its factors exceed .*float16: choose .*bfloat16"):
+        extract_adapter(*folders, str(out), rank=2, dtype="float16")
+    assert list(out.parent.iterdir()) == []
+    report = extract_adapter(*folders, str(out), rank=2, dtype="bfloat16")
+    assert report["rounding"].max() < 1e-5
+
+
+def test_norms_are_not_rounded(save, tmp_path):
+    folders = save()
+    extract_adapter(*folders, str(tmp_path / "out"), rank=2, dtype="bfloat16", **RICHER)
+    name = "model.norm.weight"
+    found = factors_of(tmp_path / "out")[f"base_model.model.{name}"]
+    assert torch.equal(found, load_file(f"{folders[1]}/model.safetensors")[name])
+
+
+def test_a_type_that_is_none_of_the_three_is_refused_before_any_work(tmp_path):
+    with pytest.raises(ValueError, match="dtype='int8': choose one of float32, bfloat16, float16"):
+        extract_adapter("base", "tuned", str(tmp_path / "out"), rank=2, dtype="int8")
 
 
 # Whole or not at all
@@ -435,14 +604,10 @@ def test_an_adapter_is_the_same_at_any_scale(save, tmp_path, scale):
     for column in ("kept", "best"):
         assert scaled[used][column].tolist() == pytest.approx(plain[used][column].tolist())
     found, exact = (
-        load_file(tmp_path / name / "adapter_model.safetensors") for name in ("scaled", "plain")
+        product(factors_of(tmp_path / name), Q.removesuffix(".weight"))
+        for name in ("scaled", "plain")
     )
-    at = f"base_model.model.{Q.removesuffix('.weight')}"
-    scaled_product, product = (
-        t[f"{at}.lora_B.weight"].double() @ t[f"{at}.lora_A.weight"].double()
-        for t in (found, exact)
-    )
-    torch.testing.assert_close(scaled_product / scale, product, rtol=0, atol=1e-7)
+    torch.testing.assert_close(found / scale, exact, rtol=0, atol=1e-7)
 
 
 def test_an_adapter_of_doubles_sees_an_update_below_the_rounding_of_floats(save, tmp_path):

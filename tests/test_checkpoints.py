@@ -233,4 +233,22 @@ def test_a_missing_path_is_never_looked_up(save, monkeypatch):
 def test_an_adapter_is_no_checkpoint(save, tmp_path):
     base, _ = save()
     get_peft_model(build("llama"), LoraConfig(r=2)).save_pretrained(tmp_path / "adapter")
-    refuse(base, str(tmp_path / "adapter"), "adapter", "merge")
+    refuse(
+        base, str(tmp_path / "adapter"), "adapter is an adapter", "inspect it alone, or merge it"
+    )
+    refuse(str(tmp_path / "adapter"), base, "adapter is an adapter", "merge it")
+
+
+def test_an_adapter_of_the_hub_is_no_checkpoint(save, tmp_path, monkeypatch):
+    base, _ = save()
+    get_peft_model(build("llama"), LoraConfig(r=2)).save_pretrained(tmp_path / "adapter")
+    found = str(tmp_path / "adapter")
+    monkeypatch.setattr("huggingface_hub.snapshot_download", lambda *a, **k: found)
+    refuse(base, "someone/lora", "someone/lora is an adapter, not a model")
+
+
+@pytest.mark.parametrize("text", ["{", "[1]", ""])
+def test_a_torn_config_is_named(save, text):
+    base, tuned = save()
+    (Path(tuned) / "config.json").write_text(text)
+    refuse(base, tuned, "tuned/config.json")

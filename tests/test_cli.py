@@ -4,6 +4,7 @@ import fcntl
 import json
 import os
 import pty
+import re
 import shutil
 import struct
 import subprocess
@@ -13,10 +14,11 @@ from pathlib import Path
 
 import pytest
 import torch
+from loras import planted, write_lora
 from pairs import Q, edit
 from safetensors.torch import load_file
 
-from deltarank import cli, compare
+from deltarank import __version__, cli, compare
 from deltarank.study import models, runs
 
 ROOT = Path(cli.__file__).resolve().parent.parent
@@ -105,9 +107,88 @@ def test_extract_says_what_it_holds_drops_and_how_to_load_it(pair, tmp_path, cap
     assert f"PeftModel.from_pretrained(base_model, '{tmp_path / 'adapter'}')" in told
 
 
+def test_extract_leaves_norms_out_and_says_so(pair, tmp_path, capsys):
+    _, told, _ = said(capsys, "extract", *pair, tmp_path / "adapter")
+    assert re.search(r"Left out: 5 tensors of norms, \d+ % of the squared update; --norms", told)
+    assert "all stored at" not in told
+    _, told, _ = said(capsys, "extract", *pair, tmp_path / "adapter", "--norms")
+    assert "and 5 norms whole" in told and "Left out" not in told
+
+
+def test_extract_says_at_which_rank_all_are_stored(pair, tmp_path, capsys):
+    out = tmp_path / "adapter"
+    _, told, _ = said(capsys, "extract", *pair, out, "--rank", "20")
+    assert "at rank 16 to 20 (median 20), all stored at 20 (zeros fill the rest)" in told
+    assert json.loads((out / "adapter_config.json").read_text())["rank_pattern"] == {}
+    _, told, _ = said(capsys, "extract", *pair, out, "--rank", "20", "--patterns")
+    assert "at rank 16 to 20 (median 20), " in told and "stored at" not in told
+    assert json.loads((out / "adapter_config.json").read_text())["rank_pattern"]
+
+
+def test_extract_says_what_rounding_loses(pair, tmp_path, capsys):
+    out = tmp_path / "adapter"
+    assert "rounding" not in said(capsys, "extract", *pair, out, "--rank", "2")[1]
+    _, told, _ = said(capsys, "extract", *pair, out, "--rank", "2", "--dtype", "bfloat16")
+    assert re.search(r"; rounding to bfloat16 loses 0\.000\d+ % of it\.", told)
+    kinds = {W.dtype for W in load_file(out / "adapter_model.safetensors").values()}
+    assert kinds == {torch.bfloat16}
+
+
+@pytest.fixture
+def lora(tmp_path):
+    """Folder of an adapter of PEFT with random factors of rank 4 in six matrices."""
+    return planted(tmp_path / "lora", "plain")
+
+
+def test_an_adapter_is_inspected_alone(lora, tmp_path, capsys):
+    page, numbers = tmp_path / "page.html", tmp_path / "out.json"
+    status, out, errors = said(capsys, "inspect", lora, "--html", page, "--json", numbers)
+    assert status == 0 and errors == ""
+    assert out.startswith("Of its rank 4 in 6 matrices the adapter uses ")
+    assert f"deltarank extract {lora} OUT --energy 0.9" in out
+    found = json.loads(numbers.read_text())
+    assert found["base"] is None and found["tuned"] == lora and len(found["matrices"]) == 6
+    assert {m["lora_rank"] for m in found["matrices"]} == {4}
+    assert {m["relative_size"] for m in found["matrices"]} == {None}
+    assert "Adapter: <code>" in page.read_text() and "nan" not in out
+
+
+def test_an_adapter_is_cut_alone(lora, tmp_path, capsys):
+    out = tmp_path / "out"
+    status, told, errors = said(capsys, "extract", lora, out, "--rank", "2", "--dtype", "float16")
+    assert status == 0 and errors == ""
+    assert told.startswith(f"{out} holds 6 matrices at rank 2, 0.0 MB.")
+    assert "rounding to float16 loses" in told and "Left out" not in told
+    status, told, _ = said(capsys, "inspect", out)
+    assert status == 0 and "Of its rank 2 in 6 matrices" in told
+
+
+def test_what_an_adapter_keeps_whole_is_one_line_of_warning(tmp_path, capsys):
+    options = {"r": 2, "target_modules": ["q_proj"], "modules_to_save": ["norm"]}
+    lora = write_lora(tmp_path / "lora", **options)
+    for command in (["inspect", lora], ["extract", lora, tmp_path / "out"]):
+        status, _, errors = said(capsys, *command)
+        assert status == 0 and errors.count("\n") == 1 and "whole, not as factors" in errors
+
+
+def test_paths_may_stand_around_options(pair, lora, tmp_path, capsys):
+    base, tuned = pair
+    page, out = tmp_path / "page.html", tmp_path / "out"
+    calls = [
+        ["inspect", base, "--html", page, tuned],
+        ["inspect", "--html", page, base, tuned],
+        ["extract", base, tuned, "--rank", "2", out],
+        ["extract", base, "--rank", "2", tuned, out],
+        ["extract", "--rank", "2", lora, out],
+        ["extract", lora, "--rank", "2", out],
+    ]
+    assert [said(capsys, *call)[0] for call in calls] == [0] * 6
+
+
 def bad_calls(pair, home):
     """Calls that are refused, and the word that each message has to name."""
     base, tuned = pair
+    lora = planted(home / "a-lora", "plain")
     (home / "mine").mkdir()
     (home / "mine" / "notes.txt").write_text("keep me")
     broken = home / "broken"
@@ -126,6 +207,28 @@ def bad_calls(pair, home):
         "no file": (["inspect", base, tuned, "--json", home], "no file"),
         "no task": (["inspect", base, tuned, "--task", "cooking.jsonl"], "cooking"),
         "no command": (["shrink", base, tuned], "shrink"),
+        "no path": (["inspect"], "BASE TUNED | ADAPTER"),
+        "one model": (
+            ["inspect", base],
+            "give BASE and TUNED (and OUT to extract), or one adapter",
+        ),
+        "no OUT": (
+            ["extract", base, tuned],
+            "give BASE and TUNED (and OUT to extract), or one adapter",
+        ),
+        "one path": (["extract", lora], "give BASE TUNED OUT, or ADAPTER OUT; 1 given"),
+        "three": (["inspect", base, tuned, lora], "give BASE TUNED, or ADAPTER; 3 given"),
+        "four": (["extract", base, tuned, lora, home / "new"], "4 given"),
+        "no option": (["inspect", base, tuned, "--rnk", "4"], "--rnk"),
+        "a LoRA as base": (["inspect", lora, tuned], f"{lora} is an adapter"),
+        "a LoRA as tuned": (["inspect", base, lora], "inspect it alone, or merge it"),
+        "a LoRA to cut": (["extract", base, lora, home / "new"], "merge it (merge_and_unload)"),
+        "onto itself": (["extract", lora, lora], "name another folder"),
+        "a LoRA onto mine": (["extract", lora, home / "mine"], "mine"),
+        "a LoRA's rank": (["extract", lora, home / "new", "--rank", "5"], "from 1 to 4"),
+        "a LoRA's task": (["inspect", lora, "--task", "facts"], "--task needs BASE and TUNED"),
+        "its norms": (["extract", lora, home / "new", "--norms"], "--norms needs BASE and TUNED"),
+        "a type": (["extract", base, tuned, home / "new", "--dtype", "int8"], "int8"),
     }
 
 
@@ -139,6 +242,7 @@ def test_bad_input_is_one_line_and_status_2_before_any_work(pair, tmp_path, caps
         assert status == 2 and out == "", name
         assert word in errors and errors.count("\n") == 1 and errors.startswith("deltarank: "), name
     assert (tmp_path / "mine" / "notes.txt").read_text() == "keep me"
+    assert not (tmp_path / "new").exists()
 
 
 def test_warnings_are_one_line_each(pair, capsys):
@@ -181,7 +285,10 @@ def test_help_has_an_example(command, capsys):
     with pytest.raises(SystemExit) as stop:
         cli.main([*command, "--help"])
     out = capsys.readouterr().out
-    assert stop.value.code == 0 and "example:\n  deltarank " in out
+    assert stop.value.code == 0 and "examples:\n  deltarank " in out
+    if command:
+        assert f"usage: deltarank {command[0]} [options] BASE TUNED" in out
+        assert f"\n       deltarank {command[0]} [options] ADAPTER" in out
 
 
 def test_the_installed_command_works_twice_and_is_quiet(pair, tmp_path):
@@ -255,13 +362,14 @@ def test_the_version_is_told_without_loading_torch():
     lists = f"import atexit, sys; atexit.register(lambda: print(*sys.modules)); {code}"
     done = subprocess.run([sys.executable, "-c", lists], capture_output=True, text=True)
     version, loaded = done.stdout.split("\n", 1)
-    assert done.returncode == 0 and version == f"deltarank {cli.__version__}"
+    assert done.returncode == 0 and version == f"deltarank {__version__}"
     assert not {"torch", "pandas", "transformers", "jinja2"} & set(loaded.split())
 
 
-def test_inspect_loads_neither_transformers_nor_the_page_it_does_not_write(pair):
+@pytest.mark.parametrize("adapter", [False, True])
+def test_inspect_loads_neither_transformers_nor_the_page_it_does_not_write(pair, lora, adapter):
     code = "import sys; from deltarank import cli; cli.main(sys.argv[1:]); print(*sys.modules)"
-    command = [sys.executable, "-c", code, "inspect", *pair]
+    command = [sys.executable, "-c", code, "inspect", *([lora] if adapter else pair)]
     done = subprocess.run(command, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     loaded = set(done.stdout.splitlines()[-1].split())

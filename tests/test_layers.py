@@ -15,7 +15,8 @@ PACKAGE = Path(deltarank.__file__).parent
 DOOR = PACKAGE.parent / "utils.py"
 # Each may import those before it.
 TOOL = ("checks", "runtime", "store", "gram", "spectra", "checkpoints", "compare", "ranks")
-TOOL += ("peft_format", "adapters", "columns", "drawing", "page", "cli")
+TOOL += ("factors", "peft_format", "adapters", "lora", "shrink", "summary", "columns", "drawing")
+TOOL += ("page", "options", "cli")
 HEAVY = ("transformers", "peft", "matplotlib", "jupyter", "distributed", "gguf")
 
 

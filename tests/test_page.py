@@ -7,9 +7,11 @@ import pandas as pd
 import pytest
 import torch
 from bs4 import BeautifulSoup
+from loras import planted
 
 from deltarank.compare import compare_checkpoints
 from deltarank.drawing import color, heat_map
+from deltarank.lora import adapter_spectra
 from deltarank.page import Inspection, as_html, as_json, as_text
 from deltarank.ranks import TRAINING_ADVICE, recommend_ranks
 from deltarank.spectra import null_energy, spectrum_measures
@@ -132,6 +134,34 @@ def test_a_pair_without_an_update_has_a_page(save):
     text = seen(parsed(nothing))
     assert "Warning: they are identical" in text and nothing.lines[0] in text
     assert "LoraConfig" not in text and json.loads(as_json(nothing))["ranks"] is None
+
+
+@pytest.fixture
+def adapter(tmp_path):
+    """What is found of an adapter."""
+    table = adapter_spectra(planted(tmp_path / "lora", "patterns"))
+    return Inspection(None, "lora", RULE, table, recommend_ranks(table, **RULE))
+
+
+def test_an_adapter_has_a_page_without_a_base(adapter):
+    page = parsed(adapter)
+    text = seen(page)
+    assert page.title.get_text() == "lora · deltarank" and "against" not in page.h1.get_text()
+    assert "Adapter: lora" in text and "Base:" not in text and "dW = scale · B A" in text
+    assert [line for line in adapter.lines if line not in text] == []
+    assert adapter.lines[0].startswith("Of its ranks of 2 to 6 (median 5) in 6 matrices")
+    assert "deltarank extract lora OUT --energy 0.9" in text
+    assert re.findall(r"\b(nan|None|inf)\b", text) == []
+
+
+def test_an_adapter_has_no_map_of_sizes_and_curves_that_end_at_1(adapter):
+    page = parsed(adapter)
+    assert [title.get_text() for title in page.select(".maps h3")] == [
+        "Rank for 90 %, over noise’s",
+        "Rank to cut at",
+    ]
+    said = titles(page.select_one(".panels svg"))
+    assert "energy at rank 16: 1.00" in said, "beyond its rank there is no more to keep"
 
 
 def test_modules_are_named_by_the_shortest_end_that_tells_them_apart():

@@ -10,7 +10,7 @@ from peft import LoHaConfig, convert_to_lora, get_peft_model
 
 from deltarank import ranks
 from deltarank.compare import compare_checkpoints
-from deltarank.ranks import kept_share, rank_of, recommend_ranks, verdict
+from deltarank.ranks import adapter_verdict, kept_share, rank_of, recommend_ranks, verdict
 from deltarank.spectra import energy_rank, null_energy, singular_values, spectrum_measures
 
 
@@ -113,7 +113,53 @@ def test_the_share_that_ranks_keep_is_that_of_the_cuts(save):
     assert kept_share(table, recommend_ranks(table, rank=RANK)) == pytest.approx(1)
 
 
+def adapter_table(S, rank):
+    """A table of adapter_spectra: two matrices of 64 x 48 with these singular values."""
+    rows = [{"name": f"model.layers.{i}.q_proj.weight", "kind": "matrix"} for i in (0, 1)]
+    table = pd.DataFrame(rows).assign(S=[S] * 2, shape=[(64, 48)] * 2, lora_rank=rank)
+    table = table.assign(dtype_tuned="F16", **spectrum_measures(S, (64, 48)))
+    table.attrs = {"rest": {}}
+    return table
+
+
+def test_an_adapter_has_no_noise_below_its_rank():
+    """The singular values that a LoRA lacks are zero, and so is the noise that they tell of."""
+    S = torch.tensor([3.0, 2.0, 1.0, 0.5])
+    table = adapter_table(S, 4)
+    for share in (0.5, 0.9, 0.95, 1.0):
+        lora = recommend_ranks(table, energy=share)
+        assert {rank_of(lora, n) for n in table["name"]} == {energy_rank(S, share)}
+    assert recommend_ranks(table, budget=10**6)["r"] == 4
+    with pytest.raises(ValueError, match="rank=5: choose one from 1 to 4"):
+        recommend_ranks(table, rank=5)
+
+
 # The verdict
+
+
+@pytest.mark.parametrize(
+    ("S", "uses", "found"),
+    [
+        ([4.0, 2] + [0.1] * 6, (2, 2), "half of its rank holds 99 % of it"),
+        ([4.0, 2, 1, 1] + [0.6] * 4, (4, 8), "half of its rank holds 90 % of it"),
+        ([1.0] * 8, (8, 8), "it uses most of its rank"),
+    ],
+)
+def test_the_verdict_on_an_adapter_says_what_it_uses_of_its_rank(S, uses, found):
+    table = adapter_table(torch.tensor(S), 8)
+    lines = adapter_verdict(table, recommend_ranks(table, rank=1))
+    first = "Of its rank 8 in 2 matrices the adapter uses {} directions (median) for 90 % and {} "
+    assert lines[0].startswith(f"{first.format(*uses)}for 99 % of its squared update: ")
+    assert found in lines[0] and "Cut at rank 1 it keeps" in lines[0]
+    assert "The ranks for extraction take 224 parameters" in lines[1]
+    assert lines[2].startswith("The adapter takes 1,792 parameters, stored as F16.")
+    assert not any("nan" in line for line in lines)
+
+
+def test_the_verdict_on_an_adapter_of_nothing_is_one_line():
+    assert adapter_verdict(adapter_table(torch.zeros(8), 8), None) == [
+        "None of 2 matrices can be cut: the adapter changes no layer."
+    ]
 
 
 def test_the_verdict_names_the_matrix_that_needs_most(save):

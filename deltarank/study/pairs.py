@@ -65,10 +65,14 @@ class RunPair:
         return keep_table(name, lambda: compare_checkpoints(*self.folders()))
 
     def extract(self, ranks: dict) -> pd.DataFrame:
-        """extract_adapter of the pair, by what recommend_ranks returned."""
+        """extract_adapter of the pair in PEFT's richer form, by what recommend_ranks returned."""
         name = f"{self.config.key}-adapter-{digest(ranks)[:12]}"
         out = str(cache_folder() / "adapters" / name)
-        return keep_table(name, lambda: extract_adapter(*self.folders(), out, ranks=ranks))
+
+        def extracted() -> pd.DataFrame:
+            return extract_adapter(*self.folders(), out, ranks=ranks, patterns=True, norms=True)
+
+        return keep_table(name, extracted)
 
     def score(self, ranks: tuple[int, ...]) -> pd.DataFrame:
         """Loss and score of base, cuts and tuned model, a line a model as score_pair has it."""

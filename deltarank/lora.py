@@ -1,0 +1,247 @@
+"""A LoRA on disk: its folder read and checked, its factors, their scales and their spectra."""
+
+from __future__ import annotations
+
+import math
+import re
+import warnings
+from dataclasses import dataclass
+from pathlib import Path
+
+import pandas as pd
+from torch import Tensor
+
+from deltarank.checkpoints import (
+    FLOATS,
+    Checkpoint,
+    download,
+    layer_and_module,
+    model_source,
+    read_config,
+    read_header,
+)
+from deltarank.checks import all_finite, require
+from deltarank.compare import require_float32
+from deltarank.peft_format import CONFIG, WEIGHTS
+from deltarank.runtime import by_core, device, progress
+from deltarank.spectra import factor_singular_values, spectrum_measures
+
+PICKLE = "adapter_model.bin"
+FACTOR = re.compile(r"(?:base_model\.model\.)?(.+)\.lora_(embedding_)?([AB])(?:\.(weight|bias))?")
+MERGE = "merge it (merge_and_unload), then give BASE and TUNED"  # what helps where factors do not
+VARIANTS = {  # fields of LoraConfig by which the update is another than scale * B @ A
+    "use_dora": "DoRA",
+    "use_bdlora": "BD-LoRA",
+    "use_qalora": "QALoRA",
+    "alora_invocation_tokens": "aLoRA",
+    "arrow_config": "Arrow",
+    "kasa_config": "KaSA",
+    "monteclora_config": "MonteCLoRA",
+    "velora_config": "VeLoRA",
+    "layer_replication": "LoRA of replicated layers",
+    "target_parameters": "LoRA of parameters",
+}
+STARTS = (None, True, False, "gaussian", "eva", "orthogonal")  # that leave the base as it is
+
+
+@dataclass(frozen=True)
+class LoraMatrix:
+    """A matrix that a LoRA adapts: dW = scale * B @ A, turned where the weight is stored so."""
+
+    module: str  # of the base model
+    A: str  # tensors of the file: (r, in) and (out, r)
+    B: str
+    bias: str | None  # of B, where lora_bias trained one
+    rank: int
+    scale: float
+    turned: bool  # the weight is stored as (in, out)
+    kind: str  # "matrix" or, of an embedding, "vocabulary"
+
+
+@dataclass(frozen=True)
+class Lora:
+    """An adapter of PEFT whose updates are scale * B @ A; its headers are read, not its tensors."""
+
+    checkpoint: Checkpoint  # config: its adapter_config.json
+    matrices: dict[str, LoraMatrix]  # by the name of the weight
+
+    def shape(self, name: str) -> tuple[int, int]:
+        """(out, in) of the update of a matrix."""
+        matrix, shapes = self.matrices[name], self.checkpoint.shapes
+        return shapes[matrix.B][0], shapes[matrix.A][1]
+
+    def factors(self, name: str) -> tuple[Tensor, Tensor]:
+        """scale * B (out, r) and A (r, in), float64, on the device."""
+        matrix = self.matrices[name]
+        B, A = (self._read(tensor) for tensor in (matrix.B, matrix.A))
+        return B * matrix.scale, A
+
+    def _read(self, tensor: str) -> Tensor:
+        """A tensor as float64; raises ValueError for NaN and infinite entries."""
+        W, file = self.checkpoint.read(tensor), self.checkpoint.files[tensor]
+        where = f"{file.parent.name}/{file.name}"
+        require(all_finite(W), f"{where}: {tensor} holds NaN or infinite values; train it again")
+        return W.to(device()).double()
+
+    def biases(self) -> dict[str, float]:
+        """{bias: |update|^2} of the biases that lora_bias trained: no LoRA of ours holds them."""
+        return {
+            f"{matrix.module}.bias": float((matrix.scale * self._read(matrix.bias)).square().sum())
+            for matrix in self.matrices.values()
+            if matrix.bias
+        }
+
+    def spectra(self) -> pd.DataFrame:
+        """One line a matrix of its update, with the columns of compare_checkpoints that apply.
+
+        S has no more entries than the factors' rank; lora_rank and scale are those of the
+        factors.  What needs the base (relative_size, rounding_share) is NaN.  attrs as there.
+        """
+        rows = []
+        with progress(len(self.matrices), "read adapter") as bar:
+            for row in by_core(self._row, self.matrices):
+                rows.append(row)
+                bar.update(1)
+        table = pd.DataFrame(rows)
+        table.attrs = {"rest": self.biases(), "only_base": [], "only_tuned": [], "added_rows": {}}
+        return table
+
+    def _row(self, name: str) -> dict:
+        """The line of one matrix."""
+        matrix, (rows, columns) = self.matrices[name], self.shape(name)
+        S = factor_singular_values(*self.factors(name)).cpu()  # (r,)
+        if S.any():
+            require_float32(S[0].float(), name)
+        layer, module = layer_and_module(name)
+        shape = (columns, rows) if matrix.turned else (rows, columns)
+        row = {"name": name, "layer": layer, "module": module, "kind": matrix.kind}
+        row |= {"shape": shape, "S": S.float(), "dtype_tuned": self.checkpoint.dtypes[matrix.B]}
+        row |= {"lora_rank": matrix.rank, "scale": matrix.scale, "relative_size": math.nan}
+        row |= spectrum_measures(S.float(), shape)
+        return row | {"rounding_share": math.nan, "near_rounding": False}
+
+
+def adapter_spectra(adapter: str, *, allow_pickle: bool = False) -> pd.DataFrame:
+    """One line a matrix that an adapter changes, as Lora.spectra has it; raises as open_lora."""
+    return open_lora(adapter, allow_pickle=allow_pickle).spectra()
+
+
+def open_lora(adapter: str, *, allow_pickle: bool = False) -> Lora:
+    """The LoRA in a local folder or of a hub id (downloaded).
+
+    Raises ValueError or FileNotFoundError that names the thing and the cure for a model in place
+    of an adapter, other tuners, variants whose update is not scale * B @ A (DoRA), starts that
+    changed the base (PiSSA), and factors that PEFT could not load.  Warns of what is kept whole
+    (modules_to_save, biases): what it changed is not told without the base.
+    """
+    folder = _adapter_folder(adapter, allow_pickle)
+    config = read_config(folder / CONFIG)
+    _require_plain(adapter, config)
+    file = _weight_file(folder, allow_pickle)
+    header = read_header(file)
+    dtypes = {name: dtype for name, (dtype, _) in header.items()}
+    shapes = {name: shape for name, (_, shape) in header.items()}
+    checkpoint = Checkpoint(adapter, folder, config, dict.fromkeys(header, file), shapes, dtypes)
+    modules, whole = _by_module(checkpoint)
+    require(bool(modules), f"{adapter} holds no factors of a LoRA: save it again")
+    if whole:
+        more = f" and {len(whole) - 1} more" if len(whole) > 1 else ""
+        first = whole[0].removeprefix("base_model.model.")
+        left = f"{adapter} keeps {first}{more} whole, not as factors: left out"
+        warnings.warn(f"{left}; to have them, {MERGE}", stacklevel=3)
+    found = [_matrix(checkpoint, module, parts) for module, parts in modules.items()]
+    return Lora(checkpoint, {f"{matrix.module}.weight": matrix for matrix in found})
+
+
+def _adapter_folder(adapter: str, allow_pickle: bool) -> Path:
+    """The folder of an adapter, downloaded if it is a hub id; ValueError if it holds none."""
+    folder = Path(adapter).expanduser()
+    if not folder.is_dir():
+        folder = download(model_source(adapter), [CONFIG, WEIGHTS] + [PICKLE] * allow_pickle)
+    told = "give BASE and TUNED (and OUT to extract), or one adapter"
+    require((folder / CONFIG).exists(), f"{adapter} is no adapter (it has no {CONFIG}): {told}")
+    return folder
+
+
+def _require_plain(adapter: str, config: dict) -> None:
+    """Raise ValueError for an adapter whose update is not scale * B @ A on an unchanged base."""
+    tuner, start = config.get("peft_type"), config.get("init_lora_weights")
+    require(tuner == "LORA", f"{adapter} is no LoRA but of type {tuner}: {MERGE}")
+    for field, name in VARIANTS.items():
+        asked = f"{adapter} is a {name} ({field}), whose update is not its factors' product"
+        require(not config.get(field), f"{asked}: {MERGE}")
+    require(start in STARTS, f"{adapter} was started by {start}, which changes the base: {MERGE}")
+
+
+def _weight_file(folder: Path, allow_pickle: bool) -> Path:
+    """The file of the factors; a pickle only where it is allowed."""
+    for name in (WEIGHTS, PICKLE) if allow_pickle else (WEIGHTS,):
+        if (folder / name).exists():
+            return folder / name
+    require(
+        not (folder / PICKLE).exists(),
+        f"{folder.name} holds a pickle ({PICKLE}), which can run code when it is read: save it as "
+        "safetensors, or pass allow_pickle=True if you trust it",
+    )
+    raise FileNotFoundError(f"{folder.name} holds no {WEIGHTS}: save the adapter there")
+
+
+def _by_module(checkpoint: Checkpoint) -> tuple[dict[str, dict[str, str]], list[str]]:
+    """The tensors of each module by part ("A", "B", "bias", ...), and those that are no factors."""
+    modules: dict[str, dict[str, str]] = {}
+    whole = []
+    for name in checkpoint.shapes:
+        if match := FACTOR.fullmatch(name):
+            module, embedding, side, suffix = match.groups()
+            part = "bias" if suffix == "bias" else f"{embedding or ''}{side}"
+            modules.setdefault(module, {})[part] = name
+        else:
+            strange = f"{checkpoint.source}: {name} is no factor of a plain LoRA"
+            require(".lora_" not in name, f"{strange}: {MERGE}")
+            whole.append(name)
+    return modules, whole
+
+
+def _matrix(checkpoint: Checkpoint, module: str, parts: dict[str, str]) -> LoraMatrix:
+    """What a module's tensors and the config say of it; ValueError where they disagree."""
+    source, embedding = checkpoint.source, "embedding_A" in parts or "embedding_B" in parts
+    names = [f"{'embedding_' if embedding else ''}{side}" for side in "AB"]
+    lacks = [name for name in names if name not in parts]
+    require(not lacks, f"{source}: {module} has no lora_{', '.join(lacks)}: save it again")
+    A, B = (parts[name] for name in names)
+    shapes = checkpoint.shapes[A], checkpoint.shapes[B]
+    for tensor, shape in zip((A, B), shapes, strict=True):
+        empty = f"{source}: {tensor} is empty, {shape}: save it again, its shards gathered"
+        require(len(shape) != 1 and 0 not in shape, empty)
+        require(len(shape) == 2, f"{source}: {tensor} is no matrix but {shape}: {MERGE}")
+        dtype = checkpoint.dtypes[tensor]
+        require(dtype in FLOATS, f"{source}: {tensor} is stored as {dtype}: save it as float32")
+    rank, scale = _rank_and_scale(checkpoint.config, module)
+    held = shapes[0][0], shapes[1][1]
+    require(
+        held == (rank, rank),
+        f"{source}: {module} has factors of rank {' and '.join(map(str, sorted({*held})))}, "
+        f"{CONFIG} says {rank}: correct r or rank_pattern there",
+    )
+    turned = embedding or bool(checkpoint.config.get("fan_in_fan_out"))
+    kind = "vocabulary" if embedding else "matrix"
+    return LoraMatrix(module, A, B, parts.get("bias"), rank, scale, turned, kind)
+
+
+def _rank_and_scale(config: dict, module: str) -> tuple[int, float]:
+    """r and alpha / r, or alpha / sqrt(r) of rsLoRA, as PEFT has them for a module.
+
+    A key of a pattern is a regular expression that the whole name or its end after a dot matches;
+    the first that does counts.
+
+    >>> _rank_and_scale({"r": 8, "lora_alpha": 16, "rank_pattern": {"[qk]_proj": 4}}, "h.0.q_proj")
+    (4, 4.0)
+    """
+
+    def of(field: str, pattern: str) -> float:
+        given = config.get(pattern) or {}
+        keys = (key for key in given if re.match(rf"(.*\.)?({key})$", module))
+        return given.get(next(keys, None), config.get(field, 8))
+
+    r, alpha = int(of("r", "rank_pattern")), of("lora_alpha", "alpha_pattern")
+    return r, alpha / (math.sqrt(r) if config.get("use_rslora") else r) if r else 0.0

@@ -1,0 +1,166 @@
+"""The options of the command: what they accept, and what their help says."""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+from collections.abc import Sequence
+from typing import Any, NoReturn
+
+from deltarank import __version__
+
+ENERGY = 0.9  # the rule for ranks where none is given
+EXTRA = "pip install 'deltarank[study]'"
+PATHS = {  # of each command: how many there may be, and which
+    "inspect": ((1, 2), "BASE TUNED | ADAPTER"),
+    "extract": ((2, 3), "BASE TUNED OUT | ADAPTER OUT"),
+}
+
+
+def parse(argv: Sequence[str] | None) -> argparse.Namespace:
+    """The options given: command, paths (in their order, also around options) and the rest.
+
+    Exits with status 2 and one line on stderr where they make no sense.
+    """
+    parser, commands = _parsers()
+    arguments, more = parser.parse_known_args(argv)
+    command = commands[arguments.command]
+    options = [text for text in more if text.startswith("-")]
+    if options:
+        command.error(f"unrecognized arguments: {' '.join(options)}")
+    arguments.paths += more
+    counts, names = PATHS[arguments.command]
+    if len(arguments.paths) not in counts:
+        command.error(f"give {names.replace(' | ', ', or ')}; {len(arguments.paths)} given")
+    return arguments
+
+
+def rule(arguments: argparse.Namespace) -> dict[str, Any]:
+    """The rule for ranks, as recommend_ranks takes it."""
+    given = {name: getattr(arguments, name) for name in ("energy", "rank", "budget")}
+    return {name: value for name, value in given.items() if value is not None} or {"energy": ENERGY}
+
+
+class _Parser(argparse.ArgumentParser):
+    """Says what is wrong in one line."""
+
+    def error(self, message: str) -> NoReturn:
+        self.exit(2, f"deltarank: {message}; see {self.prog} --help\n")
+
+
+def _parsers() -> tuple[_Parser, dict[str, _Parser]]:
+    """The parser of the whole command, and that of each command by its name."""
+    look = argparse.RawDescriptionHelpFormatter
+    parser = _Parser(
+        prog="deltarank",
+        description="How low-rank is a fine-tune?  Spectra, ranks and adapters of two checkpoints, "
+        "or of one adapter.",
+        epilog="examples:\n  deltarank inspect base tuned --html page.html\n"
+        "  deltarank inspect adapter",
+        formatter_class=look,
+    )
+    parser.add_argument("--version", action="version", version=f"deltarank {__version__}")
+    commands = parser.add_subparsers(dest="command", metavar="COMMAND", required=True)
+    inspect = commands.add_parser(
+        "inspect",
+        usage="deltarank inspect [options] BASE TUNED\n       deltarank inspect [options] ADAPTER",
+        help="say how low-rank the update is, where, and which ranks hold it",
+        description="Say how low-rank TUNED - BASE is, where, and which ranks hold it; or what of "
+        "its rank a LoRA uses.",
+        epilog="examples:\n  deltarank inspect base tuned --html page.html --energy 0.95\n"
+        "  deltarank inspect adapter",
+        formatter_class=look,
+    )
+    extract = commands.add_parser(
+        "extract",
+        usage="deltarank extract [options] BASE TUNED OUT\n"
+        "       deltarank extract [options] ADAPTER OUT",
+        help="write the cut of the update as a PEFT adapter",
+        description="Write the cut of TUNED - BASE, or of a LoRA, as a PEFT adapter into the "
+        "folder OUT; an adapter that is there is replaced.",
+        epilog="examples:\n  deltarank extract base tuned out --rank 16\n"
+        "  deltarank extract adapter out --rank 8 --dtype bfloat16",
+        formatter_class=look,
+    )
+    found = {"inspect": inspect, "extract": extract}
+    for name, command in found.items():
+        _add_paths_and_rule(command, PATHS[name][1])
+    _add_reports(inspect)
+    _add_form(extract)
+    return parser, found
+
+
+def _add_reports(parser: argparse.ArgumentParser) -> None:
+    """The options of inspect: what is written beside the terminal, and what is scored."""
+    parser.add_argument("--html", metavar="FILE", help="write one self-contained page")
+    parser.add_argument("--json", metavar="FILE", help="write all numbers, spectra included")
+    parser.add_argument(
+        "--task",
+        help="score what the cut loses: a task of the report, or a .jsonl file with a prompt and "
+        f"an answer in each line (needs BASE and TUNED, and {EXTRA})",
+    )
+
+
+def _add_form(parser: argparse.ArgumentParser) -> None:
+    """The options of extract: the form of the adapter."""
+    parser.add_argument(
+        "--dtype",
+        choices=("float32", "bfloat16", "float16"),
+        default="float32",
+        help="type of the factors (default float32); what rounding loses is said",
+    )
+    parser.add_argument(
+        "--patterns",
+        action="store_true",
+        help="store each matrix at its own rank, by rank_pattern, which only PEFT reads; otherwise "
+        "zeros bring all to the largest, beyond a --budget",
+    )
+    parser.add_argument(
+        "--norms",
+        action="store_true",
+        help="keep norms that changed whole, in modules_to_save, which vLLM and llama.cpp refuse",
+    )
+
+
+def _add_paths_and_rule(parser: argparse.ArgumentParser, metavar: str) -> None:
+    """The arguments of both commands: what is read, and one rule for the ranks."""
+    parser.add_argument(
+        "paths",
+        nargs="+",
+        metavar=metavar,
+        help="folders or hub ids: of a base model and its full fine-tune, or of a PEFT LoRA"
+        + ("; OUT is the folder to write" if "OUT" in metavar else ""),
+    )
+    rules = parser.add_mutually_exclusive_group()
+    rules.add_argument(
+        "--energy",
+        type=_share,
+        metavar="SHARE",
+        help=f"each matrix gets the rank that keeps this share above noise (default {ENERGY})",
+    )
+    rules.add_argument("--rank", type=_count, metavar="R", help="all matrices get this rank")
+    rules.add_argument(
+        "--budget",
+        type=_count,
+        metavar="N",
+        help="this many parameters, spent where they keep most",
+    )
+    parser.add_argument(
+        "--allow-pickle", action="store_true", help="read .bin files too, if you trust them"
+    )
+
+
+def _share(text: str) -> float:
+    """A share above 0 and at most 1."""
+    with contextlib.suppress(ValueError):
+        if 0 < float(text) <= 1:
+            return float(text)
+    raise argparse.ArgumentTypeError(f"{text!r} is not above 0 and at most 1, such as 0.9")
+
+
+def _count(text: str) -> int:
+    """A whole number of at least 1."""
+    with contextlib.suppress(ValueError):
+        if int(text) >= 1:
+            return int(text)
+    raise argparse.ArgumentTypeError(f"{text!r} is no whole number above 0, such as 16")

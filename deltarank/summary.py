@@ -1,0 +1,61 @@
+"""The adapter that was written, in the lines that a terminal shows."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pandas as pd
+
+from deltarank.ranks import percent
+
+
+def summary(out: Path, report: pd.DataFrame, dtype: str) -> str:
+    """What the adapter in the folder `out` holds, what it leaves out and how to load it.
+
+    report: of extract_adapter or shrink_adapter; dtype: of the factors.
+    """
+    lora, norms, left_out, dropped = (
+        report[report["part"] == part]
+        for part in ("lora", "modules_to_save", "left_out", "dropped")
+    )
+    size = sum(file.stat().st_size for file in out.iterdir()) / 1e6
+    whole = f" and {len(norms)} norms whole" if len(norms) else ""
+    ranks = _ranks(lora["rank"], report.attrs["lora"])
+    lines = [
+        f"{out} holds {len(lora)} matrices at {ranks}{whole}, {size:.1f} MB.",
+        _kept(report, dtype),
+    ]
+    if len(left_out):
+        share = percent(_share(left_out, report))
+        norm = f"{len(left_out)} tensors of norms, {share} of the squared update"
+        lines.append(f"Left out: {norm}; --norms keeps them, in PEFT only.")
+    if len(dropped):
+        most = dropped.sort_values("squared_norm", ascending=False)["name"]
+        more = f" and {len(most) - 3} more" if len(most) > 3 else ""
+        share = f"{percent(_share(dropped, report))} of the squared update"
+        names = ", ".join(most[:3])
+        lines.append(f"Dropped, since a LoRA cannot hold them: {names}{more}, {share}.")
+    load = f"PeftModel.from_pretrained(base_model, {str(out)!r})"
+    return "\n".join([*lines, f"Load it: model = {load}"])
+
+
+def _share(rows: pd.DataFrame, report: pd.DataFrame) -> float:
+    """The share of the squared update that these rows have."""
+    return rows["squared_norm"].sum() / report["squared_norm"].sum()
+
+
+def _ranks(ranks: pd.Series, lora: dict) -> str:
+    """The ranks of the matrices, and the one that all are stored at."""
+    low, middle, high = ranks.min(), ranks.median(), ranks.max()
+    if low == high:
+        return f"rank {low}"
+    padded = "" if lora["rank_pattern"] else f", all stored at {lora['r']} (zeros fill the rest)"
+    return f"rank {low} to {high} (median {middle:.0f}){padded}"
+
+
+def _kept(report: pd.DataFrame, dtype: str) -> str:
+    """How much of the squared update the adapter keeps, and what rounding loses."""
+    total = report["squared_norm"].sum()
+    kept, lost = ((report["squared_norm"] * report[c]).sum() / total for c in ("kept", "rounding"))
+    rounding = "" if dtype == "float32" else f"; rounding to {dtype} loses {percent(lost)} of it"
+    return f"It keeps {percent(kept)} of the squared update{rounding}."

@@ -1,0 +1,223 @@
+"""An adapter as input: spectra of PEFT's own merge, and a name for all that is no plain LoRA."""
+
+import dataclasses
+
+import pairs
+import pytest
+import torch
+from loras import CONFIGS, edit_lora, merged_updates, planted, write_lora
+from pairs import LLAMA_LIKE, Q, build
+from peft import BOFTConfig, LoHaConfig, LoraConfig, get_peft_model
+from safetensors.torch import load_file
+
+from deltarank.compare import compare_checkpoints
+from deltarank.lora import STARTS, VARIANTS, adapter_spectra
+from deltarank.ranks import rank_of, recommend_ranks
+
+QA, QB = (f"base_model.model.{Q.removesuffix('weight')}lora_{side}.weight" for side in "AB")
+
+
+@pytest.fixture(autouse=True)
+def qwen_3(monkeypatch):
+    more = {"qwen 3": ("Qwen3ForCausalLM", LLAMA_LIKE)}
+    monkeypatch.setattr(pairs, "ARCHITECTURES", pairs.ARCHITECTURES | more)
+
+
+# What is read
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_spectra_are_those_of_the_merge_of_peft(tmp_path, name):
+    table = adapter_spectra(planted(tmp_path / "lora", name)).set_index("name")
+    updates = merged_updates(tmp_path / "lora", CONFIGS[name][0])
+    assert set(table.index) == set(updates)
+    for weight, dW in updates.items():
+        S, row = torch.linalg.svdvals(dW), table.loc[weight]
+        assert row["shape"] == tuple(dW.shape)
+        torch.testing.assert_close(
+            row["S"].double(), S[: len(row["S"])], rtol=0, atol=float(1e-6 * S[0])
+        )
+        assert S[len(row["S"]) :].sum() < 1e-6 * S[0], "all that the update has"
+        assert row["squared_norm"] == pytest.approx(float(dW.square().sum()), rel=1e-5)
+
+
+def test_the_table_has_the_columns_of_a_pair_that_apply(tmp_path, save):
+    pair = compare_checkpoints(*save())
+    table = adapter_spectra(planted(tmp_path / "lora", "patterns"))
+    lacks = {"dtype_base", "changed_share", "above_rounding"}
+    assert set(pair.columns) - set(table.columns) == lacks
+    assert set(table.columns) - set(pair.columns) == {"lora_rank", "scale"}
+    assert table.attrs.keys() == pair.attrs.keys()
+    row = table.set_index("name").loc[Q]
+    assert (row["layer"], row["module"], row["kind"]) == (0, "q_proj", "matrix")
+    assert (row["lora_rank"], row["scale"], row["dtype_tuned"]) == (6, 2.0, "F32")
+    assert table["relative_size"].isna().all() and not table["near_rounding"].any()
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_factors_of_half_precision_are_read_as_they_are(tmp_path, dtype):
+    folder = write_lora(tmp_path / "lora", dtype=dtype, r=4, target_modules=["q_proj"])
+    tensors = load_file(tmp_path / "lora" / "adapter_model.safetensors")
+    assert tensors[QA].dtype == dtype
+    S = torch.linalg.svdvals(2 * tensors[QB].double() @ tensors[QA].double())  # alpha 8, rank 4
+    row = adapter_spectra(folder).set_index("name").loc[Q]
+    torch.testing.assert_close(row["S"].double(), S[:4], rtol=1e-6, atol=0)
+
+
+def test_a_rank_beyond_a_matrix_has_no_more_directions_than_it(tmp_path):
+    folder = write_lora(tmp_path / "lora", r=24, target_modules=["k_proj"])  # (16, 32)
+    table = adapter_spectra(folder)
+    assert [len(S) for S in table["S"]] == [16, 16] and set(table["lora_rank"]) == {24}
+    assert recommend_ranks(table, rank=16)["r"] == 16
+
+
+def test_embeddings_are_vocabulary_and_biases_are_the_rest(tmp_path):
+    folder = write_lora(tmp_path / "lora", r=4, target_modules=["q_proj", "embed_tokens"])
+    edit_lora(folder, lambda t: t.update({QB.replace("weight", "bias"): torch.ones(32)}))
+    with pytest.warns(UserWarning, match="keeps model.embed_tokens.base_layer.weight whole"):
+        table = adapter_spectra(folder)
+    assert table.attrs["rest"] == {Q.replace("weight", "bias"): 4.0 * 32}  # scale 8 / 4
+    row = table.set_index("name").loc["model.embed_tokens.weight"]
+    assert row["kind"] == "vocabulary" and row["shape"] == (64, 32)
+    edit_lora(folder, lambda t: [t.pop(n) for n in list(t) if "base_layer" in n or "bias" in n])
+    dW = merged_updates(folder)["model.embed_tokens.weight"]
+    torch.testing.assert_close(row["S"].double(), torch.linalg.svdvals(dW)[:4], rtol=1e-5, atol=0)
+    assert rank_of(recommend_ranks(table, rank=2), "model.embed_tokens") == 0
+
+
+@pytest.mark.parametrize("more", [{"modules_to_save": ["norm"]}, {"bias": "all"}])
+def test_what_is_kept_whole_is_left_out_and_said(tmp_path, more):
+    architecture = "gpt2" if "bias" in more else "llama"
+    target = ["c_attn"] if "bias" in more else ["q_proj"]
+    folder = write_lora(tmp_path / "lora", architecture, r=2, target_modules=target, **more)
+    with pytest.warns(UserWarning, match=f"^{folder} keeps .* and .* more whole.*merge it") as told:
+        table = adapter_spectra(folder)
+    assert len(table) == 2 and len(told) == 1 and "\n" not in str(told[0].message)
+
+
+def test_a_pickle_is_read_only_when_it_is_said(tmp_path):
+    folder = planted(tmp_path / "lora", "plain")
+    before, file = adapter_spectra(folder), tmp_path / "lora" / "adapter_model.safetensors"
+    torch.save(load_file(file), tmp_path / "lora" / "adapter_model.bin")
+    file.unlink()
+    refuse(folder, "adapter_model.bin", "allow_pickle=True")
+    after = adapter_spectra(folder, allow_pickle=True)
+    assert all(map(torch.equal, before["S"], after["S"]))
+
+
+def test_an_adapter_of_the_hub_is_fetched_without_the_model_beside_it(tmp_path, monkeypatch):
+    folder, asked = planted(tmp_path / "lora", "plain"), []
+
+    def download(source, *, allow_patterns):
+        asked.append((source, allow_patterns))
+        return folder
+
+    monkeypatch.setattr("huggingface_hub.snapshot_download", download)
+    assert len(adapter_spectra("someone/lora")) == 6
+    assert asked == [("someone/lora", ["adapter_config.json", "adapter_model.safetensors"])]
+
+
+# What is refused
+
+
+def refuse(folder, *parts, error=ValueError):
+    """The adapter is refused with one line that holds all `parts`."""
+    with pytest.raises(error) as raised:
+        adapter_spectra(folder)
+    for part in parts:
+        assert part in str(raised.value)
+    assert "\n" not in str(raised.value)
+
+
+def test_a_dora_is_refused_by_name(tmp_path):
+    folder = write_lora(tmp_path / "lora", r=2, use_dora=True, target_modules=["q_proj"])
+    refuse(folder, "DoRA (use_dora)", "merge it (merge_and_unload), then give BASE and TUNED")
+    edit_lora(folder, use_dora=False)
+    refuse(folder, "lora_magnitude_vector is no factor of a plain LoRA", "merge it")
+
+
+def test_all_variants_that_peft_knows_are_refused(tmp_path):
+    fields = {f.name: f.metadata for f in dataclasses.fields(LoraConfig)}
+    variants = {name for name, data in fields.items() if data.get("is_lora_variant")}
+    assert variants <= set(VARIANTS) <= set(fields)
+    assert set(fields["init_lora_weights"]["lora_variants"]).isdisjoint(STARTS)
+    folder = planted(tmp_path / "lora", "plain")
+    for field, name in VARIANTS.items():
+        edit_lora(folder, **{field: {"some": "thing"}})
+        refuse(folder, f"is a {name} ({field})", "merge it")
+        edit_lora(folder, **{field: None})
+    assert len(adapter_spectra(folder)) == 6
+
+
+@pytest.mark.parametrize("start", ["pissa", "pissa_niter_4", "olora", "corda", "loftq", "mica"])
+def test_a_start_that_changes_the_base_is_refused(tmp_path, start):
+    edit_lora(planted(tmp_path / "lora", "plain"), init_lora_weights=start)
+    refuse(str(tmp_path / "lora"), f"started by {start}, which changes the base", "merge it")
+
+
+@pytest.mark.parametrize("config", [LoHaConfig(r=2), BOFTConfig(boft_block_size=4)])
+def test_another_tuner_is_refused_by_name(tmp_path, config):
+    config.target_modules = {"q_proj"}
+    get_peft_model(build("llama"), config).save_pretrained(tmp_path / "other")
+    refuse(str(tmp_path / "other"), f"of type {config.peft_type.value}", "merge it")
+
+
+def test_a_convolution_is_refused(tmp_path):
+    folder = planted(tmp_path / "lora", "plain")
+    edit_lora(folder, lambda t: t.update({QA: torch.ones(4, 32, 3, 3)}))
+    refuse(folder, QA, "(4, 32, 3, 3)")
+
+
+@pytest.mark.parametrize("shape", [(0, 32), (0,)])
+def test_a_module_of_rank_0_is_refused(tmp_path, shape):
+    """What DeepSpeed leaves when its shards were not gathered."""
+    folder = planted(tmp_path / "lora", "plain")
+    edit_lora(folder, lambda t: t.update({QA: torch.ones(shape)}))
+    refuse(folder, QA, "empty", "shards gathered")
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_nan_and_inf_name_file_and_tensor(tmp_path, value):
+    folder = planted(tmp_path / "lora", "plain")
+    edit_lora(folder, lambda t: t[QB].view(-1)[3:4].fill_(value))
+    refuse(folder, f"lora/adapter_model.safetensors: {QB} holds NaN or infinite")
+
+
+@pytest.mark.parametrize(
+    ("config", "problem"),
+    [
+        ({"r": 8}, "factors of rank 4, adapter_config.json says 8"),
+        ({"r": 0}, "factors of rank 4, adapter_config.json says 0"),
+        ({"rank_pattern": {"q_proj": 2}}, "q_proj has factors of rank 4, adapter_config.json says"),
+    ],
+)
+def test_a_rank_that_the_config_contradicts_is_refused(tmp_path, config, problem):
+    """PEFT could not load it either, and the scale would be wrong."""
+    edit_lora(planted(tmp_path / "lora", "plain"), **config)
+    refuse(str(tmp_path / "lora"), problem, "correct r or rank_pattern")
+
+
+def test_factors_without_each_other_are_refused(tmp_path):
+    folder = planted(tmp_path / "lora", "plain")
+    edit_lora(folder, lambda t: t.pop(QB))
+    refuse(folder, "model.layers.0.self_attn.q_proj has no lora_B")
+    edit_lora(folder, lambda t: [t.pop(name) for name in list(t) if "lora" in name] + [
+        t.update({"base_model.model.model.norm.weight": torch.ones(32)})])  # fmt: skip
+    refuse(folder, "holds no factors")
+
+
+def test_factors_that_are_no_floats_are_refused(tmp_path):
+    folder = planted(tmp_path / "lora", "plain")
+    edit_lora(folder, lambda t: t.update({QA: t[QA].to(torch.float8_e4m3fn)}))
+    refuse(folder, QA, "F8_E4M3", "save it as float32")
+
+
+def test_folders_and_files_that_are_not_there_are_named(tmp_path, save):
+    base, _ = save()
+    refuse(base, "base is no adapter", "give BASE and TUNED (and OUT to extract), or one adapter")
+    refuse(str(tmp_path / "nowhere"), "nowhere", "folder or a hub id")
+    folder = planted(tmp_path / "lora", "plain")
+    (tmp_path / "lora" / "adapter_model.safetensors").unlink()
+    refuse(folder, "lora holds no adapter_model.safetensors", error=FileNotFoundError)
+    (tmp_path / "lora" / "adapter_config.json").write_text("{")
+    refuse(folder, "lora/adapter_config.json is torn")
