@@ -99,11 +99,11 @@ def test_what_is_not_stored_is_refused_by_the_guard_over_training(config, no_tra
         ASKED[what](config)
 
 
-def lora_by_score(full):
-    """Ask for LoRA at the profile's ranks up to the first that keeps 95 % of the skill by score."""
+def lora_by_skill(full, by):
+    """Ask for LoRA at the profile's ranks up to the first that keeps 95 % of the skill gain."""
     for rank in profile().lora_ranks:
         lora = runs.run(search.tuned(full.task, "lora", rank=rank, seed=full.seed))
-        if floors.skill_gain(lora, by="score") >= 0.95:
+        if floors.skill_gain(lora, by=by) >= 0.95:
             return
 
 
@@ -112,7 +112,8 @@ def ask_for_runs_and_cuts(full):
     plan.cut_until(full, 0.95)
     if full.task in profile().lora_tasks:
         plan.lora_until(full, 0.95)
-        lora_by_score(full)
+        for by in ("loss", "score"):
+            lora_by_skill(full, by)
     if full.task == "facts":
         plan.lora_until(full, 0.95, recipe=plan.larger_scale)
         ranks = profile().scaling_ranks
