@@ -20,7 +20,7 @@ Cut = tuple[Tensor, Tensor, dict[str, float]]  # B, A; squared_norm, kept and be
 
 @dataclass(frozen=True)
 class Form:
-    """How factors are stored; the default is what PEFT, vLLM and llama.cpp compute alike.
+    """How factors are stored; the default asks least of the program that serves.
 
     dtype: float32 is what PEFT itself writes, and rounds nothing that a cut has kept; programs
     that serve cast to their own type.  patterns: each matrix at its own rank, told by

@@ -118,7 +118,7 @@ def _add_form(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--norms",
         action="store_true",
-        help="keep norms that changed whole, in modules_to_save, which vLLM and llama.cpp refuse",
+        help="keep norms that changed whole, in modules_to_save, for PEFT alone",
     )
 
 

@@ -44,18 +44,13 @@ def warmup_configs() -> list[RunConfig]:
     At the middle rate with every seed; its neighbours, with the first, say that it is no edge.
     The runs at the middle rate have every held-out row scored.
     """
-    first = profile().seeds[:1]
-    return [
-        change(profile().config(task, lr=lr, warmup=warmup, seed=seed))
-        for task, (low, middle, high) in profile().warmup_lrs
-        for lr, seeds, change in (
-            (middle, profile().seeds, scored_whole),
-            (low, first, dataclasses.replace),
-            (high, first, dataclasses.replace),
-        )
-        for warmup in profile().warmups
-        for seed in seeds
-    ]
+    first, found = profile().seeds[:1], []
+    for task, (low, middle, high) in profile().warmup_lrs:
+        for lr, seeds in ((middle, profile().seeds), (low, first), (high, first)):
+            for warmup, seed in itertools.product(profile().warmups, seeds):
+                config = profile().config(task, lr=lr, warmup=warmup, seed=seed)
+                found.append(scored_whole(config) if lr == middle else config)
+    return found
 
 
 def scored_whole(config: RunConfig) -> RunConfig:

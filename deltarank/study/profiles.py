@@ -11,7 +11,7 @@ from deltarank.runtime import ROOT, build_folder, profile_name, venue
 from deltarank.study.configs import RunConfig
 from deltarank.study.models import GEMMA, TINY
 
-# Written by `RECORD=yes make bench`: what notebook 8 and the README say of time and memory.
+# Written by `RECORD=yes make bench`: time and memory of pairs (notebook 8) and of `make report`.
 PAIR_TIMES = ROOT / "data" / "bench_pairs.csv"
 REPORT_TIMES = ROOT / "data" / "bench_report.csv"
 ALL_TASKS = ("pirate", "json", "kjv", "sentiment", "facts", "arithmetic", "sorbian", "code", "mix")
@@ -86,16 +86,9 @@ class Profile:
 
         The learning rate is the middle one of the method's, common to all tasks.
         """
-        shared = (
-            "model",
-            "steps",
-            "batch_size",
-            "seq_len",
-            "eval_rows",
-            "generate_rows",
-            "compile",
-        )
-        sizes = {field: getattr(self, field) for field in shared} | {"profile": self.name}
+        fields = ["model", "steps", "batch_size", "seq_len", "eval_rows", "generate_rows"]
+        sizes = {field: getattr(self, field) for field in [*fields, "compile"]}
+        sizes |= {"profile": self.name}
         sizes |= dict(dict(self.own_sizes).get(task, ()))
         recipes: dict[str, dict] = {
             "base": {"steps": 0},
