@@ -83,27 +83,21 @@ def floor_configs(task: str) -> list[RunConfig]:
 
 
 def production_configs() -> list[RunConfig]:
-    """The long mix by full fine-tuning and LoRA, at the rates of the coarse search for the mix.
-
-    Full fine-tuning and the lowest rank with every seed, the other ranks with the first; nothing
-    in a profile without sizes for it.
-    """
-    if "production" not in dict(profile().own_sizes):
-        return []
-    first, *others = profile().seeds
-    low, *higher = profile().lora_ranks
-    runs = [(0, first), (low, first), *((rank, first) for rank in higher)]
-    runs += [(rank, seed) for seed in others for rank in (0, low)]
-    return [_coarsely_tuned("production", rank, seed=seed, like="mix") for rank, seed in runs]
+    """The long mix at each of the profile's rates for it, with the first seed; rank 0 is full."""
+    return [
+        profile().config("production", "lora" if rank else "full", rank=rank, lr=lr)
+        for rank, lrs in profile().production_lrs
+        for lr in lrs
+    ]
 
 
-def _coarsely_tuned(task: str, rank: int, *, like: str = "", **changes) -> RunConfig:
-    """A run at the rate that the coarse search finds for its task, or for the one it is `like`.
+def _coarsely_tuned(task: str, rank: int, **changes) -> RunConfig:
+    """A run at the rate that the coarse search finds for its task.
 
     LoRA of this rank, full fine-tuning at rank 0.
     """
     method = "lora" if rank else "full"
-    lr = best_lr(coarse_search(like or task, method, rank=rank))
+    lr = best_lr(coarse_search(task, method, rank=rank))
     return profile().config(task, method, rank=rank, lr=lr, **changes)
 
 

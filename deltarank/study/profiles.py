@@ -52,6 +52,12 @@ class Profile:
     own_sizes: tuple[tuple[str, tuple[tuple[str, int], ...]], ...] = (
         ("production", (("steps", 480), ("eval_rows", 2048), ("generate_rows", 640))),
     )
+    # Ranks of LoRA on the long mix (0: full fine-tuning), each at these rates: the mix's best two.
+    production_lrs: tuple[tuple[int, tuple[float, ...]], ...] = (
+        (0, (3e-5, 1e-4)),
+        (1, (3e-4, 1e-3)),
+        (8, (3e-4, 1e-3)),
+    )
     embedding_tasks: tuple[str, ...] = ("sorbian",)  # run once more with a trained embedding
     again_tasks: tuple[str, ...] = ("sorbian",)  # run once more on one processor, whole test split
     scaling_ranks: tuple[int, ...] = (1, 8, 64)  # LoRA of the facts by each of SCALES ...
@@ -121,6 +127,7 @@ PROFILES = {
         seeds=(0, 1),
         lora_lrs=(1e-3, 1e-2),
         own_sizes=(),
+        production_lrs=(),
         warmup_lrs=(("facts", (1e-4, 1e-3, 1e-2)),),
         embedding_tasks=("facts",),
         again_tasks=("facts",),
@@ -145,6 +152,7 @@ PROFILES = {
         lora_lrs=(1e-3,),
         seeds=(0,),
         own_sizes=(),
+        production_lrs=(),
         warmup_lrs=(),
         embedding_tasks=(),
         again_tasks=(),

@@ -130,8 +130,11 @@ def ask_for_controls():
 def look_for_what_is_being_gathered():
     """Look for runs that answer the next questions, of which not all are there yet.
 
-    Those of the facts' finer search: both neighbours of a rate, half a step of the grid away.
+    Those of the long mix, and of the facts' finer search: both neighbours of a rate, half a step
+    of the grid away.
     """
+    for config in [profile().config("production", "base"), *plan.production_configs()]:
+        runs.stored(config)
     rates = search.finer(sorted(profile().full_lrs + profile().lora_lrs))
     recipes = [("full", {}), ("lora", {"rank": 1})]
     recipes += [("lora", {"rank": rank, "alpha": 256.0}) for rank in (8, 64)]
