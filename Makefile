@@ -50,8 +50,8 @@ notebooks: # run the sequence; 00 comes last, since it sums up the others
 test: $(READY) ## run the quick tests
 	@$(BIN)/python -m pytest -q -m "not slow"
 
-test-slow: $(READY) ## run the tests that train, kill or run whole notebooks
-	@$(BIN)/python -m pytest -q -m slow
+test-slow: $(READY) ## run the tests that train, kill, build llama.cpp or run whole notebooks
+	@$(BIN)/python -m pytest -q -rs -m slow
 
 lint: $(READY) ## check style, format and types
 	@$(BIN)/ruff check . && $(BIN)/ruff format --check . && $(BIN)/mypy

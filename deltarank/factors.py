@@ -24,7 +24,8 @@ class Form:
 
     dtype: float32 is what PEFT itself writes, and rounds nothing that a cut has kept; programs
     that serve cast to their own type.  patterns: each matrix at its own rank, told by
-    rank_pattern, which only PEFT reads; else all at the largest, the smaller padded with zeros.
+    rank_pattern, which PEFT and vLLM read and llama.cpp does not: it scales by alpha over each
+    own rank; else all at the largest, the smaller padded with zeros.
     """
 
     dtype: str = "float32"

@@ -112,8 +112,8 @@ def _add_form(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--patterns",
         action="store_true",
-        help="store each matrix at its own rank, by rank_pattern, which only PEFT reads; otherwise "
-        "zeros bring all to the largest, beyond a --budget",
+        help="store each matrix at its own rank, by rank_pattern, which llama.cpp mis-scales; "
+        "otherwise zeros bring all to the largest, beyond a --budget",
     )
     parser.add_argument(
         "--norms",
