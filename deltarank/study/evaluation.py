@@ -59,13 +59,13 @@ def continuations(
 
     Up to and with the first of the tokens `ends`, or to `max_new_tokens`.
     """
-    length = max(map(len, prompts))
+    length, place = max(map(len, prompts)), model.get_output_embeddings().weight.device
     missing = [length - len(prompt) for prompt in prompts]  # padded on the left
     padded = [[0] * n + prompt for n, prompt in zip(missing, prompts, strict=True)]
     mask = [[0] * n + [1] * (length - n) for n in missing]
-    ids, seen = (torch.tensor(part, device=model.device) for part in (padded, mask))
+    ids, seen = (torch.tensor(part, device=place) for part in (padded, mask))
     dtype = getattr(torch, config.dtype)
-    with torch.autocast(ids.device.type, dtype, enabled=dtype != torch.float32):
+    with torch.autocast(place.type, dtype, enabled=dtype != torch.float32):
         tokens = model.generate(
             input_ids=ids,
             attention_mask=seen,
