@@ -8,6 +8,7 @@ import threading
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import pandas as pd
 import torch
@@ -58,10 +59,29 @@ def extract_adapter(
     open_pair and find_places, ValueError for a bad rank and, before any work, FileExistsError for
     a folder that is there and is no adapter.
     """
-    given = sum(value is not None for value in (rank, energy, budget, ranks))
-    require(given == 1, "give one of rank=16, energy=0.9, budget=1_000_000 and ranks={...}")
     folder, form = Path(out).expanduser().resolve(), Form(dtype, patterns)
     require_replaceable(folder)
+    rule = {"rank": rank, "energy": energy, "budget": budget, "ranks": ranks}
+    plan = plan_adapter(base, tuned, form, rule=rule, norms=norms, allow_pickle=allow_pickle)
+    return plan.write(folder)
+
+
+def plan_adapter(
+    base: str,
+    tuned: str,
+    form: Form,
+    *,
+    rule: dict[str, Any],
+    norms: bool = False,
+    allow_pickle: bool = False,
+) -> AdapterPlan:
+    """What extract_adapter is to write; raises as it does.
+
+    rule: of its arguments rank, energy, budget and ranks the one that is given, by name.
+    """
+    rank, energy, budget, ranks = map(rule.get, ("rank", "energy", "budget", "ranks"))
+    given = sum(value is not None for value in (rank, energy, budget, ranks))
+    require(given == 1, "give one of rank=16, energy=0.9, budget=1_000_000 and ranks={...}")
     pair = open_pair(base, tuned, allow_pickle=allow_pickle)
     places = find_places(pair.base.config, pair.base.shapes).renamed(pair.names)
     if rank is None and ranks is None:
@@ -69,7 +89,7 @@ def extract_adapter(
         ranks = recommend_ranks(table, energy=energy, budget=budget)
     chosen, rest = _sorted_out(pair, places, rank, ranks)
     saved = _whole_norms(places, rest) if norms else []
-    return AdapterPlan(pair, places, chosen, saved, rest, form).write(folder)
+    return AdapterPlan(pair, places, chosen, saved, rest, form)
 
 
 def _sorted_out(
@@ -156,9 +176,9 @@ class AdapterPlan:
         layout = {at[name]: (torch.float32, tuned.shapes[name]) for name in self.saved}
         tensors = itertools.chain(made, whole)
         write_adapter(folder, self.config(), factors.layout() | layout, tensors)
-        return self._report(notes)
+        return self.report(notes)
 
-    def _report(self, notes: dict[str, dict[str, float]]) -> pd.DataFrame:
+    def report(self, notes: dict[str, dict[str, float]]) -> pd.DataFrame:
         """The table of extract_adapter, from what Factors notes of each module."""
         names = self.modules()
         rows = [

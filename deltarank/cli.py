@@ -25,7 +25,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         (_inspect if arguments.command == "inspect" else _extract)(arguments)
         sys.stdout.flush()
     except KeyboardInterrupt:
-        return _failed("interrupted; what was measured is kept: the same command goes on", 130)
+        kept = "what was measured is kept: the same command goes on"
+        healing = "heal" in arguments and arguments.heal
+        return _failed(f"interrupted; {'nothing was written' if healing else kept}", 130)
     except BrokenPipeError:  # `deltarank inspect ... | head -1`
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     except ImportError as error:
@@ -117,6 +119,7 @@ def _extract(arguments: argparse.Namespace) -> None:
     *paths, out = arguments.paths
     if arguments.norms and len(paths) == 1:
         raise ValueError("--norms needs BASE and TUNED: an adapter does not tell which changed")
+    _require_healing(arguments)
     options = {name: getattr(arguments, name) for name in FORM} | rule(arguments)
     from deltarank.adapters import extract_adapter
     from deltarank.shrink import shrink_adapter
@@ -125,10 +128,40 @@ def _extract(arguments: argparse.Namespace) -> None:
     with _one_line_warnings():
         if len(paths) == 1:
             report = shrink_adapter(paths[0], out, **options)
+        elif arguments.heal:
+            report = _healed(arguments)
         else:
             base, tuned = paths
             report = extract_adapter(base, tuned, out, norms=arguments.norms, **options)
     print(summary(Path(out).expanduser(), report, arguments.dtype))
+
+
+def _require_healing(arguments: argparse.Namespace) -> None:
+    """Refuse, before any work, options that do not go with healing."""
+    if not arguments.heal:
+        for name in ("steps", "lr"):
+            if getattr(arguments, name) is not None:
+                raise ValueError(f"--{name} needs --heal: say which prompts to heal on")
+        return
+    if len(arguments.paths) == 2:
+        raise ValueError("--heal needs BASE and TUNED: the tuned model says what is to be answered")
+    if arguments.norms:
+        raise ValueError("--heal trains factors alone: leave --norms out")
+    if arguments.allow_pickle:
+        raise ValueError("--heal runs both models, from safetensors: leave --allow-pickle out")
+    for package in ("transformers", "peft"):
+        if importlib.util.find_spec(package) is None:
+            raise ImportError(f"--heal needs {package}")
+
+
+def _healed(arguments: argparse.Namespace):
+    """The report of the cut that was healed and written."""
+    from deltarank.study.healing import extract_healed
+
+    given = {name: getattr(arguments, name) for name in ("steps", "lr")}
+    options = {name: value for name, value in given.items() if value is not None}
+    options |= {name: getattr(arguments, name) for name in ("dtype", "patterns")}
+    return extract_healed(*arguments.paths, rows=arguments.heal, rule=rule(arguments), **options)
 
 
 def _writable(name: str | None) -> Path | None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import math
 from collections.abc import Sequence
 from typing import Any, NoReturn
 
@@ -15,6 +16,10 @@ PATHS = {  # of each command: how many there may be, and which
     "inspect": ((1, 2), "BASE TUNED | ADAPTER"),
     "extract": ((2, 3), "BASE TUNED OUT | ADAPTER OUT"),
 }
+EXTRACT_EXAMPLES = """examples:
+  deltarank extract base tuned out --rank 16
+  deltarank extract adapter out --rank 8 --dtype bfloat16
+  deltarank extract base tuned out --rank 8 --heal rows.jsonl --steps 30"""
 
 
 def parse(argv: Sequence[str] | None) -> argparse.Namespace:
@@ -78,8 +83,7 @@ def _parsers() -> tuple[_Parser, dict[str, _Parser]]:
         help="write the cut of the update as a PEFT adapter",
         description="Write the cut of TUNED - BASE, or of a LoRA, as a PEFT adapter into the "
         "folder OUT; an adapter that is there is replaced.",
-        epilog="examples:\n  deltarank extract base tuned out --rank 16\n"
-        "  deltarank extract adapter out --rank 8 --dtype bfloat16",
+        epilog=EXTRACT_EXAMPLES,
         formatter_class=look,
     )
     found = {"inspect": inspect, "extract": extract}
@@ -87,6 +91,7 @@ def _parsers() -> tuple[_Parser, dict[str, _Parser]]:
         _add_paths_and_rule(command, PATHS[name][1])
     _add_reports(inspect)
     _add_form(extract)
+    _add_healing(extract)
     return parser, found
 
 
@@ -119,6 +124,22 @@ def _add_form(parser: argparse.ArgumentParser) -> None:
         "--norms",
         action="store_true",
         help="keep norms that changed whole, in modules_to_save, for PEFT alone",
+    )
+
+
+def _add_healing(parser: argparse.ArgumentParser) -> None:
+    """The options of extract by which the cut is trained further."""
+    parser.add_argument(
+        "--heal",
+        metavar="FILE",
+        help="train the factors of the cut to answer as TUNED does; FILE is a .jsonl with a prompt "
+        f"in each line, no answers are needed (needs BASE and TUNED, and {EXTRA})",
+    )
+    parser.add_argument(
+        "--steps", type=_count, metavar="N", help="of healing, 16 prompts each (default 30)"
+    )
+    parser.add_argument(
+        "--lr", type=_rate, metavar="RATE", help="learning rate of healing (default 0.001)"
     )
 
 
@@ -156,6 +177,14 @@ def _share(text: str) -> float:
         if 0 < float(text) <= 1:
             return float(text)
     raise argparse.ArgumentTypeError(f"{text!r} is not above 0 and at most 1, such as 0.9")
+
+
+def _rate(text: str) -> float:
+    """A number above 0."""
+    with contextlib.suppress(ValueError):
+        if 0 < float(text) < math.inf:
+            return float(text)
+    raise argparse.ArgumentTypeError(f"{text!r} is not above 0, such as 0.001")
 
 
 def _count(text: str) -> int:

@@ -12,7 +12,7 @@ from deltarank.ranks import percent
 def summary(out: Path, report: pd.DataFrame, dtype: str) -> str:
     """What the adapter in the folder `out` holds, what it leaves out and how to load it.
 
-    report: of extract_adapter or shrink_adapter; dtype: of the factors.
+    report: of extract_adapter, shrink_adapter or extract_healed; dtype: of the factors.
     """
     lora, norms, left_out, dropped = (
         report[report["part"] == part]
@@ -35,6 +35,8 @@ def summary(out: Path, report: pd.DataFrame, dtype: str) -> str:
         share = f"{percent(_share(dropped, report))} of the squared update"
         names = ", ".join(most[:3])
         lines.append(f"Dropped, since a LoRA cannot hold them: {names}{more}, {share}.")
+    if "healed" in report.attrs:
+        lines.append(_healed(**report.attrs["healed"]))
     load = f"PeftModel.from_pretrained(base_model, {str(out)!r})"
     return "\n".join([*lines, f"Load it: model = {load}"])
 
@@ -58,4 +60,14 @@ def _kept(report: pd.DataFrame, dtype: str) -> str:
     total = report["squared_norm"].sum()
     kept, lost = ((report["squared_norm"] * report[c]).sum() / total for c in ("kept", "rounding"))
     rounding = "" if dtype == "float32" else f"; rounding to {dtype} loses {percent(lost)} of it"
-    return f"It keeps {percent(kept)} of the squared update{rounding}."
+    subject = "The cut that was healed keeps" if "healed" in report.attrs else "It keeps"
+    return f"{subject} {percent(kept)} of the squared update{rounding}."
+
+
+def _healed(steps: int, rows: int, held_out: int, before: float, after: float) -> str:
+    """How far the adapter is from the tuned model, after healing and before."""
+    where = f"{held_out} held-out prompts" if held_out else "the same prompts"
+    return (
+        f"Healed for {steps} steps on {rows} prompts: in answers of the tuned model it diverges "
+        f"from it by {after:.3g} nats a token, the cut by {before:.3g} ({where})."
+    )

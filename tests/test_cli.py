@@ -17,9 +17,10 @@ import torch
 from loras import planted, write_lora
 from pairs import Q, edit
 from safetensors.torch import load_file
+from small_runs import saved_pair
 
 from deltarank import __version__, cli, compare
-from deltarank.study import models, runs
+from deltarank.study import healing, models, runs
 
 ROOT = Path(cli.__file__).resolve().parent.parent
 
@@ -185,6 +186,31 @@ def test_paths_may_stand_around_options(pair, lora, tmp_path, capsys):
     assert [said(capsys, *call)[0] for call in calls] == [0] * 6
 
 
+def bad_healing(base, tuned, lora, home):
+    """Calls of extract --heal that are refused, and the word that each message has to name."""
+    lines = {"rows": '{"prompt": "a"}', "lack": '{"prompt": "a"}\n{"answer": "b"}', "none": ""}
+    for name, text in lines.items():
+        (home / f"{name}.jsonl").write_text(text)
+    rows, lack, none = (home / f"{name}.jsonl" for name in lines)
+    pair = ["extract", base, tuned, home / "new"]
+    return {
+        "steps alone": ([*pair, "--steps", "3"], "--steps needs --heal"),
+        "a rate alone": ([*pair, "--lr", "1e-3"], "--lr needs --heal"),
+        "no steps": ([*pair, "--heal", rows, "--steps", "0"], "'0' is no whole number"),
+        "no rate": ([*pair, "--heal", rows, "--lr", "0"], "'0' is not above 0, such as 0.001"),
+        "to heal a LoRA": (["extract", lora, home / "new", "--heal", rows], "needs BASE and TUNED"),
+        "to heal norms": ([*pair, "--heal", rows, "--norms"], "leave --norms out"),
+        "to heal pickles": ([*pair, "--heal", rows, "--allow-pickle"], "leave --allow-pickle out"),
+        "no prompt": ([*pair, "--heal", lack], "lack.jsonl, line 2: a row lacks prompt"),
+        "no rows": ([*pair, "--heal", none], "none.jsonl is empty"),
+        "no such rows": ([*pair, "--heal", home / "nowhere.jsonl"], "nowhere.jsonl"),
+        "no lines": ([*pair, "--heal", home / "rows.csv"], "give a .jsonl file"),
+        "no tokenizer": ([*pair, "--heal", rows], "save it beside the model"),
+        "healed onto mine": ([*pair[:3], home / "mine", "--heal", rows], "is no adapter"),
+        "from a LoRA": (["extract", lora, tuned, home / "new", "--heal", rows], "is an adapter"),
+    }
+
+
 def bad_calls(pair, home):
     """Calls that are refused, and the word that each message has to name."""
     base, tuned = pair
@@ -194,7 +220,8 @@ def bad_calls(pair, home):
     broken = home / "broken"
     shutil.copytree(tuned, broken)
     edit(broken, lambda tensors: tensors[Q].fill_(float("nan")))
-    return {
+    healing = bad_healing(base, tuned, lora, home)
+    return healing | {
         "no folder": (["inspect", base, home / "nowhere"], "nowhere"),
         "no model": (["inspect", base, home / "mine"], "config.json"),
         "NaN": (["inspect", base, broken], Q),
@@ -278,6 +305,51 @@ def test_a_task_scores_base_cuts_and_tuned(config, tmp_path, capsys):
     assert [line[0] for line in lines if line and line[0] in ("base", "cut", "tuned")] == [
         *("base", "cut", "cut", "tuned"),
     ]
+
+
+@pytest.fixture
+def to_heal(store, tmp_path, monkeypatch):
+    """A call that heals the cut of a small run at rank 1, with short answers; its folder."""
+    base, tuned, _ = saved_pair(tmp_path)
+    rows = tmp_path / "rows.jsonl"
+    rows.write_text("".join(f'{{"prompt": "Ask {i}:"}}\n' for i in range(8)))
+    monkeypatch.setattr(healing, "ROOM", 4)
+    out = tmp_path / "out"
+    return ["extract", base, tuned, out, "--rank", "1", "--heal", rows, "--steps", "3"], out
+
+
+def test_extract_heals_and_says_from_where_to_where(to_heal, capsys):
+    call, out = to_heal
+    status, told, errors = said(capsys, *call, "--lr", "1e-2", "--dtype", "bfloat16")
+    assert status == 0 and errors == "", errors
+    assert f"{out} holds 14 matrices at rank 1, " in told
+    assert re.search(r"The cut that was healed keeps .*; rounding to bfloat16 loses 0\.000", told)
+    line = re.search(r"Healed for 3 steps on 8 prompts: .*", told)[0]
+    after, before = map(
+        float, re.search(r"by (\S+) nats a token, the cut by (\S+) ", line).groups()
+    )
+    assert 0 < after < before and line.endswith("(the same prompts).")
+    kinds = {W.dtype for W in load_file(out / "adapter_model.safetensors").values()}
+    assert kinds == {torch.bfloat16} and said(capsys, "inspect", out)[0] == 0
+
+
+def test_an_interrupt_of_healing_says_that_nothing_was_written(to_heal, capsys, monkeypatch):
+    def interrupted(*arguments, **options):
+        raise KeyboardInterrupt
+
+    call, out = to_heal
+    monkeypatch.setattr(healing, "distil", interrupted)
+    status, told, errors = said(capsys, *call)
+    assert (
+        status == 130 and told == "" and errors == "deltarank: interrupted; nothing was written\n"
+    )
+    assert not out.exists() and [path.name for path in out.parent.glob(".*")] == []
+
+
+def test_healing_needs_the_extra_and_says_so(to_heal, capsys, monkeypatch):
+    monkeypatch.setattr(cli.importlib.util, "find_spec", lambda name: None)
+    status, _, errors = said(capsys, *to_heal[0])
+    assert status == 2 and "deltarank[study]" in errors and errors.count("\n") == 1
 
 
 @pytest.mark.parametrize("command", [[], ["inspect"], ["extract"]])

@@ -13,7 +13,7 @@ from torch import nn
 from deltarank.study.configs import RunConfig
 from deltarank.study.losses import answer_hidden, logit_rule, scoring
 from deltarank.study.models import load_tokenizer
-from deltarank.study.tasks import collate, encode, load_split
+from deltarank.study.tasks import collate, encode, encode_prompt, load_split
 
 
 @torch.no_grad()
@@ -47,32 +47,51 @@ def score_rows(model: nn.Module, config: RunConfig, rows: Sequence[dict]) -> pd.
 
 
 @torch.no_grad()
+def continuations(
+    model: nn.Module,
+    config: RunConfig,
+    prompts: Sequence[list[int]],
+    *,
+    max_new_tokens: int,
+    ends: Sequence[int],
+) -> list[list[int]]:
+    """The tokens that greedy decoding puts after each prompt, of token ids.
+
+    Up to and with the first of the tokens `ends`, or to `max_new_tokens`.
+    """
+    length, place = max(map(len, prompts)), model.get_output_embeddings().weight.device
+    missing = [length - len(prompt) for prompt in prompts]  # padded on the left
+    padded = [[0] * n + prompt for n, prompt in zip(missing, prompts, strict=True)]
+    mask = [[0] * n + [1] * (length - n) for n in missing]
+    ids, seen = (torch.tensor(part, device=place) for part in (padded, mask))
+    dtype = getattr(torch, config.dtype)
+    with torch.autocast(place.type, dtype, enabled=dtype != torch.float32):
+        tokens = model.generate(
+            input_ids=ids,
+            attention_mask=seen,
+            max_new_tokens=max_new_tokens,
+            do_sample=False,
+            eos_token_id=list(ends),
+            pad_token_id=0,
+        )
+    found = tokens[:, length:].tolist()
+    stops = [next((i for i, t in enumerate(row) if t in ends), len(row)) for row in found]
+    return [row[: stop + 1] for row, stop in zip(found, stops, strict=True)]
+
+
+def newline(tokenizer) -> int:
+    """The token that ends a line."""
+    return tokenizer("\n", add_special_tokens=False)["input_ids"][-1]
+
+
 def generate(
     model: nn.Module, config: RunConfig, prompts: Sequence[str], *, max_new_tokens: int
 ) -> list[str]:
     """Greedy answers to `prompts`, each up to its newline or to `max_new_tokens` tokens."""
     tokenizer = load_tokenizer(config.model)
-    start = tokenizer.bos_token or ""
-    tokenizer.padding_side = "left"
-    batch = tokenizer(
-        [start + prompt for prompt in prompts],
-        return_tensors="pt",
-        padding=True,
-        add_special_tokens=False,
-    ).to(model.device)
-    newline = tokenizer("\n", add_special_tokens=False)["input_ids"][-1]
-    dtype = getattr(torch, config.dtype)
-    with torch.autocast(batch["input_ids"].device.type, dtype, enabled=dtype != torch.float32):
-        tokens = model.generate(
-            **batch,
-            max_new_tokens=max_new_tokens,
-            do_sample=False,
-            eos_token_id=newline,
-            pad_token_id=tokenizer.pad_token_id,
-        )
-    texts = tokenizer.batch_decode(
-        tokens[:, batch["input_ids"].shape[1] :], skip_special_tokens=True
-    )
+    encoded, end = [encode_prompt(prompt, tokenizer) for prompt in prompts], newline(tokenizer)
+    tokens = continuations(model, config, encoded, max_new_tokens=max_new_tokens, ends=[end])
+    texts = tokenizer.batch_decode(tokens, skip_special_tokens=True)
     return [text.split("\n")[0] for text in texts]
 
 

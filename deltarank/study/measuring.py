@@ -48,7 +48,7 @@ def provenance(seconds: float) -> dict:
     }
 
 
-def _lora_factors(layer: LoraLayer) -> tuple[Tensor, Tensor, float]:
+def lora_factors(layer: LoraLayer) -> tuple[Tensor, Tensor, float]:
     """B (m, r), A (r, n) and the scale of one LoRA layer, whose update is scale * B @ A."""
     B, A = (part["default"].weight.detach() for part in (layer.lora_B, layer.lora_A))
     return B, A, layer.scaling["default"]
@@ -89,7 +89,7 @@ def measure(config: RunConfig, label: str = "") -> tuple[dict, dict[str, Tensor]
         losses = train(config, model, label=label, after_step=note_growth)
     train_seconds = time.time() - clock
     finished = all(map(math.isfinite, losses))
-    evaluation = _evaluate_splits(config, model, label) if finished else {}
+    evaluation = evaluate_splits(config, model, label) if finished else {}
     finished &= all(math.isfinite(e["loss_nats"]) for e in evaluation.values())
     spectra, shapes, norms = measure_update(config, model, W0) if finished else ({}, {}, {})
     record = {
@@ -119,7 +119,7 @@ def prepared(config: RunConfig) -> tuple[nn.Module, dict[str, Tensor]]:
     }
 
 
-def _evaluate_splits(config: RunConfig, model: nn.Module, label: str) -> dict[str, dict]:
+def evaluate_splits(config: RunConfig, model: nn.Module, label: str) -> dict[str, dict]:
     """evaluate() on every held-out split."""
     splits, found = [split for split in load_task(config.task) if split != "train"], {}
     with progress(len(splits), f"{label}: score") as bar:
@@ -149,7 +149,7 @@ def measure_update(
     if config.method == "base":
         return {}, {}, {}
     if config.method == "lora":
-        factors = {name: _lora_factors(layer) for name, layer in lora_layers(model).items()}
+        factors = {name: lora_factors(layer) for name, layer in lora_layers(model).items()}
         scaled = {f"{n}.B": scale * B for n, (B, _, scale) in factors.items()}
         _keep_update(config, scaled | {f"{n}.A": A for n, (_, A, _) in factors.items()})
         spectra = {n: scale * factor_singular_values(B, A) for n, (B, A, scale) in factors.items()}

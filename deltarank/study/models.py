@@ -118,10 +118,13 @@ def load_tokenizer(name: str) -> PreTrainedTokenizerBase:
 
     if name == TINY:
         return ByT5Tokenizer()
+    source = _source(name)
     try:
-        return AutoTokenizer.from_pretrained(_source(name))
-    except OSError as error:
-        raise ValueError(f"tokenizer {name!r} cannot be loaded: {first_line(error)}") from error
+        return AutoTokenizer.from_pretrained(source)
+    except (OSError, ValueError) as error:
+        cure = "save it beside the model (tokenizer.save_pretrained)"
+        told = first_line(error).rstrip(":")
+        raise ValueError(f"the tokenizer of {name!r} cannot be loaded: {cure}; {told}") from error
 
 
 @contextlib.contextmanager

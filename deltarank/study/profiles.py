@@ -70,6 +70,19 @@ class Profile:
         ("sorbian", 1),
     )
     budgets: tuple[int, ...] = (1, 2)  # ... with so many times the steps
+    # Tasks whose cuts at these ranks are healed for these steps on so many training rows, beside
+    # LoRA from nothing and LoRA trained at a wide rank and squeezed to a narrow one; the first seed
+    # chooses among three rates by start.
+    heal_tasks: tuple[str, ...] = ("facts", "sorbian", "json")
+    heal_ranks: tuple[int, ...] = (4, 8, 16)
+    heal_steps: tuple[int, ...] = (15, 30, 60)
+    heal_rows: int = 960
+    heal_squeezes: tuple[tuple[int, int], ...] = ((64, 8),)
+    heal_lrs: tuple[tuple[str, tuple[float, float, float]], ...] = (
+        ("cut", (3e-4, 1e-3, 3e-3)),
+        ("nothing", (1e-4, 3e-4, 1e-3)),
+        ("squeezed", (1e-4, 3e-4, 1e-3)),
+    )
     compile: bool = True
 
     @property
@@ -134,6 +147,11 @@ PROFILES = {
         scaling_ranks=(1, 8),
         scaling_lrs=(1e-3, 1e-2),
         budget_runs=(("facts", 0), ("facts", 1)),
+        heal_tasks=("facts", "json"),
+        heal_ranks=(2, 4),
+        heal_steps=(2, 4),
+        heal_rows=16,
+        heal_squeezes=((8, 2),),
         compile=False,
     ),
     "quick": Profile(
@@ -158,6 +176,7 @@ PROFILES = {
         again_tasks=(),
         scaling_ranks=(),
         budgets=(),
+        heal_tasks=(),
         compile=False,  # takes longer than it saves on so few steps
     ),
     "paper": Profile("paper"),

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from deltarank.checks import require, require_disk
 from deltarank.store import cached, load_entry
@@ -165,14 +165,20 @@ def example_update(config: RunConfig) -> tuple[str, Tensor]:
     return next(iter(cached(entry_folder(config, "examples"), first_small_matrix)[1].items()))
 
 
-def save_model(config: RunConfig, folder: Path, *, dtype: str = "float32") -> None:
-    """Write the model of a run as a folder that from_pretrained loads."""
+def run_model(config: RunConfig) -> nn.Module:
+    """The model of a run: the base with its update, a LoRA's merged."""
     dW = updates(config) if config.method != "base" else {}
     model = load_model(config.model)
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             if name in dW:
                 parameter.add_(dW[name].to(parameter.device))
+    return model
+
+
+def save_model(config: RunConfig, folder: Path, *, dtype: str = "float32") -> None:
+    """Write the model of a run as a folder that from_pretrained loads."""
+    model = run_model(config)
     with quiet_transformers():
         model.to(getattr(torch, dtype)).save_pretrained(folder)
         load_tokenizer(config.model).save_pretrained(folder)

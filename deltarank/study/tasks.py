@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import math
 import random
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -72,13 +72,43 @@ def load_task(task: str) -> dict[str, list[dict]]:
     match; its rows are the split "test" unless they name another.
     """
     splits: dict[str, list[dict]] = {}
-    with open(_task_file(task), encoding="utf8") as lines:
-        for row in map(json.loads, lines):
-            lacks = sorted({"prompt", "answer"} - row.keys())
-            require(not lacks, f"{task}: a row lacks {', '.join(lacks)}: {row}")
-            known = TASKS.get(row.get("task", task))
-            row["metric"] = known.metric if known else "exact"
-            splits.setdefault(row.get("split", "test"), []).append(row)
+    for row in _rows(_task_file(task), ("prompt", "answer")):
+        known = TASKS.get(row.get("task", task))
+        row["metric"] = known.metric if known else "exact"
+        splits.setdefault(row.get("split", "test"), []).append(row)
+    return splits
+
+
+def _rows(file: Path, fields: Sequence[str]) -> Iterator[dict]:
+    """Yield the rows of a JSON-lines file; raises ValueError naming the line that lacks a field."""
+    with open(file, encoding="utf8") as lines:
+        for number, line in enumerate(lines, start=1):
+            if not line.strip():
+                continue
+            where = f"{file.name}, line {number}"
+            cure = f"write a JSON object with {' and '.join(fields)} there"
+            try:
+                row = json.loads(line)
+            except ValueError as error:
+                raise ValueError(f"{where} is no JSON: {cure}") from error
+            require(isinstance(row, dict), f"{where} is no JSON object: {cure}")
+            lacks = [name for name in fields if not isinstance(row.get(name), str)]
+            lacks += ["prompt"] * ("prompt" not in lacks and not row["prompt"].strip())
+            require(not lacks, f"{where}: a row lacks {', '.join(lacks)}: {cure}")
+            yield row
+
+
+def load_prompts(file: str) -> dict[str, list[str]]:
+    """The prompts of a JSON-lines file by split; those of rows that name none are of "train".
+
+    Answers are not needed.  Raises ValueError for another kind of file, one without rows, and a
+    row without a prompt, naming its line.
+    """
+    require(file.endswith(".jsonl"), f"{file}: give a .jsonl file with a prompt in each line")
+    splits: dict[str, list[str]] = {}
+    for row in _rows(Path(file).expanduser(), ("prompt",)):
+        splits.setdefault(row.get("split", "train"), []).append(row["prompt"])
+    require(bool(splits), f"{file} is empty: write a JSON object with a prompt in each line")
     return splits
 
 
@@ -110,14 +140,19 @@ def permute_answers(rows: Sequence[dict], seed: int) -> list[dict]:
     return [row | {"answer": answers[row.get("task", "")].pop()["answer"]} for row in rows]
 
 
+def encode_prompt(prompt: str, tokenizer) -> list[int]:
+    """Token ids of a prompt, after the token that begins a text where the tokenizer has one."""
+    start = [] if tokenizer.bos_token_id is None else [tokenizer.bos_token_id]
+    return start + tokenizer(prompt, add_special_tokens=False)["input_ids"]
+
+
 def encode(row: dict, tokenizer, seq_len: int) -> dict[str, list[int]]:
     """Token ids of prompt, answer and the newline that ends it, and the labels of the answer.
 
     Both lists have one entry a token; prompt tokens carry the label -100, which no loss counts.
     Raises ValueError for a row that does not fit `seq_len` tokens.
     """
-    start = [] if tokenizer.bos_token_id is None else [tokenizer.bos_token_id]
-    prompt = start + tokenizer(row["prompt"], add_special_tokens=False)["input_ids"]
+    prompt = encode_prompt(row["prompt"], tokenizer)
     answer = tokenizer(row["answer"] + "\n", add_special_tokens=False)["input_ids"]
     tokens = prompt + answer
     if len(tokens) > seq_len:
@@ -132,20 +167,22 @@ def collate(rows: Sequence[dict], length: int) -> dict[str, Tensor]:
 
     No attention mask is needed: attention is causal and padding comes last.
     """
-    fill = {"input_ids": 0, "labels": -100, "position_ids": 0}
+    fill = {"labels": -100}  # 0 in the others
     return {
-        key: torch.tensor([row[key] + [fill[key]] * (length - len(row[key])) for row in rows])
+        key: torch.tensor(
+            [row[key] + [fill.get(key, 0)] * (length - len(row[key])) for row in rows]
+        )
         for key in rows[0]
     }
 
 
 def a_line_each(rows: Sequence[dict]) -> dict[str, Tensor]:
-    """Rows padded to the longest: input_ids and labels, each (rows, length)."""
+    """Rows padded to the longest: a tensor (rows, length) of each of their lists."""
     return collate(rows, max(len(row["labels"]) for row in rows))
 
 
 def pack(rows: Sequence[dict]) -> dict[str, Tensor]:
-    """Rows end to end, about four a line: input_ids, labels, position_ids, each (lines, length).
+    """Rows end to end, about four a line: their lists and position_ids, each (lines, length).
 
     Far less padding than with a line a row, and the same loss: positions start again at 0 in
     every row, by which most models of transformers keep attention within it (see losses.packs).

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
 import shutil
 import sysconfig
 import tempfile
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -59,13 +60,20 @@ def prepare(config: RunConfig) -> nn.Module:
             rank_pattern=dict(config.rank_pattern),
             target_modules="all-linear",
         )
-        with warnings.catch_warnings():  # PEFT 0.21 uses a name that transformers has renamed
-            warnings.filterwarnings("ignore", ".*is_gradient_checkpointing", FutureWarning)
+        with quiet_peft():
             model = get_peft_model(model, lora)
     if config.compile and has_compiler() and not config.rank_pattern:
         for layer in layers:  # one small graph, shared by all layers and lengths of a batch
             layer.compile(dynamic=True, recompile_limit=GRAPHS)
     return model
+
+
+@contextlib.contextmanager
+def quiet_peft() -> Iterator[None]:
+    """Keep a warning out: PEFT 0.21 uses a name that transformers has renamed."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", ".*is_gradient_checkpointing", FutureWarning)
+        yield
 
 
 def lora_layers(model: nn.Module) -> dict[str, LoraLayer]:
@@ -85,14 +93,27 @@ def train(
 ) -> list[float]:
     """Train `model` in place; return the answer loss of every step, in nats to bfloat16 accuracy.
 
+    Calls `after_step` with the number of steps done.  Raises ValueError for fewer rows than a
+    batch.
+    """
+    trained = AnswerModel(model, getattr(torch, config.dtype))
+    return fit(config, trained, _training_rows(config), label=label, after_step=after_step)
+
+
+def fit(
+    config: RunConfig,
+    trained: AnswerModel,
+    rows: list[dict[str, list[int]]],
+    *,
+    label: str = "",
+    after_step: Callable[[int], None] = lambda step: None,
+) -> list[float]:
+    """Train on these rows, in place, by the loss that `trained` makes; return it of every step.
+
     Rows go end to end where the model keeps them apart, a line each where it does not (see packs).
-    Calls `after_step` with the number of steps done.  Stops at a loss that is NaN or infinite,
-    which is then the last one.  Raises ValueError for fewer rows than a batch.
+    Stops at a loss that is NaN or infinite, which is then the last one.
     """
     from transformers import PrinterCallback, Trainer, TrainerCallback
-
-    rows = _training_rows(config)
-    trained = AnswerModel(model, getattr(torch, config.dtype))
 
     class Step(TrainerCallback):
         def on_step_end(self, args, state, control, **kwargs):
@@ -107,7 +128,7 @@ def train(
             model=trained,
             args=_training_arguments(config, scratch),
             train_dataset=rows,
-            data_collator=pack if packs(model) else a_line_each,
+            data_collator=pack if packs(trained.model) else a_line_each,
             callbacks=[Step()],
         )
         trainer.remove_callback(PrinterCallback)

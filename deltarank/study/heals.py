@@ -1,0 +1,233 @@
+"""Heals: cuts of the report's runs trained further, beside other starts of the same budget."""
+
+from __future__ import annotations
+
+import dataclasses
+import itertools
+import math
+import random
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from deltarank.checks import require
+from deltarank.factors import balanced
+from deltarank.gram import leading_factors
+from deltarank.runtime import cache_folder
+from deltarank.spectra import factor_svd
+from deltarank.store import cached, digest
+from deltarank.study.configs import GROWTH_ROWS, RunConfig
+from deltarank.study.distillation import Lessons, distil, divergence, head_of, lessons
+from deltarank.study.evaluation import newline
+from deltarank.study.measuring import evaluate_splits, lora_factors, provenance
+from deltarank.study.models import load_tokenizer
+from deltarank.study.profiles import LORA_ALPHA, entry_folder, profile
+from deltarank.study.runs import Result, run_model, updates
+from deltarank.study.search import best_lr, tuned
+from deltarank.study.tasks import load_split
+from deltarank.study.training import lora_layers, prepare
+
+STARTS = ("cut", "nothing", "squeezed")
+ALPHA = 8 * LORA_ALPHA  # of a LoRA from nothing: the scale by which the facts are learned best
+ROOM = 48  # tokens that an answer of the full run may have
+
+
+@dataclass(frozen=True, kw_only=True)
+class Heal:
+    """A LoRA trained to answer as a full run does (see Lessons), and its `key` in the store.
+
+    start "cut": the leading directions of the full run's update, scale 1, as `extract` writes
+    them: without norms.  "nothing": as PEFT starts, alpha = ALPHA.  "squeezed": the same at rank
+    `wide`, cut to `rank` after it was trained (arXiv 2602.10993).  All learn from the same `rows`
+    prompts of the full run's training rows, in the same order.  Steps 0, of a cut only, leave it
+    as it is.  Raises ValueError for values that cannot run.
+    """
+
+    full: RunConfig
+    start: str
+    rank: int
+    steps: int
+    rows: int
+    lr: float = 0.0
+    wide: int = 0  # of "squeezed"
+
+    def __post_init__(self) -> None:
+        known, full = ", ".join(STARTS), self.full
+        require(self.start in STARTS, f"start={self.start!r}: unknown; choose one of {known}")
+        embedding = full.train_embedding or full.method != "full"
+        require(not embedding, f"full={full.key}: must be a full run, its embedding frozen")
+        least = 0 if self.start == "cut" else 1
+        require(self.steps >= least, f"steps={self.steps}: {self.start} needs {least} or more")
+        require((self.lr > 0) == (self.steps > 0), f"lr={self.lr}: needed where steps are taken")
+        squeezed = self.start == "squeezed"
+        fits = self.wide > self.rank if squeezed else self.wide == 0
+        require(fits, f"wide={self.wide}: {'must be above rank' if squeezed else 'only squeezed'}")
+        require(self.rows >= full.batch_size, f"rows={self.rows}: fewer than a batch")
+
+    @property
+    def recipe(self) -> RunConfig:
+        """The LoRA run that it is, as to batches, rate and scores; steps 0 are none of it."""
+        rank = self.wide or self.rank
+        alpha = float(rank) if self.start == "cut" else ALPHA
+        changes: dict[str, Any] = {
+            "rank": rank,
+            "alpha": alpha,
+            "steps": self.steps or 1,
+            "lr": self.lr or 1.0,
+        }
+        return dataclasses.replace(self.full, method="lora", **changes)
+
+    @property
+    def identity(self) -> dict:
+        """What determines it: its fields, the full run by its key, alpha, and the answers' room."""
+        fields = {f.name: getattr(self, f.name) for f in dataclasses.fields(self)}
+        return fields | {"full": self.full.key, "alpha": self.recipe.alpha, "room": ROOM}
+
+    @property
+    def key(self) -> str:
+        """Its name in the store: readable parts, then 12 hex digits of the hash of its identity."""
+        parts = [Path(self.full.task).stem, "heal", self.start, f"r{self.rank}", f"n{self.steps}"]
+        return "-".join([*parts, f"s{self.full.seed}", digest(self.identity)[:12]])
+
+
+def heal_run(heal: Heal, *, label: str = "") -> Result:
+    """The result of a heal: loaded when it is stored, otherwise trained, scored and stored.
+
+    Its config is the heal's recipe; it holds no spectra.
+    """
+    folder = entry_folder(heal.full, "heals", heal.key)
+    record, _ = cached(folder, lambda: (measure_heal(heal, label or heal.key), None))
+    return Result(heal.recipe, record, {})
+
+
+def heal_sweep(heals: Sequence[Heal]) -> list[Result]:
+    """The results of `heals`, in order; through joblib, each stored as soon as it is measured."""
+    from joblib import Parallel, delayed
+
+    wanted = list(dict.fromkeys(heals))
+    found = dict(zip(wanted, Parallel()(delayed(heal_run)(heal) for heal in wanted), strict=True))
+    return [found[heal] for heal in heals]
+
+
+def measure_heal(heal: Heal, label: str = "") -> dict:
+    """Train and score one heal; its record.
+
+    divergence_nats is of the full run on held-out prompts of the split "valid", in nats a token;
+    "before" that of the start (of "squeezed" before it was trained and squeezed).
+    """
+    started, config = time.time(), heal.recipe
+    taught, held = _told(heal)
+    model = prepare(config)
+    if heal.start == "cut":
+        dW = updates(heal.full)
+        _plant(model, lambda name: leading_factors(dW[name], min(heal.rank, *dW[name].shape))[:2])
+    teacher = head_of(model)  # of both: full runs keep it
+    before = divergence(model, config, held, teacher)
+    losses = distil(config, model, taught, teacher, label=label) if heal.steps else []
+    finished = all(map(math.isfinite, losses))
+    if heal.start == "squeezed" and finished:
+        _squeeze(model, heal.rank)
+    evaluation = evaluate_splits(config, model, label) if finished else {}
+    after = divergence(model, config, held, teacher) if finished else math.nan
+    finished &= all(map(math.isfinite, [after, *(e["loss_nats"] for e in evaluation.values())]))
+    return {
+        "heal": heal.identity,
+        "config": config.recipe,
+        "status": "finished" if finished else "diverged",
+        "train_divergence_nats": [round(x, 5) if math.isfinite(x) else None for x in losses],
+        "divergence_nats": {"before": before, "after": after if finished else None},
+        "evaluation": evaluation if finished else {},
+        "provenance": provenance(time.time() - started),
+    }
+
+
+def _told(heal: Heal) -> tuple[Lessons, Lessons]:
+    """The full run's lessons, on training prompts and on held-out ones; kept in the cache."""
+    full = heal.full
+    given, valid = load_split(full.task, "train"), load_split(full.task, "valid")[:GROWTH_ROWS]
+    learned = random.Random(0).sample(given, min(heal.rows, len(given)))
+
+    def answered() -> tuple[dict, dict[str, Tensor]]:
+        prompts = [row["prompt"] for row in learned + valid]
+        ends = [newline(load_tokenizer(full.model))]
+        told = lessons(run_model(full), full, prompts, room=ROOM, ends=ends)
+        return {"run": full.key, "rows": told.rows}, {"hidden": told.hidden}
+
+    name = f"{full.key}-{len(learned)}-{ROOM}"
+    record, tensors = cached(cache_folder() / "lessons" / name, answered)
+    told = Lessons(record["rows"], tensors["hidden"])
+    return told.of(slice(len(learned))), told.of(slice(len(learned), None))
+
+
+@torch.no_grad()
+def _plant(model: nn.Module, factors: Callable[[str], tuple[Tensor, Tensor]]) -> None:
+    """Put the update B @ A of each matrix, factors(name), into its LoRA; zeros fill the rank."""
+    for name, layer in lora_layers(model).items():
+        B, A = balanced(*factors(name))  # (m, k), (k, n)
+        more, scale = layer.r["default"] - len(A), layer.scaling["default"]
+        layer.lora_B["default"].weight.copy_(F.pad(B / scale, (0, more)))
+        layer.lora_A["default"].weight.copy_(F.pad(A, (0, 0, 0, more)))
+
+
+def _squeeze(model: nn.Module, rank: int) -> None:
+    """Cut the update of every LoRA to `rank`, by the arithmetic of shrink_adapter."""
+    layers = lora_layers(model)
+
+    def narrow(name: str) -> tuple[Tensor, Tensor]:
+        B, A, scale = lora_factors(layers[name])
+        U, S, Vh = factor_svd(scale * B.double(), A.double())
+        return U[:, :rank] * S[:rank], Vh[:rank]
+
+    _plant(model, narrow)
+
+
+def heal_of(task: str, start: str, rank: int, steps: int, *, seed: int, **fields) -> Heal:
+    """A heal of the task's full run, by the profile's sizes; fields: lr, wide."""
+    full, rows = tuned(task, seed=seed), profile().heal_rows
+    return Heal(full=full, start=start, rank=rank, steps=steps, rows=rows, **fields)
+
+
+def tuned_heals(task: str, start: str, rank: int, steps: int, *, wide: int = 0) -> list[Heal]:
+    """A heal with every seed, at the rate of the lowest held-out loss with the first one."""
+    first, wider = profile().seeds[0], {"wide": wide}
+    rates = dict(profile().heal_lrs)[start]
+    tried = [heal_of(task, start, rank, steps, seed=first, lr=lr, **wider) for lr in rates]
+    lr = best_lr(heal_sweep(tried))
+    return [heal_of(task, start, rank, steps, seed=s, lr=lr, **wider) for s in profile().seeds]
+
+
+def heal_configs() -> list[Heal]:
+    """The profile's heals: cuts as they are and healed, LoRA from nothing, and squeezed LoRA."""
+    sizes, found = profile(), []
+    for task in sizes.heal_tasks:
+        cuts = itertools.product(sizes.heal_ranks, sizes.seeds)
+        found += [heal_of(task, "cut", rank, 0, seed=seed) for rank, seed in cuts]
+        grid = itertools.product(("cut", "nothing"), sizes.heal_ranks, sizes.heal_steps)
+        for start, rank, steps in grid:
+            found += tuned_heals(task, start, rank, steps)
+        for (wide, rank), steps in itertools.product(sizes.heal_squeezes, sizes.heal_steps):
+            found += tuned_heals(task, "squeezed", rank, steps, wide=wide)
+    return found
+
+
+def heals_table(heals: Sequence[Heal]) -> pd.DataFrame:
+    """One line a heal, and runs what is not stored.
+
+    Columns: task, seed, start, rank, steps, lr, status, loss_nats and score of the test split, and
+    divergence_nats from the full run on held-out prompts.
+    """
+    rows = []
+    for heal, result in zip(heals, heal_sweep(heals), strict=True):
+        names = ("start", "rank", "steps", "lr")
+        row = {"task": heal.full.task, "seed": heal.full.seed}
+        row |= {name: getattr(heal, name) for name in names} | {"status": result.status}
+        row |= {"loss_nats": result.loss(), "score": result.score()}
+        rows.append(row | {"divergence_nats": result.record["divergence_nats"]["after"]})
+    return pd.DataFrame(rows)
