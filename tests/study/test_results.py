@@ -121,20 +121,18 @@ def ask_for_runs_and_cuts(full):
 
 
 def ask_for_controls():
-    """Ask for notebook 2's controls: the warm-up, the floors, the same runs on one processor."""
+    """Ask for the warm-up, the floors, the same runs on one processor, and the long mix."""
     permuted = [config for task in profile().lora_tasks for config in plan.floor_configs(task)]
     again = [config for pair in plan.again_configs() for config in pair]
-    runs.sweep([*plan.warmup_configs(), *permuted, *again])
+    long_mix = [profile().config("production", "base"), *plan.production_configs()]
+    runs.sweep([*plan.warmup_configs(), *permuted, *again, *long_mix])
 
 
 def look_for_what_is_being_gathered():
     """Look for runs that answer the next questions, of which not all are there yet.
 
-    Those of the long mix, and of the facts' finer search: both neighbours of a rate, half a step
-    of the grid away.
+    Those of the facts' finer search: both neighbours of a rate, half a step of the grid away.
     """
-    for config in [profile().config("production", "base"), *plan.production_configs()]:
-        runs.stored(config)
     rates = search.finer(sorted(profile().full_lrs + profile().lora_lrs))
     recipes = [("full", {}), ("lora", {"rank": 1})]
     recipes += [("lora", {"rank": rank, "alpha": 256.0}) for rank in (8, 64)]
