@@ -8,6 +8,8 @@ import pandas as pd
 
 from deltarank.ranks import percent
 
+VLLM_RANKS = (16, 32, 64, 128, 256, 320, 512)  # that --max-lora-rank takes, 16 without it; 0.33
+
 
 def summary(out: Path, report: pd.DataFrame, dtype: str) -> str:
     """What the adapter in the folder `out` holds, what it leaves out and how to load it.
@@ -38,7 +40,18 @@ def summary(out: Path, report: pd.DataFrame, dtype: str) -> str:
     if "healed" in report.attrs:
         lines.append(_healed(**report.attrs["healed"]))
     load = f"PeftModel.from_pretrained(base_model, {str(out)!r})"
-    return "\n".join([*lines, f"Load it: model = {load}"])
+    return "\n".join([*lines, *_served(report.attrs["lora"]), f"Load it: model = {load}"])
+
+
+def _served(lora: dict) -> list[str]:
+    """What vLLM has to be told to load an adapter of this configuration, a line or none."""
+    r = max(lora["r"], *lora["rank_pattern"].values(), 0)
+    if r <= VLLM_RANKS[0]:
+        return []
+    fits, most = [rank for rank in VLLM_RANKS if rank >= r], VLLM_RANKS[-1]
+    if not fits:
+        return [f"vLLM loads no more than rank {most}: --rank or --budget give less."]
+    return [f"vLLM loads it with --max-lora-rank {fits[0]}."]
 
 
 def _share(rows: pd.DataFrame, report: pd.DataFrame) -> float:

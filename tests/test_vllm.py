@@ -134,6 +134,15 @@ def test_a_rank_beyond_the_server_is_refused(folders, tmp_path, max_rank):
     assert broken(out, max_rank) == ["no rank is above that of the server"]
 
 
+@pytest.mark.parametrize(("rank", "needed"), [(8, 16), (16, 16), (17, 32), (40, 64)])
+def test_extract_names_the_rank_that_the_server_has_to_take(
+    folders, tmp_path, capsys, rank, needed
+):
+    out = extract(folders, tmp_path / "out", "--rank", rank)
+    said = f"vLLM loads it with --max-lora-rank {needed}.\n" in capsys.readouterr().out
+    assert broken(out, needed) == [] and said == (needed > 16)
+
+
 def test_norms_are_refused(folders, tmp_path):
     found = broken(extract(folders, tmp_path / "out", "--rank", 8, "--norms"))
     whole, named = "no module is saved whole, but a classifier", "every tensor is named as a factor"
