@@ -60,6 +60,9 @@ html: $(READY) ## build the report as a static site in build/html, from what is 
 	@$(SITE) notebooks figures $(BUILD)/html
 	@echo "Done. Open $(BUILD)/html/index.html"
 
+gallery: $(READY) ## inspect the site's three examples anew (an hour, where the cache has lost them)
+	@$(BIN)/python notebooks/site/inspect_examples.py data/gallery
+
 test-browser: $(READY) ## test site and figures as readers see them (needs chromium: apt-get install chromium)
 	@$(BIN)/python -m pip install -q --disable-pip-version-check -e .[browser] -c requirements.lock
 	@$(BIN)/python -m pytest -q tests/browser_*.py
@@ -100,5 +103,5 @@ $(READY): pyproject.toml requirements.lock
 		-c requirements.lock
 	@touch $(READY)
 
-.PHONY: help report paper figures notebooks test test-slow lint html test-browser inspect bench lab lock clean
+.PHONY: help report paper figures notebooks test test-slow lint html gallery test-browser inspect bench lab lock clean
 .DEFAULT_GOAL := help

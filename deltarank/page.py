@@ -38,6 +38,17 @@ HEAT_MAPS = {
 }
 
 
+def versions() -> dict[str, str]:
+    """What measured: the versions of this package and of what it computes with."""
+    return {
+        "deltarank": __version__,
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "numpy": np.__version__,
+        "pandas": pd.__version__,
+    }
+
+
 @dataclasses.dataclass(frozen=True)
 class Inspection:
     """What was found: the table of compare_checkpoints or adapter_spectra, ranks, and losses."""
@@ -49,6 +60,7 @@ class Inspection:
     lora: dict | None  # from recommend_ranks; None where no matrix was changed
     losses: pd.DataFrame | None = None  # from score_pair
     warnings: tuple[str, ...] = ()
+    versions: dict[str, str] = dataclasses.field(default_factory=versions)
 
     @property
     def sources(self) -> list[str]:
@@ -157,12 +169,33 @@ def as_json(found: Inspection) -> str:
         "matrices": table.to_dict("records"),
         "other_tensors": table.attrs,
         "losses": found.losses.to_dict("records") if found.losses is not None else None,
-        "versions": versions(),
+        "versions": found.versions,
     }
     fields = (
         f"{json.dumps(k)}: {json.dumps(_plain(v), allow_nan=False)}" for k, v in record.items()
     )
     return "{\n" + ",\n".join(fields) + "\n}\n"
+
+
+def from_json(text: str) -> Inspection:
+    """What as_json wrote, to make its page again: to six digits, infinite sizes as NaN."""
+    record = json.loads(text)
+    table = pd.DataFrame(record["matrices"])
+    table["S"] = pd.Series([torch.tensor(S) for S in table["S"]], dtype=object)
+    table["shape"] = table["shape"].map(tuple)
+    measures = [column for column in COLUMNS if column != "near_rounding"]
+    table = table.astype(dict.fromkeys(measures, float))  # null is NaN
+    table.attrs = record["other_tensors"]
+    return Inspection(
+        base=record["base"],
+        tuned=record["tuned"],
+        rule=record["rule"],
+        table=table,
+        lora=record["ranks"] and record["ranks"]["LoraConfig"],
+        losses=None if record["losses"] is None else pd.DataFrame(record["losses"]),
+        warnings=tuple(record["warnings"]),
+        versions=record["versions"],
+    )
 
 
 def _plain(value: Any) -> Any:
@@ -178,17 +211,6 @@ def _plain(value: Any) -> Any:
     if isinstance(value, float):
         return float(f"{value:.6g}") if math.isfinite(value) else None
     return value
-
-
-def versions() -> dict[str, str]:
-    """What measured: the versions of this package and of what it computes with."""
-    return {
-        "deltarank": __version__,
-        "python": platform.python_version(),
-        "torch": torch.__version__,
-        "numpy": np.__version__,
-        "pandas": pd.__version__,
-    }
 
 
 def as_html(found: Inspection) -> str:
@@ -212,7 +234,6 @@ def as_html(found: Inspection) -> str:
         advice=TRAINING_ADVICE,
         losses=found.losses.to_dict("records") if found.losses is not None else [],
         number=number(".3f"),
-        versions=versions(),
     )
 
 

@@ -201,10 +201,10 @@ def _finding(table: pd.DataFrame, rows: pd.DataFrame, lora: dict, ranks: pd.Seri
 def _rank_sentences(table: pd.DataFrame, rows: pd.DataFrame, ranks: pd.Series) -> str:
     """The second line: the ranks for extraction, and what lies outside the matrices."""
     sides = rows.set_index("name")["shape"].map(sum)
-    more = ranks[ranks > ranks.median()].sort_values()
-    most = ""
-    if len(more):
-        most = f"; {len(more)} matrices need more than the median, most of all {more.index[-1]}"
+    more, top = ranks[ranks > ranks.median()], ranks[ranks == ranks.max()]
+    most = f"; {len(more)} matrices need more than the median" if len(more) else ""
+    if len(more) and len(top) == 1:
+        most += f", most of all {top.index[0]}"
     parts = table.groupby("kind")["squared_norm"].sum().to_dict()
     parts["norms and biases"] = sum(table.attrs["rest"].values())
     total = sum(parts.values())

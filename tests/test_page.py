@@ -1,5 +1,6 @@
 """The page of a pair: one file that needs nothing else and shows the numbers of the table."""
 
+import dataclasses
 import json
 import re
 
@@ -12,7 +13,7 @@ from loras import planted
 from deltarank.compare import compare_checkpoints
 from deltarank.drawing import color, heat_map
 from deltarank.lora import adapter_spectra
-from deltarank.page import Inspection, as_html, as_json, as_text
+from deltarank.page import Inspection, as_html, as_json, as_text, from_json
 from deltarank.ranks import TRAINING_ADVICE, recommend_ranks
 from deltarank.spectra import null_energy, spectrum_measures
 
@@ -84,6 +85,15 @@ def test_the_same_findings_give_the_same_bytes(found):
     assert as_html(found) == as_html(again) and as_json(found) == as_json(again)
 
 
+def test_the_json_makes_the_same_page_again(found, adapter):
+    found = dataclasses.replace(found, warnings=("a warning",), versions={"deltarank": "0.0.1"})
+    for each in (found, adapter):
+        again = from_json(as_json(each))
+        assert as_html(again) == as_html(each) and as_json(again) == as_json(each)
+    page = seen(parsed(from_json(as_json(found))))
+    assert page.endswith("deltarank 0.0.1.") and "Warning: a warning" in page
+
+
 # What it says
 
 
@@ -134,6 +144,7 @@ def test_a_pair_without_an_update_has_a_page(save):
     text = seen(parsed(nothing))
     assert "Warning: they are identical" in text and nothing.lines[0] in text
     assert "LoraConfig" not in text and json.loads(as_json(nothing))["ranks"] is None
+    assert as_html(from_json(as_json(nothing))) == as_html(nothing)
 
 
 @pytest.fixture

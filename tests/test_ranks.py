@@ -173,6 +173,15 @@ def test_the_verdict_names_the_matrix_that_needs_most(save):
     assert "F32" in lines[2] and "0 of 14 matrices are near rounding." in lines[2]
 
 
+def test_the_verdict_names_none_where_several_need_most(save):
+    table = compare_checkpoints(*save())
+    needed = {
+        name: 2 if i < 3 else 1 for i, name in enumerate(ranks.changed_matrices(table)["name"])
+    }
+    line = verdict(table, ranks.lora_arguments(needed))[1]
+    assert "3 matrices need more than the median. " in line
+
+
 def test_the_verdict_says_what_to_do_at_one_rank(save):
     table = compare_checkpoints(*save())
     lines = verdict(table, recommend_ranks(table, rank=1))

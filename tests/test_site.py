@@ -1,5 +1,6 @@
 """The report as a site, and the list of its figures, from executed notebooks."""
 
+import re
 import runpy
 
 import nbformat
@@ -127,3 +128,61 @@ def test_a_citation_is_linked_and_has_the_title_of_notebook_11_where_it_lists_th
     assert hints(page) == [("arXiv 9901.00001", "Doe 1999, A Title")]
     addresses = [link["href"] for link in page.select("p a[href*=arxiv]")]
     assert addresses == [f"https://arxiv.org/abs/{n}" for n in ("9901.00001", "9902.00002")]
+
+
+# The gallery
+
+EXAMPLES = runpy.run_path(str(SITE / "inspect_examples.py"))["EXAMPLES"]
+STORED = utils.ROOT / "data" / "gallery"
+
+
+@pytest.fixture(scope="module")
+def site(tmp_path_factory):
+    """The folder of a site of one notebook, which has the gallery too."""
+    folder = tmp_path_factory.mktemp("site")
+    write_notebook(folder)
+    build(folder, folder, folder / "out")
+    return folder / "out"
+
+
+def parsed(file):
+    return BeautifulSoup(file.read_text("utf8"), "html.parser")
+
+
+def test_the_gallery_is_in_the_contents_and_where_the_readme_speaks_of_it(site):
+    for name in ("index.html", "03_some.html", "gallery.html"):
+        assert parsed(site / name).select("nav.contents a[href='gallery.html']")
+    assert parsed(site / "index.html").select("main p a[href='gallery.html']")
+
+
+def test_the_gallery_links_lead_to_its_places_its_examples_and_notebooks(site):
+    page = parsed(site / "gallery.html")
+    known = {path.stem for path in (utils.ROOT / "notebooks").glob("*.ipynb")}
+    for link in page.select("main > :not(nav) a[href], main > a[href]"):
+        file, _, place = link["href"].partition("#")
+        assert not place or page.find(id=place), link
+        assert not file or (site / file).exists() or file.removesuffix(".html") in known, link
+
+
+def test_the_gallery_shows_each_example_whole_with_its_command_and_its_verdict(site):
+    page = parsed(site / "gallery.html")
+    frames = [frame["src"] for frame in page.select("iframe[title]")]
+    assert frames == [f"gallery/{name}.html" for name in EXAMPLES]
+    for name, (tuned, run, options) in EXAMPLES.items():
+        words = " ".join([*([] if run.method == "lora" else ["gemma-3-270m"]), tuned, *options])
+        assert f"deltarank inspect {words} --html page.html\n" in page.get_text()
+        assert f"`{run.key}`" in (SITE / "gallery.md.j2").read_text("utf8")
+        shown = parsed(site / "gallery" / f"{name}.html")
+        assert shown.select_one("h1").get_text().startswith(tuned)
+        quoted = page.select_one(f".cards li:has([href='#{name}']) q").get_text()
+        assert shown.select_one(".lead").get_text().startswith(quoted)
+        assert (site / "gallery" / f"{name}.json").read_bytes() == (
+            STORED / f"{name}.json"
+        ).read_bytes()
+
+
+def test_the_gallery_and_its_examples_load_nothing_from_elsewhere(site):
+    for file in (site / "gallery.html", *(site / "gallery").glob("*.html")):
+        loaded = [node.get("src") or node["href"] for node in parsed(file).select("[src], link")]
+        assert all((site / name).exists() for name in loaded if name != "data:,"), file
+        assert not re.findall(r"@import|url\(|<object|<embed", file.read_text("utf8"))

@@ -3,10 +3,12 @@
 Every notebook becomes a page with the contents at its side; the README becomes the index.  Nothing
 is loaded from the network: figures are files beside the pages, formulas are MathML, the style is
 one file.  Where a page names what notebook 10 defines or notebook 11 cites, a hint says what it is.
+The gallery shows pages of the tool, made from what it wrote of three runs (data/gallery).
 The site is built beside OUT and then put in its place, so that an interrupted build leaves the last
 one.
 """
 
+import functools
 import html
 import re
 import shutil
@@ -22,9 +24,12 @@ from nbconvert import HTMLExporter
 from nbconvert.filters.markdown_mistune import markdown2html_mistune
 from pygments.formatters import HtmlFormatter
 
+from deltarank.page import Inspection, as_html, from_json
+
 HERE = Path(__file__).resolve().parent
 ROOT = HERE.parent.parent
 DEFINITIONS, WORKS = "10_define_the_ranks.html", "11_relate_to_prior_work.html"
+GALLERY = ("gallery.html", "The tool in three examples")
 EVERYDAY = {"base", "head", "loss", "score", "steps, rows", "tail", "the matrices", "tuned"}
 SHORT = {"rank for 90 %": "r90"}  # the other spelling of a term
 
@@ -117,12 +122,33 @@ def readme_page(out: Path) -> BeautifulSoup:
     text = (ROOT / "README.md").read_text(encoding="utf8")
     page = BeautifulSoup(markdown2html_mistune(text), "html.parser")
     for anchor in page.select("a[href]:not(.anchor-link)"):
-        if not anchor["href"].endswith(".ipynb") and "://" not in anchor["href"]:
+        if anchor["href"] == "data/gallery":
+            anchor["href"] = GALLERY[0]
+        elif not anchor["href"].endswith(".ipynb") and "://" not in anchor["href"]:
             anchor.unwrap()  # files of the repository, which the site does not hold
     for image in page.select("img"):
         drawn = figure(Path(image["src"]).stem, image["alt"], ROOT / "figures", out)
         image.find_parent("p").replace_with(BeautifulSoup(drawn, "html.parser"))
     return finished(str(page))
+
+
+@functools.cache
+def example(file: Path) -> tuple[Inspection, str]:
+    """What the tool found of an example of the gallery, and its page."""
+    found = from_json(file.read_text(encoding="utf8"))
+    return found, as_html(found)
+
+
+def gallery_page(frames: jinja2.Environment, out: Path) -> BeautifulSoup:
+    """The gallery as the body of a page; the examples' own pages become files of the site."""
+    (out / "gallery").mkdir()
+    examples = {}
+    for file in sorted((ROOT / "data" / "gallery").glob("*.json")):
+        examples[file.stem], page = example(file)
+        (out / "gallery" / f"{file.stem}.html").write_text(page, encoding="utf8")
+        shutil.copyfile(file, out / "gallery" / file.name)
+    text = frames.get_template("gallery.md.j2").render(examples=examples)
+    return finished(markdown2html_mistune(text))
 
 
 def sentences(paragraph: Tag) -> list[str]:
@@ -205,6 +231,7 @@ def build(notebooks: Path, figures: Path, out: Path) -> None:
     read = {file: nbformat.read(file, as_version=4) for file in files}
     contents = [("index.html", "The finding")]
     contents += [(f"{file.stem}.html", title_of(file, notebook)) for file, notebook in read.items()]
+    contents.append(GALLERY)
     environment = jinja2.Environment(loader=jinja2.FileSystemLoader(HERE), autoescape=False)
     frame = environment.get_template("page.html.j2")
     pages = {"index.html": readme_page(out)}
@@ -213,6 +240,7 @@ def build(notebooks: Path, figures: Path, out: Path) -> None:
     for file, notebook in read.items():
         body, _ = exporter.from_notebook_node(with_figure_files(notebook, figures, out))
         pages[f"{file.stem}.html"] = finished(body)
+    pages[GALLERY[0]] = gallery_page(environment, out)
     explain(pages)
     bodies = {name: str(page) for name, page in pages.items()}
     for name, page in pages.items():
