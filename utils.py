@@ -71,14 +71,13 @@ from deltarank.study.plan import (
     cut_until,
     embedding_configs,
     full_configs,
-    larger_scale,
     lora_configs,
     lora_until,
     production_configs,
     scaling_configs,
     warmup_configs,
 )
-from deltarank.study.profiles import ALL_TASKS, LORA_ALPHA, PAIR_TIMES, PROFILES, Profile, profile
+from deltarank.study.profiles import PAIR_TIMES, PLANTED_RANKS, PROFILES, profile
 from deltarank.study.runs import (
     Result,
     example_update,
@@ -89,7 +88,7 @@ from deltarank.study.runs import (
     sweep,
     updates,
 )
-from deltarank.study.search import best_lr, lr_between, lr_search, tuned
+from deltarank.study.search import coarse_search, coarsely_tuned, lr_between, lr_search, tuned
 from deltarank.study.tables import (
     bootstrap_interval,
     by_part,

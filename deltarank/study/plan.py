@@ -3,19 +3,17 @@
 from __future__ import annotations
 
 import dataclasses
-import functools
 import itertools
 import math
-from collections.abc import Callable
 
 import pandas as pd
 
 from deltarank.study.configs import RunConfig
 from deltarank.study.cuts import cut
 from deltarank.study.gains import gain_kept
-from deltarank.study.profiles import LORA_ALPHA, PROFILES, profile
-from deltarank.study.runs import Result, run, sweep
-from deltarank.study.search import best_lr, coarse_search, lr_between, tuned
+from deltarank.study.profiles import LORA_ALPHA, PROFILES, middle, profile
+from deltarank.study.runs import Result, run
+from deltarank.study.search import coarsely_tuned, tuned
 from deltarank.study.tasks import TASKS
 
 
@@ -45,11 +43,11 @@ def warmup_configs() -> list[RunConfig]:
     The runs at the middle rate have every held-out row scored.
     """
     first, found = profile().seeds[:1], []
-    for task, (low, middle, high) in profile().warmup_lrs:
-        for lr, seeds in ((middle, profile().seeds), (low, first), (high, first)):
+    for task, (low, medium, high) in profile().warmup_lrs:
+        for lr, seeds in ((medium, profile().seeds), (low, first), (high, first)):
             for warmup, seed in itertools.product(profile().warmups, seeds):
                 config = profile().config(task, lr=lr, warmup=warmup, seed=seed)
-                found.append(scored_whole(config) if lr == middle else config)
+                found.append(scored_whole(config) if lr == medium else config)
     return found
 
 
@@ -63,12 +61,12 @@ def scored_whole(config: RunConfig) -> RunConfig:
 def again_configs() -> list[tuple[RunConfig, RunConfig]]:
     """Runs of the profile's again_tasks, each beside the same run with every row scored.
 
-    Full fine-tuning and LoRA of the middle rank, with every seed.  The first of a pair come from
-    several processors, the second from one.
+    Full fine-tuning and LoRA of the middle rank, with every seed, at the rates of the coarse
+    search.  The first of a pair come from several processors, the second from one.
     """
-    ranks = (0, sorted(profile().lora_ranks)[len(profile().lora_ranks) // 2])
+    ranks = (0, middle(profile().lora_ranks))
     grid = itertools.product(profile().again_tasks, ranks, profile().seeds)
-    runs = [tuned(t, "lora" if rank else "full", rank=rank, seed=seed) for t, rank, seed in grid]
+    runs = [coarsely_tuned(task, rank=rank, seed=seed) for task, rank, seed in grid]
     return [(config, scored_whole(config)) for config in runs]
 
 
@@ -79,7 +77,7 @@ def floor_configs(task: str) -> list[RunConfig]:
     """
     seed = profile().seeds[0]
     ranks = (0, min(profile().lora_ranks))
-    return [_coarsely_tuned(task, rank, seed=seed, permuted=True) for rank in ranks]
+    return [coarsely_tuned(task, rank=rank, seed=seed, permuted=True) for rank in ranks]
 
 
 def production_configs() -> list[RunConfig]:
@@ -91,16 +89,6 @@ def production_configs() -> list[RunConfig]:
     ]
 
 
-def _coarsely_tuned(task: str, rank: int, **changes) -> RunConfig:
-    """A run at the rate that the coarse search finds for its task.
-
-    LoRA of this rank, full fine-tuning at rank 0.
-    """
-    method = "lora" if rank else "full"
-    lr = best_lr(coarse_search(task, method, rank=rank))
-    return profile().config(task, method, rank=rank, lr=lr, **changes)
-
-
 def embedding_configs() -> list[RunConfig]:
     """Full fine-tuning with the embedding trained too, beside the same with it frozen."""
     return [tuned(task, train_embedding=True) for task in profile().embedding_tasks]
@@ -108,8 +96,8 @@ def embedding_configs() -> list[RunConfig]:
 
 SCALES: dict[str, dict] = {  # name: the fields of RunConfig that set it
     f"α / r, α = {LORA_ALPHA:g}": {},
-    f"α / √r, α = {LORA_ALPHA:g}": {"rslora": True},
     f"α / r, α = {8 * LORA_ALPHA:g}": {"alpha": 8 * LORA_ALPHA},
+    f"α / √r, α = {LORA_ALPHA:g}": {"rslora": True},
 }
 
 
@@ -135,21 +123,13 @@ def scaling_configs() -> dict[str, list[RunConfig]]:
     return found
 
 
-def larger_scale(*, rank: int, seed: int) -> RunConfig:
-    """LoRA of the facts by the last of SCALES, at the best rate of its rank or one between."""
-    name, fields = list(SCALES.items())[-1]
-    results = sweep(scaling_configs()[name])
-    tried = itertools.groupby(results, lambda result: result.config.rank)
-    lr = lr_between({r: best_lr(list(group)) for r, group in tried}, rank)
-    config = profile().config("facts", "lora", rank=rank, lr=lr, **fields)
-    same = (r.config for r in results if _learns_as(r.config) == _learns_as(config))
-    return dataclasses.replace(next(same, config), seed=seed)
-
-
 def budget_configs() -> list[RunConfig]:
-    """The profile's budget_runs with each of its budgets of steps and every seed."""
+    """The profile's budget_runs with each of its budgets of steps and every seed.
+
+    At the rate of the coarse search, LoRA with the alpha common to all tasks.
+    """
     return [
-        tuned(task, "lora" if rank else "full", rank=rank, seed=seed, steps=n * profile().steps)
+        coarsely_tuned(task, rank=rank, seed=seed, steps=n * profile().steps)
         for task, rank in profile().budget_runs
         for n in profile().budgets
         for seed in profile().seeds
@@ -172,25 +152,23 @@ def cut_until(config: RunConfig, share: float) -> pd.DataFrame:
         ranks.append(2 * ranks[-1])
 
 
-def lora_until(
-    full: RunConfig,
-    share: float,
-    *,
-    start: RunConfig | None = None,
-    recipe: Callable[..., RunConfig] | None = None,
-) -> list[Result]:
+def lora_until(full: RunConfig, share: float, *, start: RunConfig | None = None) -> list[Result]:
     """LoRA of a full run's task and seed; the rank doubles until `share` of its gain is reached.
 
-    From the lowest of the profile's ranks to the highest.  The gain is that in held-out loss from
-    `start`, by default the base model.  recipe(rank=, seed=) gives a rank's configuration, by
-    default that of `tuned`.  The last run is the first that reaches the share, or the largest.
+    From the lowest of the profile's ranks to the highest, each by `tuned`.  The gain is that in
+    held-out loss from `start`, by default the base model; the share has to be reached on the rows
+    of "valid" and of "test" alike, so that luck with some rows ends no ladder.  The last run is the
+    first that reaches it, or the largest.
     """
-    recipe = recipe or functools.partial(tuned, full.task, "lora")
     sizes = PROFILES[full.profile]
-    base, end = run(start or sizes.config(full.task, "base")).loss(), run(full).loss()
+    ends = run(start or sizes.config(full.task, "base")), run(full)
     rank, kept, found = min(sizes.lora_ranks), -math.inf, []
     while rank <= max(sizes.lora_ranks) and kept < share:
-        found.append(run(recipe(rank=rank, seed=full.seed)))
-        kept = gain_kept(found[-1].loss(), base, end)
+        lora = run(tuned(full.task, "lora", rank=rank, seed=full.seed))
+        by_split = (
+            gain_kept(lora.loss(s), *(end.loss(s) for end in ends)) for s in ("valid", "test")
+        )
+        kept = min(by_split)
+        found.append(lora)
         rank *= 2
     return found

@@ -5,17 +5,22 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TypeVar
 
 from deltarank.checks import require
 from deltarank.runtime import ROOT, build_folder, profile_name, venue
 from deltarank.study.configs import RunConfig
 from deltarank.study.models import GEMMA, TINY
 
-# Written by `RECORD=yes make bench`: time and memory of pairs (notebook 8) and of `make report`.
+Number = TypeVar("Number", int, float)
+
+# Written by `RECORD=yes make bench`: time and memory of pairs, what tools say of a planted rank
+# (both in notebook 8), and time and memory of `make report`.
 PAIR_TIMES = ROOT / "data" / "bench_pairs.csv"
+PLANTED_RANKS = ROOT / "data" / "bench_planted.csv"
 REPORT_TIMES = ROOT / "data" / "bench_report.csv"
 ALL_TASKS = ("pirate", "json", "kjv", "sentiment", "facts", "arithmetic", "sorbian", "code", "mix")
-LORA_ALPHA = 32.0  # one alpha at all ranks
+LORA_ALPHA = 32.0  # at all ranks, but in the alpha_tasks of a profile
 
 
 @dataclass(frozen=True)
@@ -32,7 +37,9 @@ class Profile:
     eval_rows: int = 256  # held-out rows scored
     generate_rows: int = 64  # of those, rows answered by free generation where the metric needs it
     cut_ranks: tuple[int, ...] = (0, 1, 8, 64)  # 0 keeps only what is outside the matrices
-    control_ranks: tuple[int, ...] = (8,)  # each part of CUT_PARTS is cut to these, first seed
+    control_ranks: tuple[int, ...] = (8,)  # each part of CUT_PARTS is cut to these, first seed ...
+    # ... and each of LENGTH_PARTS in these tasks.
+    length_tasks: tuple[str, ...] = ("json", "kjv", "sentiment", "facts", "arithmetic", "sorbian")
     lora_tasks: tuple[str, ...] = ALL_TASKS
     lora_ranks: tuple[int, ...] = (1, 8, 64)  # of every task, first seed; lora_until has others
     # Tasks in which the directions of LoRA are compared with those of full fine-tuning.
@@ -41,6 +48,9 @@ class Profile:
     full_lrs: tuple[float, ...] = (3e-6, 1e-5, 3e-5, 1e-4, 3e-4, 1e-3, 3e-3)
     lora_lrs: tuple[float, ...] = (3e-5, 1e-4, 3e-4, 1e-3, 3e-3, 1e-2)
     fine_tasks: tuple[str, ...] = ()  # whose rates are searched finer, once those runs are stored
+    # Tasks in which a low rank falls short: their LoRAs take the best of these alphas.
+    alpha_tasks: tuple[str, ...] = ()
+    lora_alphas: tuple[float, ...] = (LORA_ALPHA, 8 * LORA_ALPHA)
     # Tasks whose full fine-tuning is tried with and without warm-up, each at these rates.
     warmup_lrs: tuple[tuple[str, tuple[float, float, float]], ...] = (
         ("facts", (1e-4, 1.7e-4, 3e-4)),
@@ -111,13 +121,13 @@ class Profile:
         sizes |= dict(dict(self.own_sizes).get(task, ()))
         recipes: dict[str, dict] = {
             "base": {"steps": 0},
-            "full": {"lr": _middle(self.full_lrs)},
-            "lora": {"lr": _middle(self.lora_lrs), "alpha": LORA_ALPHA},
+            "full": {"lr": middle(self.full_lrs)},
+            "lora": {"lr": middle(self.lora_lrs), "alpha": LORA_ALPHA},
         }
         return RunConfig(task=task, method=method, **(sizes | recipes[method] | changes))
 
 
-def _middle(values: Sequence[float]) -> float:
+def middle(values: Sequence[Number]) -> Number:
     """The middle one; of two the larger."""
     return sorted(values)[len(values) // 2]
 
@@ -136,6 +146,7 @@ PROFILES = {
         lora_tasks=("sentiment", "facts"),
         lora_ranks=(1, 4, 8),
         direction_tasks=("sentiment", "facts"),
+        length_tasks=("sentiment", "facts"),
         full_lrs=(1e-4, 1e-3),
         seeds=(0, 1),
         lora_lrs=(1e-3, 1e-2),
@@ -179,7 +190,7 @@ PROFILES = {
         heal_tasks=(),
         compile=False,  # takes longer than it saves on so few steps
     ),
-    "paper": Profile("paper"),
+    "paper": Profile("paper", fine_tasks=("facts",), alpha_tasks=("facts",)),
 }
 
 

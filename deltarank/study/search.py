@@ -1,4 +1,4 @@
-"""Learning rates: searched for every task, method and rank, coarse and fine."""
+"""Learning rates and alphas: searched for every task, method and rank, coarse and fine."""
 
 from __future__ import annotations
 
@@ -11,17 +11,18 @@ import numpy as np
 
 from deltarank.checks import require
 from deltarank.study.configs import RunConfig
-from deltarank.study.profiles import profile
+from deltarank.study.profiles import LORA_ALPHA, middle, profile
 from deltarank.study.runs import Result, sweep
 
 
-def lr_search(task: str, method: str = "full", **recipe) -> list[Result]:
-    """The runs that choose a task's learning rate, by ascending rate; recipe: rank=, alpha=.
+def lr_search(task: str, method: str = "full", *, rank: int = 0) -> list[Result]:
+    """The runs that choose a task's learning rate, by ascending rate; a LoRA has best_alpha.
 
     In the profile's fine_tasks, where a low rank falls short or one seed misleads, the climb goes
     on from the best rate of coarse_search over finer(rates), each with every seed, for full
     fine-tuning and LoRA alike.
     """
+    recipe = {"rank": rank} | _scale(task, method)
     coarse = coarse_search(task, method, **recipe)
     if task not in profile().fine_tasks:
         return coarse
@@ -29,11 +30,30 @@ def lr_search(task: str, method: str = "full", **recipe) -> list[Result]:
     return _climb(make, profile().seeds, finer(_rates(method)), best_lr(coarse))
 
 
+def _scale(task: str, method: str) -> dict[str, float]:
+    """The field of RunConfig that a LoRA of the task has beyond its rank and rate."""
+    return {"alpha": best_alpha(task)} if method == "lora" else {}
+
+
 def coarse_search(task: str, method: str = "full", **recipe) -> list[Result]:
-    """The runs of a climb over the profile's rates from their middle, with the first seed."""
+    """The runs of a climb over the profile's rates from their middle, with the first seed.
+
+    recipe: rank= and alpha= of a LoRA.
+    """
     rates = _rates(method)
     make = functools.partial(profile().config, task, method, **recipe)
-    return _climb(make, profile().seeds[:1], rates, rates[len(rates) // 2])
+    return _climb(make, profile().seeds[:1], rates, middle(rates))
+
+
+def coarsely_tuned(task: str, *, rank: int = 0, alpha: float = LORA_ALPHA, **changes) -> RunConfig:
+    """The configuration at the best rate of coarse_search: LoRA of this rank and alpha, 0 is full.
+
+    What is compared with other runs of one seed and few rates takes it, and so no finer search.
+    """
+    method = "lora" if rank else "full"
+    recipe = {"rank": rank, "alpha": alpha} if rank else {}
+    lr = best_lr(coarse_search(task, method, **recipe))
+    return profile().config(task, method, lr=lr, **recipe | changes)
 
 
 def _rates(method: str) -> list[float]:
@@ -89,20 +109,30 @@ def best_lr(results: Sequence[Result]) -> float:
     return min(finished, key=finished.__getitem__)
 
 
-def tuned(
-    task: str, method: str = "full", *, rank: int = 0, alpha: float | None = None, **changes
-) -> RunConfig:
+def tuned(task: str, method: str = "full", *, rank: int = 0, **changes) -> RunConfig:
     """The configuration at the task's best learning rate; runs what of lr_search is not stored.
 
-    A LoRA whose rank is none of the profile's takes a rate between theirs, by lr_between; one with
-    an alpha of its own is searched with it.
+    A LoRA has best_alpha.  One whose rank is none of the profile's takes a rate between theirs, by
+    lr_between.
     """
-    scale: dict = {} if alpha is None else {"alpha": alpha}
     searched = profile().lora_ranks if method == "lora" else (0,)
     near = {rank} if rank in searched else set(searched)
-    best = {r: best_lr(lr_search(task, method, rank=r, **scale)) for r in sorted(near)}
-    recipe = {"rank": rank, "lr": lr_between(best, rank)} | scale | changes
-    return profile().config(task, method, **recipe)
+    best = {r: best_lr(lr_search(task, method, rank=r)) for r in sorted(near)}
+    recipe = {"rank": rank, "lr": lr_between(best, rank)} | _scale(task, method)
+    return profile().config(task, method, **recipe | changes)
+
+
+def best_alpha(task: str) -> float:
+    """The alpha of a task's LoRAs: in the profile's alpha_tasks the one of lora_alphas that wins.
+
+    By the lowest held-out loss (split "valid") that coarse_search finds at the middle rank, with
+    the first seed; the first of equal ones.
+    """
+    if task not in profile().alpha_tasks:
+        return LORA_ALPHA
+    rank = middle(profile().lora_ranks)
+    tried = [coarsely_tuned(task, rank=rank, alpha=alpha) for alpha in profile().lora_alphas]
+    return min(sweep(tried), key=lambda result: result.loss("valid")).config.alpha
 
 
 def lr_between(best: dict[int, float], rank: int) -> float:

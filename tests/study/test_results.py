@@ -115,9 +115,9 @@ def ask_for_runs_and_cuts(full):
         for by in ("loss", "score"):
             lora_by_skill(full, by)
     if full.task == "facts":
-        plan.lora_until(full, 0.95, recipe=plan.larger_scale)
-        ranks = profile().scaling_ranks
-        runs.sweep([plan.larger_scale(rank=rank, seed=full.seed) for rank in ranks])
+        scales = itertools.product(profile().scaling_ranks, profile().lora_alphas)
+        runs.sweep([search.coarsely_tuned("facts", rank=r, alpha=a, seed=full.seed)
+                    for r, a in scales])  # fmt: skip
 
 
 def ask_for_controls():
@@ -131,28 +131,25 @@ def ask_for_controls():
 def look_for_what_is_being_gathered():
     """Look for runs that answer the next questions, of which not all are there yet.
 
-    Those of the facts' finer search: both neighbours of a rate, half a step of the grid away.
+    Those that choose between two alphas, at the middle rank.
     """
-    rates = search.finer(sorted(profile().full_lrs + profile().lora_lrs))
-    recipes = [("full", {}), ("lora", {"rank": 1})]
-    recipes += [("lora", {"rank": rank, "alpha": 256.0}) for rank in (8, 64)]
-    for (method, recipe), lr, seed in itertools.product(recipes, rates, profile().seeds):
-        runs.stored(profile().config("facts", method, lr=lr, seed=seed, **recipe))
+    for task, lr in itertools.product(profile().lora_tasks, profile().lora_lrs):
+        runs.stored(profile().config(task, "lora", rank=8, alpha=256.0, lr=lr))
 
 
 def ask_for_the_rate_between():
     """Ask for notebook 5's run of the King James at a rate between those of ranks 1 and 64."""
     ends = {rank: search.tuned("kjv", "lora", rank=rank).lr for rank in (1, 64)}
-    runs.run(profile().config("kjv", "lora", rank=8, lr=plan.lr_between(ends, 8)))
+    runs.run(profile().config("kjv", "lora", rank=8, lr=search.lr_between(ends, 8)))
 
 
 def pairs_to_compare():
-    """The pairs of runs whose directions the report compares."""
-    sizes = profile()
-    groups = [[search.tuned(t, seed=seed) for seed in sizes.seeds] for t in sizes.lora_tasks]
-    groups.append([search.tuned(task) for task in sizes.lora_tasks])
+    """The pairs of runs whose directions the report compares, at the rates of the coarse search."""
+    sizes, run = profile(), search.coarsely_tuned
+    groups = [[run(task, seed=seed) for seed in sizes.seeds] for task in sizes.lora_tasks]
+    groups.append([run(task) for task in sizes.lora_tasks])
     for task in sizes.direction_tasks:
-        groups.append([search.tuned(task, "lora", rank=min(sizes.lora_ranks)), search.tuned(task)])
+        groups.append([run(task, rank=min(sizes.lora_ranks)), run(task)])
     return [pair for group in groups for pair in itertools.combinations(group, 2)]
 
 
@@ -181,6 +178,8 @@ def test_the_paper_is_rendered_without_training(monkeypatch, no_training, record
         ask_for_runs_and_cuts(config)
     for config in full[: len(profile().tasks)]:
         for part in cuts.CUT_PARTS:
+            cuts.cut(config, profile().control_ranks, part=part)
+        for part in cuts.LENGTH_PARTS if config.task in profile().length_tasks else ():
             cuts.cut(config, profile().control_ranks, part=part)
     ask_for_the_rate_between()
     ask_for_controls()

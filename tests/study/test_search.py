@@ -5,7 +5,7 @@ import dataclasses
 import pytest
 
 from deltarank.study.profiles import PROFILES, profile
-from deltarank.study.search import best_lr, lr_search, tuned
+from deltarank.study.search import best_alpha, best_lr, coarsely_tuned, lr_search, tuned
 
 
 @pytest.mark.parametrize(("low", "high", "lr"), [(1.0, 2.0, 1e-4), (2, 1, 1e-3), (3, None, 1e-4)])
@@ -59,9 +59,24 @@ def test_ranks_between_the_profiles_interpolate_their_learning_rates(losses):
     assert found == searched | {2: 3.2e-3}  # 10 ** -2.5, half way from rank 1 to rank 4
 
 
-def test_a_lora_with_an_alpha_of_its_own_is_searched_with_it(losses):
-    losses |= {(1, lr): lr for lr in (1e-3, 1e-2)}
-    assert tuned("facts", "lora", rank=1, alpha=256.0, seed=1) == profile().config(
-        "facts", "lora", rank=1, alpha=256.0, lr=1e-3, seed=1
-    )
-    assert {run.config.alpha for run in lr_search("facts", "lora", rank=1, alpha=256.0)} == {256.0}
+@pytest.mark.parametrize(("larger", "alpha"), [(3, 32.0), (2, 32.0), (1, 256.0)])
+def test_a_task_takes_the_alpha_of_the_lower_loss_at_the_middle_rank(
+    monkeypatch, losses, larger, alpha
+):
+    sizes = dataclasses.replace(PROFILES["smoke"], alpha_tasks=("facts",))
+    monkeypatch.setitem(PROFILES, "smoke", sizes)
+    losses |= {(r, lr): 2 for r in (1, 4) for lr in (1e-3, 1e-2)} | {(1, 1e-2): 1}
+    losses |= {(4, 1e-2, 32.0): None, (4, 1e-2, 256.0): larger, (1, 1e-2, 256.0): 9}
+    assert best_alpha("facts") == alpha
+    assert {run.config.alpha for run in lr_search("facts", "lora", rank=1)} == {alpha}
+    found = tuned("facts", "lora", rank=1, seed=1)
+    assert (found.alpha, found.lr, found.seed) == (alpha, 1e-2 if alpha == 32 else 1e-3, 1)
+    assert best_alpha("sentiment") == tuned("sentiment", "lora", rank=1).alpha == 32
+    assert coarsely_tuned("facts", rank=1).alpha == 32
+
+
+def test_a_finer_search_moves_no_coarsely_tuned_run(monkeypatch, losses):
+    wide = dataclasses.replace(PROFILES["smoke"], fine_tasks=("facts",))
+    monkeypatch.setitem(PROFILES, "smoke", wide)
+    losses |= {(0, 1e-4): 3, (0, 3.2e-4): 1, (0, 1e-3): 2}
+    assert (tuned("facts").lr, coarsely_tuned("facts").lr) == (3.2e-4, 1e-3)
