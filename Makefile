@@ -60,7 +60,7 @@ html: $(READY) ## build the report as a static site in build/html, from what is 
 	@$(SITE) notebooks figures $(BUILD)/html
 	@echo "Done. Open $(BUILD)/html/index.html"
 
-gallery: $(READY) ## inspect the site's three examples anew (an hour, where the cache has lost them)
+gallery: $(READY) ## inspect the site's three examples anew (trained again where the cache has lost them)
 	@$(BIN)/python notebooks/site/inspect_examples.py data/gallery
 
 test-browser: $(READY) ## test site and figures as readers see them (needs chromium: apt-get install chromium)
