@@ -152,16 +152,15 @@ def cut_until(config: RunConfig, share: float) -> pd.DataFrame:
         ranks.append(2 * ranks[-1])
 
 
-def lora_until(full: RunConfig, share: float, *, start: RunConfig | None = None) -> list[Result]:
+def lora_until(full: RunConfig, share: float) -> list[Result]:
     """LoRA of a full run's task and seed; the rank doubles until `share` of its gain is reached.
 
     From the lowest of the profile's ranks to the highest, each by `tuned`.  The gain is that in
-    held-out loss from `start`, by default the base model; the share has to be reached on the rows
-    of "valid" and of "test" alike, so that luck with some rows ends no ladder.  The last run is the
-    first that reaches it, or the largest.
+    held-out loss; the share has to be reached on the rows of "valid" and of "test" alike, so that
+    luck with some rows ends no ladder.  The last run is the first that reaches it, or the largest.
     """
     sizes = PROFILES[full.profile]
-    ends = run(start or sizes.config(full.task, "base")), run(full)
+    ends = run(sizes.config(full.task, "base")), run(full)
     rank, kept, found = min(sizes.lora_ranks), -math.inf, []
     while rank <= max(sizes.lora_ranks) and kept < share:
         lora = run(tuned(full.task, "lora", rank=rank, seed=full.seed))

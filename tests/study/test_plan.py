@@ -28,14 +28,14 @@ def test_a_format_floor_is_the_tuned_recipe_on_permuted_answers(losses):
 
 @pytest.fixture
 def ladder(monkeypatch):
-    """Runs whose loss falls from 5 (base) and 3 (shuffled labels) over LoRA's ranks towards 1.
+    """Runs whose loss falls from 5 (base) over LoRA's ranks towards 1.
 
     On the rows of each split; a test may change a rank's.
     """
     lora = {split: {1: 2.0, 2: 1.5, 4: 1.2, 8: 1.1} for split in ("valid", "test")}
 
     def result(config):
-        others = {"base": 5.0, "full": 3.0 if config.task == "shuffled" else 1.0}
+        others = {"base": 5.0, "full": 1.0}
         evaluation = {
             split: {"loss_nats": by_rank.get(config.rank) or others[config.method]}
             for split, by_rank in lora.items()
@@ -61,12 +61,6 @@ def test_lora_doubles_its_rank_until_it_reaches_the_share(ladder, share, ranks):
     found = lora_until(profile().config("sentiment", seed=1), share)
     assert [run.config.rank for run in found] == ranks
     assert {run.config.seed for run in found} == {1}
-
-
-def test_the_share_that_lora_is_to_reach_may_count_from_another_run(ladder):
-    config = profile().config
-    found = lora_until(config("sentiment"), 0.7, start=config("shuffled"))
-    assert [run.config.rank for run in found] == [1, 2]  # 50 and 75 % of the way from 3 to 1
 
 
 def test_scales_that_are_equal_share_their_runs(store):
