@@ -18,7 +18,7 @@ from deltarank.study.tasks import TASKS, task_sha256
 MEASUREMENT = 2
 GROWTH_ROWS = 64  # held-out rows scored in the midst of training
 KNOWN_VALUES = {
-    "method": ("base", "full", "lora"),
+    "method": ("base", "full", "lora", "tinylora"),
     "schedule": ("linear", "cosine", "constant"),
     "optimizer": ("adamw_torch_fused", "adamw_torch", "sgd"),
     "dtype": ("bfloat16", "float32"),
@@ -31,8 +31,11 @@ class RunConfig:
 
     method "base" is the untuned model (steps 0), "full" trains every parameter (the tied
     embedding only with `train_embedding`), "lora" trains rank-`rank` factors of every linear
-    layer, scaled by alpha / rank, or by alpha / sqrt(rank) with `rslora`.  `dtype` is the
-    autocast type of forward and backward passes; master weights and deltas are float32.
+    layer, scaled by alpha / rank, or by alpha / sqrt(rank) with `rslora`.  "tinylora" trains
+    `vector` numbers in all (arXiv 2602.04118, as in PEFT): it adds B R A to a matrix, where B A is
+    the base weight cut to rank `rank`, and R (rank, rank) the sum of fixed random matrices, each
+    times its number.  `layers` and `modules` say which linear layers have the adapter.  `dtype` is
+    the autocast type of forward and backward passes; master weights and deltas are float32.
     `profile` says in whose store results go, and is no part of what is run.
     Raises ValueError, naming field and cure, for values that cannot run.
     """
@@ -44,6 +47,9 @@ class RunConfig:
     alpha: float = 0.0
     rslora: bool = False
     rank_pattern: tuple[tuple[str, int], ...] = ()  # LoRA ranks that differ from `rank`, by module
+    layers: tuple[int, ...] = ()  # that carry the adapter, from 0 on; (): all of them
+    modules: tuple[str, ...] = ()  # that carry it, such as ("q_proj",); (): every linear layer
+    vector: int = 0  # how many numbers a TinyLoRA trains; its matrices share them
     lr: float = 0.0
     schedule: str = "linear"  # decay to zero
     warmup: float = 0.0  # share of the steps in which the rate first rises from zero
@@ -63,7 +69,7 @@ class RunConfig:
     profile: str = dataclasses.field(default_factory=profile_name, metadata={"identity": False})
 
     def __post_init__(self) -> None:
-        trained, lora = self.method != "base", self.method == "lora"
+        trained = self.method != "base"
         own = self.task.endswith(".jsonl") and Path(self.task).expanduser().exists()
         known = KNOWN_VALUES | ({} if own else {"task": (*sorted(TASKS), "a file.jsonl")})
         rules = {
@@ -78,9 +84,24 @@ class RunConfig:
                 f"a {self.method} run needs {'1 or more' if trained else '0'}",
             ),
             "lr": (not trained or 0 < self.lr < math.inf, "must be above 0, such as 5e-5"),
+            "train_embedding": (not self.train_embedding or self.method == "full", "only in full"),
+            "permuted": (trained or not self.permuted, "only in runs that train"),
+            "warmup": (0 <= self.warmup < 1, "must be 0 or more and below 1, such as 0.1"),
+            "max_grad_norm": (0 < self.max_grad_norm < math.inf, "must be above 0, such as 1"),
+            "generate_rows": (self.generate_rows >= 0, "must be 0 or more"),
+            "weight_decay": (0 <= self.weight_decay < math.inf, "must be 0 or more"),
+        }
+        for field, (holds, cure) in (rules | self._adapter_rules()).items():
+            require(holds, f"{field}={getattr(self, field)!r}: {cure}")
+
+    def _adapter_rules(self) -> dict[str, tuple[bool, str]]:
+        """Of each field of an adapter whether its value can run, and the cure."""
+        lora, tiny = self.method == "lora", self.method == "tinylora"
+        adapter = lora or tiny
+        return {
             "rank": (
-                self.rank >= 1 if lora else self.rank == 0,
-                f"a {self.method} run needs {'1 or more' if lora else '0'}",
+                self.rank >= 1 if adapter else self.rank == 0,
+                f"a {self.method} run needs {'1 or more' if adapter else '0'}",
             ),
             "alpha": (
                 0 < self.alpha < math.inf if lora else self.alpha == 0,
@@ -88,15 +109,19 @@ class RunConfig:
             ),
             "rslora": (lora or not self.rslora, "only in lora"),
             "rank_pattern": (lora or not self.rank_pattern, "only in lora"),
-            "train_embedding": (not self.train_embedding or self.method == "full", "only in full"),
-            "permuted": (trained or not self.permuted, "only in full and lora"),
-            "warmup": (0 <= self.warmup < 1, "must be 0 or more and below 1, such as 0.1"),
-            "max_grad_norm": (0 < self.max_grad_norm < math.inf, "must be above 0, such as 1"),
-            "generate_rows": (self.generate_rows >= 0, "must be 0 or more"),
-            "weight_decay": (0 <= self.weight_decay < math.inf, "must be 0 or more"),
+            "layers": (
+                _each_once(self.layers, adapter) and min(self.layers, default=0) >= 0,
+                "only in adapters: numbers from 0 on, each once, ascending, such as (3, 9)",
+            ),
+            "modules": (
+                _each_once(self.modules, adapter),
+                "only in adapters: names, each once, ascending, such as ('q_proj',)",
+            ),
+            "vector": (
+                self.vector >= 1 if tiny else self.vector == 0,
+                f"a {self.method} run needs {'1 or more' if tiny else '0'}",
+            ),
         }
-        for field, (holds, cure) in rules.items():
-            require(holds, f"{field}={getattr(self, field)!r}: {cure}")
 
     @property
     def recipe(self) -> dict:
@@ -137,3 +162,8 @@ class RunConfig:
         parts = [Path(self.task).stem, self.method] + ([f"r{self.rank}"] if self.rank else [])
         parts += ["permuted"] if self.permuted else []
         return "-".join([*parts, f"s{self.seed}", digest(self.identity)[:12]])
+
+
+def _each_once(values: tuple, allowed: bool) -> bool:
+    """Whether these are in order and each once, so that one choice has one key; or none."""
+    return not values or (allowed and values == tuple(sorted(set(values))))

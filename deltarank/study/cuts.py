@@ -28,7 +28,7 @@ LENGTH_PARTS = ("shrunk", "stretched", "tail-scaled")  # or only how long an upd
 def cut(
     config: RunConfig, ranks: Sequence[int], *, part: str = "head", label: str = ""
 ) -> pd.DataFrame:
-    """What is left of a full run when the update of every matrix is cut to rank r.
+    """What is left of a run when the update of every matrix is cut to rank r.
 
     part "head" keeps the r leading directions.  Controls of direction: "tail" keeps all but these,
     "rotated" puts their singular values along random directions, "sign" is the head of
@@ -86,7 +86,7 @@ def _evaluate_cuts(
     limit = max(min(weight.shape) for weight in matrices(model).values())
     given = [r for each in ranks for r in (each.values() if isinstance(each, dict) else [each])]
     require(min(given) >= 0 and max(given) <= limit, f"ranks={given}: must be 0 to {limit}")
-    W0 = {name: weight.detach().cpu().clone() for name, weight in matrices(model).items()}
+    W0 = {n: W.detach().cpu().clone() for n, W in matrices(model).items() if n in dW}
     generator = torch.Generator().manual_seed(0)
     factors = {name: _cut_factors(dW[name], max(given), part, generator) for name in W0}
     parameters = dict(model.named_parameters())

@@ -104,14 +104,16 @@ def directions(adapter: RunConfig, full: RunConfig, other: RunConfig) -> pd.Data
     moved: squared cosine of a and a0, 1 where training left it; moved_inputs: of R^T a and R^T a0;
     moved_inputs_chance: of R^T a0 and Gaussian directions (1 / n is moved's chance).
     """
-    require(adapter.rank == 1, f"{adapter.key}: of rank 1 a LoRA has one direction, not of more")
+    one = adapter.method == "lora" and adapter.rank == 1
+    require(one, f"{adapter.key}: a LoRA of rank 1 has one direction, other adapters have more")
     keys = [adapter.key, full.key, other.key]
 
     def compute() -> tuple[dict, None]:
         moments, a0, tables = _base_moments(full), _initial_directions(adapter), []
         lora, dW, dW_other = (updates(config) for config in (adapter, full, other))
         generator = torch.Generator().manual_seed(0)
-        for name, M in moments.items():
+        for name in [n for n in moments if n in a0]:
+            M = moments[name]
             random = torch.randn(len(M), DRAWS, generator=generator)
             lines = torch.cat([torch.stack([_one_direction(lora[name]), a0[name]], 1), random], 1)
             found = _compare(lines, dW[name], dW_other[name], M)

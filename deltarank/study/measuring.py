@@ -26,6 +26,7 @@ from deltarank.study.training import has_compiler, lora_layers, prepare, train
 
 if TYPE_CHECKING:  # PEFT is imported where it trains
     from peft.tuners.lora import LoraLayer
+    from peft.tuners.tinylora.layer import TinyLoraLayer
 
 
 def provenance(seconds: float) -> dict:
@@ -48,8 +49,17 @@ def provenance(seconds: float) -> dict:
     }
 
 
-def lora_factors(layer: LoraLayer) -> tuple[Tensor, Tensor, float]:
-    """B (m, r), A (r, n) and the scale of one LoRA layer, whose update is scale * B @ A."""
+def lora_factors(layer: LoraLayer | TinyLoraLayer) -> tuple[Tensor, Tensor, float]:
+    """B (m, r), A (r, n) and the scale of one adapted layer, whose update is scale * B @ A.
+
+    Of a TinyLoRA B is what is fixed on the left times R, the trained sum of its random matrices.
+    """
+    from peft.tuners.lora import LoraLayer
+
+    if not isinstance(layer, LoraLayer):
+        (v,) = layer.tinylora_v["default"].values()  # type: ignore[index]  # (u,), set by now
+        R = torch.einsum("i,ijk->jk", v.detach(), layer.tinylora_P["default"].to(v))  # (r, r)
+        return layer.tinylora_B["default"] @ R, layer.tinylora_A["default"], 1.0
     B, A = (part["default"].weight.detach() for part in (layer.lora_B, layer.lora_A))
     return B, A, layer.scaling["default"]
 
@@ -145,10 +155,14 @@ def _growth(config: RunConfig, model: nn.Module, W0: dict[str, Tensor]) -> dict:
 def measure_update(
     config: RunConfig, model: nn.Module, W0: dict[str, Tensor]
 ) -> tuple[dict[str, Tensor], dict[str, list[int]], dict[str, float]]:
-    """S and shape of every matrix's update, a full run's squared norms; puts it into the cache."""
+    """S and shape of every update, a full run's squared norms; puts the updates into the cache.
+
+    Of an adapter on some matrices only these have an entry: what was not trained has no spectrum,
+    and zeros would pull every median over the matrices towards a rank that none of them has.
+    """
     if config.method == "base":
         return {}, {}, {}
-    if config.method == "lora":
+    if config.method != "full":
         factors = {name: lora_factors(layer) for name, layer in lora_layers(model).items()}
         scaled = {f"{n}.B": scale * B for n, (B, _, scale) in factors.items()}
         _keep_update(config, scaled | {f"{n}.A": A for n, (_, A, _) in factors.items()})
@@ -161,7 +175,7 @@ def measure_update(
 
 
 def _keep_update(config: RunConfig, update: dict[str, Tensor]) -> None:
-    """Put an update into the cache, whole or not at all: dW of a full run, a LoRA's factors."""
+    """Put an update into the cache, whole or not at all: dW of a full run, an adapter's factors."""
     from safetensors.torch import save_file
 
     part = delta_file(config).with_suffix(f".{os.getpid()}")
@@ -173,5 +187,5 @@ def estimated_seconds(config: RunConfig) -> float:
     """A rough cost on two cores, to plan by: seconds a step by method, and the evaluation."""
     if config.model == TINY:
         return 1.0 + 0.05 * config.steps
-    step = {"base": 0.0, "full": 1.2, "lora": 1.0}[config.method]
+    step = {"base": 0.0, "full": 1.2, "lora": 1.0, "tinylora": 1.0}[config.method]
     return 15 + 0.1 * config.eval_rows + step * config.steps * config.batch_size / 16

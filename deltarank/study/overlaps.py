@@ -18,7 +18,7 @@ OVERLAP_RANKS = (1, 2, 3, 4, 6, 8, 12, 16, 24, 32, 48, 64, 96, 128)
 
 
 def overlaps(first: RunConfig, second: RunConfig) -> pd.DataFrame:
-    """subspace_overlap of two runs' updates, one line a matrix and rank; stored.
+    """subspace_overlap of two runs' updates, one line a matrix of both and rank; stored.
 
     A LoRA has no more directions than its rank; beyond, all it has are compared with the r of the
     other run: the share of them that lies in its r leading ones.
@@ -29,7 +29,9 @@ def overlaps(first: RunConfig, second: RunConfig) -> pd.DataFrame:
 
     def compute() -> tuple[dict, dict[str, Tensor]]:
         one, other = _leading_subspaces(first), _leading_subspaces(second)
-        found = {name: _overlaps(vectors, other[name]) for name, vectors in one.items()}
+        found = {
+            name: _overlaps(vectors, other[name]) for name, vectors in one.items() if name in other
+        }
         return {"runs": [first.key, second.key]}, found
 
     folder = entry_folder(first, "overlaps", f"{first.key}--{second.key}")

@@ -20,6 +20,7 @@ PAIR_TIMES = ROOT / "data" / "bench_pairs.csv"
 PLANTED_RANKS = ROOT / "data" / "bench_planted.csv"
 REPORT_TIMES = ROOT / "data" / "bench_report.csv"
 ALL_TASKS = ("pirate", "json", "kjv", "sentiment", "facts", "arithmetic", "sorbian", "code", "mix")
+Number = TypeVar("Number", int, float)
 LORA_ALPHA = 32.0  # at all ranks, but in the alpha_tasks of a profile
 
 
@@ -47,6 +48,15 @@ class Profile:
     # A task, and of LoRA each of its lora_ranks, takes the rate of the lowest held-out loss.
     full_lrs: tuple[float, ...] = (3e-6, 1e-5, 3e-5, 1e-4, 3e-4, 1e-3, 3e-3)
     lora_lrs: tuple[float, ...] = (3e-5, 1e-4, 3e-4, 1e-3, 3e-3, 1e-2)
+    # Adapters below rank 1 on all layers (see sizes.ladder): TinyLoRA of these many numbers, and
+    # LoRA of rank 1 on so many layers, evenly spaced, and on one module of every layer.
+    tiny_rank: int = 4
+    tiny_vectors: tuple[int, ...] = (16, 128, 1024)
+    tiny_lrs: tuple[float, ...] = (1e-3, 3e-3, 1e-2, 3e-2, 1e-1)
+    sparse_layers: tuple[int, ...] = (1, 3, 6, 9)
+    sparse_modules: tuple[str, ...] = ("q_proj",)
+    # Tasks with a LoRA of rank 1 on so many layers, in turn at each of sizes.PLACES.
+    place_runs: tuple[tuple[str, int], ...] = (("kjv", 3), ("arithmetic", 3))
     fine_tasks: tuple[str, ...] = ()  # whose rates are searched finer, once those runs are stored
     # Tasks in which a low rank falls short: their LoRAs take the best of these alphas.
     alpha_tasks: tuple[str, ...] = ()
@@ -123,6 +133,7 @@ class Profile:
             "base": {"steps": 0},
             "full": {"lr": middle(self.full_lrs)},
             "lora": {"lr": middle(self.lora_lrs), "alpha": LORA_ALPHA},
+            "tinylora": {"lr": middle(self.tiny_lrs)},
         }
         return RunConfig(task=task, method=method, **(sizes | recipes[method] | changes))
 
@@ -150,6 +161,11 @@ PROFILES = {
         full_lrs=(1e-4, 1e-3),
         seeds=(0, 1),
         lora_lrs=(1e-3, 1e-2),
+        tiny_rank=2,
+        tiny_vectors=(8, 32),
+        tiny_lrs=(1e-2, 1e-1),
+        sparse_layers=(1,),
+        place_runs=(("facts", 1),),
         own_sizes=(),
         production_lrs=(),
         warmup_lrs=(("facts", (1e-4, 1e-3, 1e-2)),),
@@ -179,6 +195,11 @@ PROFILES = {
         direction_tasks=(),
         full_lrs=(1e-4,),
         lora_lrs=(1e-3,),
+        tiny_vectors=(128,),
+        tiny_lrs=(1e-2,),
+        sparse_layers=(3,),
+        sparse_modules=(),
+        place_runs=(),
         seeds=(0,),
         own_sizes=(),
         production_lrs=(),

@@ -107,7 +107,8 @@ def _measure_one(config: RunConfig, label: str) -> tuple[RunConfig, tuple]:
 def updates(config: RunConfig) -> dict[str, Tensor]:
     """dW of every trained parameter, float32; trained again when it is not in the cache.
 
-    Of LoRA that is scale * B @ A of every matrix.  Another processor rounds otherwise, and training
+    Of an adapter that is scale * B @ A of every matrix that it is on, and no entry of the others.
+    Another processor rounds otherwise, and training
     amplifies it: warns where what was trained again is not the update that was stored.
     """
     from safetensors.torch import load_file
@@ -117,7 +118,7 @@ def updates(config: RunConfig) -> dict[str, Tensor]:
         _train_again(config)
     require(delta_file(config).exists(), f"{config.key} diverged: it has no deltas")
     kept = load_file(delta_file(config))
-    if config.method == "lora":
+    if config.method != "full":
         return {
             n.removesuffix(".B"): B @ kept[f"{n[:-1]}A"] for n, B in kept.items() if n[-1] == "B"
         }
@@ -166,7 +167,7 @@ def example_update(config: RunConfig) -> tuple[str, Tensor]:
 
 
 def run_model(config: RunConfig) -> nn.Module:
-    """The model of a run: the base with its update, a LoRA's merged."""
+    """The model of a run: the base with its update, an adapter's merged."""
     dW = updates(config) if config.method != "base" else {}
     model = load_model(config.model)
     with torch.no_grad():

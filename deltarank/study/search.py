@@ -15,14 +15,15 @@ from deltarank.study.profiles import LORA_ALPHA, middle, profile
 from deltarank.study.runs import Result, sweep
 
 
-def lr_search(task: str, method: str = "full", *, rank: int = 0) -> list[Result]:
+def lr_search(task: str, method: str = "full", *, rank: int = 0, **place) -> list[Result]:
     """The runs that choose a task's learning rate, by ascending rate; a LoRA has best_alpha.
 
+    place: layers=, modules= or vector= of an adapter below rank 1 on all layers.
     In the profile's fine_tasks, where a low rank falls short or one seed misleads, the climb goes
     on from the best rate of coarse_search over finer(rates), each with every seed, for full
     fine-tuning and LoRA alike.
     """
-    recipe = {"rank": rank} | _scale(task, method)
+    recipe = {"rank": rank} | place | _scale(task, method)
     coarse = coarse_search(task, method, **recipe)
     if task not in profile().fine_tasks:
         return coarse
@@ -38,7 +39,7 @@ def _scale(task: str, method: str) -> dict[str, float]:
 def coarse_search(task: str, method: str = "full", **recipe) -> list[Result]:
     """The runs of a climb over the profile's rates from their middle, with the first seed.
 
-    recipe: rank= and alpha= of a LoRA.
+    recipe: rank=, alpha=, layers=, modules= or vector= of an adapter.
     """
     rates = _rates(method)
     make = functools.partial(profile().config, task, method, **recipe)
@@ -58,7 +59,9 @@ def coarsely_tuned(task: str, *, rank: int = 0, alpha: float = LORA_ALPHA, **cha
 
 def _rates(method: str) -> list[float]:
     """The learning rates that the profile has for a method, ascending."""
-    return sorted(profile().lora_lrs if method == "lora" else profile().full_lrs)
+    sizes = profile()
+    grids = {"full": sizes.full_lrs, "lora": sizes.lora_lrs, "tinylora": sizes.tiny_lrs}
+    return sorted(grids[method])
 
 
 def _climb(

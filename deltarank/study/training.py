@@ -13,8 +13,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
+from deltarank.checkpoints import layer_and_module
 from deltarank.checks import require
 from deltarank.runtime import device, progress
 from deltarank.study.configs import RunConfig
@@ -23,7 +24,9 @@ from deltarank.study.models import load_model, load_tokenizer, matrices
 from deltarank.study.tasks import a_line_each, encode, load_split, pack, permute_answers
 
 if TYPE_CHECKING:  # PEFT is imported where it trains
+    from peft import PeftConfig
     from peft.tuners.lora import LoraLayer
+    from peft.tuners.tinylora.layer import TinyLoraLayer
 
 GRAPHS = 64  # compiled graphs of a layer in one process: one for every LoRA rank of a long sweep
 
@@ -37,9 +40,10 @@ def has_compiler() -> bool:
 def prepare(config: RunConfig) -> nn.Module:
     """The model that `config` trains: parameters frozen or adapters added, layers compiled.
 
-    Raises ValueError for a rank above the smallest matrix, and for a model whose loss is not ours.
+    Raises ValueError as adapted_matrices does, for a rank above the smallest matrix, and for a
+    model whose loss is not ours.
     """
-    from peft import LoraConfig, get_peft_model
+    from peft import get_peft_model
 
     model = load_model(config.model)
     smallest = min(matrices(model).values(), key=lambda weight: min(weight.shape))
@@ -51,21 +55,68 @@ def prepare(config: RunConfig) -> nn.Module:
     require_own_loss(model)
     model.get_input_embeddings().weight.requires_grad_(config.train_embedding)
     layers = next(m for m in model.modules() if isinstance(m, nn.ModuleList))
-    if config.method == "lora":
+    if config.method in ("lora", "tinylora"):
         torch.manual_seed(config.seed)
-        lora = LoraConfig(
-            r=config.rank,
-            lora_alpha=config.alpha,  # type: ignore[arg-type]  # PEFT says int, any number will do
-            use_rslora=config.rslora,
-            rank_pattern=dict(config.rank_pattern),
-            target_modules="all-linear",
-        )
         with quiet_peft():
-            model = get_peft_model(model, lora)
-    if config.compile and has_compiler() and not config.rank_pattern:
+            model = get_peft_model(model, _adapter(config, model))
+    # What is told apart by more than its weights would be compiled layer by layer.
+    alike = not config.rank_pattern and config.method != "tinylora"
+    if config.compile and has_compiler() and alike:
         for layer in layers:  # one small graph, shared by all layers and lengths of a batch
             layer.compile(dynamic=True, recompile_limit=GRAPHS)
     return model
+
+
+def adapted_matrices(config: RunConfig, model: nn.Module) -> dict[str, Tensor]:
+    """The matrices that an adapter is on, by parameter name: those of `layers` and of `modules`.
+
+    Raises ValueError for a layer or module that the model lacks, naming those it has, and for more
+    numbers of a TinyLoRA than its matrices tell apart.
+    """
+    places = {name: layer_and_module(name) for name in matrices(model)}
+    layers = {layer for layer, _ in places.values()}
+    modules = {module for _, module in places.values()}
+    last, known = max(layers), ", ".join(sorted(modules))
+    for layer in config.layers:
+        require(layer in layers, f"layers={config.layers}: {config.model} has layers 0 to {last}")
+    for module in config.modules:
+        require(module in modules, f"modules={config.modules}: no {module!r}; choose from {known}")
+    found = {
+        name: weight
+        for name, weight in matrices(model).items()
+        if (not config.layers or places[name][0] in config.layers)
+        and (not config.modules or places[name][1] in config.modules)
+    }
+    most = len(found) * config.rank**2
+    told = f"{len(found)} matrices at rank {config.rank} tell {most} numbers apart"
+    require(config.vector <= most, f"vector={config.vector}: {told}; choose at most {most}")
+    return found
+
+
+def _adapter(config: RunConfig, model: nn.Module) -> PeftConfig:
+    """What PEFT is told of the adapter.
+
+    A TinyLoRA draws the random matrices of its i-th layer with the seed projection_seed + i, so
+    that seeds have to lie further apart than a model has matrices.
+    """
+    from peft import LoraConfig, TinyLoraConfig
+
+    names = [name.removesuffix(".weight") for name in adapted_matrices(config, model)]
+    if config.method == "tinylora":
+        return TinyLoraConfig(
+            r=config.rank,
+            u=config.vector,
+            weight_tying=1.0,  # one vector for all matrices
+            projection_seed=100_000 * config.seed,
+            target_modules=names,
+        )
+    return LoraConfig(
+        r=config.rank,
+        lora_alpha=config.alpha,  # type: ignore[arg-type]  # PEFT says int, any number will do
+        use_rslora=config.rslora,
+        rank_pattern=dict(config.rank_pattern),
+        target_modules=names,
+    )
 
 
 @contextlib.contextmanager
@@ -76,12 +127,13 @@ def quiet_peft() -> Iterator[None]:
         yield
 
 
-def lora_layers(model: nn.Module) -> dict[str, LoraLayer]:
-    """PEFT's LoRA layers by the parameter name of the matrix that each one updates."""
+def lora_layers(model: nn.Module) -> dict[str, LoraLayer | TinyLoraLayer]:
+    """PEFT's adapted layers by the parameter name of the matrix that each one updates."""
     from peft.tuners.lora import LoraLayer
+    from peft.tuners.tinylora.layer import TinyLoraLayer
 
     modules = model.get_base_model().named_modules()
-    return {f"{name}.weight": m for name, m in modules if isinstance(m, LoraLayer)}
+    return {f"{n}.weight": m for n, m in modules if isinstance(m, LoraLayer | TinyLoraLayer)}
 
 
 def train(

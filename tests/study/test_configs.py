@@ -18,6 +18,7 @@ from deltarank.study.training import lora_layers, prepare
 
 FULL = {"task": "sentiment", "model": TINY, "lr": 1e-4, "steps": 6}
 LORA = FULL | {"method": "lora", "rank": 4, "alpha": 8.0}
+TINY_LORA = FULL | {"method": "tinylora", "rank": 2, "vector": 8}
 
 
 @pytest.mark.parametrize(
@@ -47,6 +48,17 @@ LORA = FULL | {"method": "lora", "rank": 4, "alpha": 8.0}
         ("eval_rows", {"eval_rows": 0}),
         ("generate_rows", {"generate_rows": -1}),
         ("rank_pattern", {"rank_pattern": (("q_proj", 2),)}),
+        ("layers", {"layers": (1,)}),
+        ("layers", {**LORA, "layers": (1, 0)}),
+        ("layers", {**LORA, "layers": (1, 1)}),
+        ("layers", {**LORA, "layers": (-1,)}),
+        ("modules", {"modules": ("q_proj",)}),
+        ("modules", {**LORA, "modules": ("q_proj", "k_proj")}),
+        ("vector", {**LORA, "vector": 8}),
+        ("vector", {**TINY_LORA, "vector": 0}),
+        ("rank", {**TINY_LORA, "rank": 0}),
+        ("alpha", {**TINY_LORA, "alpha": 8.0}),
+        ("rslora", {**TINY_LORA, "rslora": True}),
         ("train_embedding", {**LORA, "train_embedding": True}),
         ("dtype", {"dtype": "float16"}),
         ("schedule", {"schedule": "sometimes"}),
@@ -59,7 +71,7 @@ def test_a_value_that_cannot_run_is_refused_by_name(field, changes):
         RunConfig(**(FULL | changes))
 
 
-@pytest.mark.parametrize("record", [FULL, LORA, {"task": "kjv", "method": "base"}])
+@pytest.mark.parametrize("record", [FULL, LORA, TINY_LORA, {"task": "kjv", "method": "base"}])
 def test_a_value_that_can_run_is_accepted(record):
     assert RunConfig(**record).task == record["task"]
 
@@ -71,6 +83,9 @@ CHANGES = {
     "alpha": 9.0,
     "rslora": True,
     "rank_pattern": (("layers.0.mlp.up_proj", 2),),
+    "layers": (1,),
+    "modules": ("q_proj",),
+    "vector": 9,
     "lr": 2e-4,
     "schedule": "constant",
     "steps": 7,
@@ -107,7 +122,7 @@ def test_the_profile_that_asks_for_a_run_is_no_part_of_its_key(record):
 
 @pytest.mark.parametrize("field", CHANGES)
 def test_the_key_changes_with_every_field(field):
-    start = FULL if field == "train_embedding" else LORA
+    start = {"train_embedding": FULL, "vector": TINY_LORA}.get(field, LORA)
     assert RunConfig(**start).key != RunConfig(**(start | {field: CHANGES[field]})).key
 
 

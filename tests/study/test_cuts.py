@@ -49,6 +49,21 @@ def test_a_cut_is_the_model_with_truncated_updates(config):
     assert cut(config, [2])["loss_nats"].item() == pytest.approx(expected, abs=1e-5)
 
 
+@pytest.mark.parametrize(
+    "fields",
+    [{"method": "lora", "lr": 1e-2, "layers": (1,)}, {"method": "tinylora", "lr": 1, "vector": 9}],
+    ids=str,
+)
+def test_cuts_of_a_small_adapter_go_from_the_base_to_the_run(store, fields):
+    sizes = {"rank": 2, "steps": 2, "eval_rows": 4, "dtype": "float32"}
+    config = profile().config("sentiment", **sizes | fields)
+    base = profile().config("sentiment", "base", eval_rows=4, dtype="float32")
+    found = cut(config, [0, 1, 2])["loss_nats"].tolist()
+    assert found[0] == pytest.approx(run(base).loss(), abs=1e-6)
+    assert found[2] == pytest.approx(run(config).loss(), abs=1e-5)
+    assert abs(found[2] - found[0]) > 1e-3 and abs(found[2] - found[1]) > 1e-5
+
+
 def test_a_cut_above_the_rank_of_the_update_is_the_tuned_model(small_task, store):
     # one step of plain gradient descent on one row of at most 16 tokens: rank(dW) <= 16
     sizes = {"steps": 1, "batch_size": 1, "seq_len": 16, "dtype": "float32"}

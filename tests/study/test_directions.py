@@ -164,6 +164,14 @@ def test_directions_are_stored_with_the_adapter_and_of_these_runs_only(pair, mon
         directions.directions(lora, pair[0], dataclasses.replace(pair[1], seed=2))
 
 
-def test_an_adapter_of_many_directions_is_refused(config):
+def test_an_adapter_on_one_layer_has_directions_there_only(pair):
+    lora = adapter(layers=(1,))
+    found = directions.directions(lora, *pair)
+    assert set(found["name"]) == set(run(lora).spectra) == {n for n in found["name"] if ".1." in n}
+
+
+@pytest.mark.parametrize("fields", [{"rank": 4}, {"method": "tinylora", "rank": 1, "vector": 8}])
+def test_an_adapter_of_many_directions_is_refused(config, fields):
+    other = profile().config("sentiment", **{"method": "lora"} | fields)
     with pytest.raises(ValueError, match="has one direction"):
-        directions.directions(adapter(rank=4), config, config)
+        directions.directions(other, config, config)

@@ -46,6 +46,7 @@ MADE = [
     {"task": "kjv", "prompt": "x: 1", "answer": "ww 222222"},
     {"task": "kjv", "prompt": "mmm mm", "answer": ":OO//"},
 ]
+SOME = ("q_proj", "up_proj")
 SPLITS = {"train": SHORT + LONG, "valid": LONG[:3] + SHORT[:3], "test": MADE + LONG[:2] + SHORT[:2]}
 
 
@@ -105,6 +106,9 @@ SECTIONS = {
     "base": lambda: numbers_of(config("base")),
     "full": lambda: numbers_of(config("full")),
     "lora": lambda: numbers_of(lora()),
+    "sparse": lambda: numbers_of(config("lora", rank=4, alpha=8.0, layers=(1,), modules=SOME)),
+    # At rank 1 the signs of singular vectors, which another machine may turn, change no update.
+    "tinylora": lambda: numbers_of(config("tinylora", rank=1, vector=8, lr=0.3)),
     "cuts": numbers_of_cuts,
     "overlaps": numbers_of_overlaps,
 }
@@ -260,6 +264,14 @@ MUTANTS = {
     "encode: the prompt counts": ("full", training, "encode", but(everything)),
     "pack: rows see each other": ("full", training, "pack", but(without_borders)),
     "prepare: another seed": ("lora", measuring, "prepare", with_fields(seed=1)),
+    "prepare: another seed, TinyLoRA": (
+        "tinylora", measuring, "prepare", with_fields(seed=1)),
+    "prepare: a TinyLoRA of less": ("tinylora", measuring, "prepare", with_fields(vector=7)),
+    "prepare: the other layer": ("sparse", measuring, "prepare", with_fields(layers=(0,))),
+    "lora_factors: not scaled": (
+        "sparse", measuring, "lora_factors", but(lambda found: (*found[:2], 1.0))),
+    "lora_factors, TinyLoRA: halved": (
+        "tinylora", measuring, "lora_factors", but(lambda found: (found[0] / 2, *found[1:]))),
     "prepare: the embedding too": (
         "full", measuring, "prepare", with_fields(train_embedding=True)),
     "train: another schedule": ("full", measuring, "train", with_fields(schedule="constant")),

@@ -6,10 +6,11 @@ import json
 import pytest
 import torch
 
+from deltarank.checkpoints import layer_and_module
 from deltarank.study.measuring import measure
 from deltarank.study.models import TINY, load_model, matrices
 from deltarank.study.profiles import profile
-from deltarank.study.runs import run, updates
+from deltarank.study.runs import run, run_model, updates
 from deltarank.study.tables import spectra_table
 from deltarank.study.tasks import task_sha256
 from deltarank.study.training import prepare, train
@@ -59,12 +60,15 @@ def test_spectra_and_norms_are_those_of_the_updates(trained, config):
     assert norms["rest"] > 0
 
 
-@pytest.mark.parametrize("method", ["full", "lora"])
-def test_an_unchanged_model_has_a_zero_spectrum(store, method):
+@pytest.mark.parametrize(
+    "fields",
+    [{}, {"method": "lora", "rank": 2}, {"method": "tinylora", "rank": 2, "vector": 8}],
+    ids=str,
+)
+def test_an_unchanged_model_has_a_zero_spectrum(store, fields):
     still = {"steps": 1, "lr": 1e-300, "eval_rows": 4}  # below what float32 can add
-    still |= {"method": "lora", "rank": 2} if method == "lora" else {}
     sizes = profile()
-    record, spectra = measure(sizes.config("sentiment", **still))
+    record, spectra = measure(sizes.config("sentiment", **still, **fields))
     base, _ = measure(sizes.config("sentiment", "base", eval_rows=4))
     assert len(spectra) == 14
     assert all(not S.any() for S in spectra.values())
@@ -72,13 +76,32 @@ def test_an_unchanged_model_has_a_zero_spectrum(store, method):
     assert loss == pytest.approx(expected, rel=1e-6)
 
 
-@pytest.mark.parametrize("rslora", [False, True])
-def test_lora_spectra_are_those_of_pefts_own_update(store, rslora):
-    from peft.tuners.lora import LoraLayer
+ADAPTERS = [
+    {"method": "lora"},
+    {"method": "lora", "rslora": True},
+    {"method": "lora", "layers": (1,)},
+    {"method": "lora", "layers": (0,), "modules": ("down_proj", "q_proj")},
+    {"method": "tinylora", "vector": 20},
+    {"method": "tinylora", "vector": 20, "layers": (1,)},
+]
 
-    config = profile().config(
-        "sentiment", "lora", rank=4, rslora=rslora, steps=3, eval_rows=4, lr=1e-2
-    )
+
+def adapter(fields):
+    """A small float32 run of rank 4 that moves the tiny model by much."""
+    rate = {"lora": 1e-2, "tinylora": 1.0}[fields["method"]]
+    sizes = {"rank": 4, "steps": 3, "eval_rows": 4, "dtype": "float32", "lr": rate}
+    return profile().config("sentiment", **sizes | fields)
+
+
+def carries(fields, name):
+    """Whether a matrix is one that the adapter is to be on."""
+    layer, module = layer_and_module(name)
+    return layer in fields.get("layers", (0, 1)) and module in fields.get("modules", (module,))
+
+
+@pytest.mark.parametrize("fields", ADAPTERS, ids=str)
+def test_an_adapters_spectra_are_those_of_pefts_own_update(store, fields):
+    config = adapter(fields)
     _, spectra = measure(config)
     dW = updates(config)
     model = prepare(config)
@@ -86,12 +109,13 @@ def test_lora_spectra_are_those_of_pefts_own_update(store, rslora):
     layers = {
         f"{n}.weight": m
         for n, m in model.get_base_model().named_modules()
-        if isinstance(m, LoraLayer)
+        if hasattr(m, "get_delta_weight")
     }
     delta = {name: layer.get_delta_weight("default").detach() for name, layer in layers.items()}
     W0 = matrices(load_model(config.model))
     merged = matrices(model.merge_and_unload())
-    assert spectra.keys() == dW.keys() == delta.keys() == W0.keys()
+    assert spectra.keys() == dW.keys() == delta.keys()
+    assert spectra.keys() == {name for name in W0 if carries(fields, name)}
     for name, S in spectra.items():
         by_delta = torch.linalg.svdvals(delta[name].double())
         by_merge = torch.linalg.svdvals((merged[name] - W0[name]).detach().double())
@@ -100,6 +124,22 @@ def test_lora_spectra_are_those_of_pefts_own_update(store, rslora):
         assert torch.allclose(dW[name], delta[name], rtol=1e-5, atol=1e-9)
         assert torch.allclose(S.double(), by_delta[:4], atol=float(1e-5 * by_delta[0]))
         assert torch.allclose(S.double(), by_merge[:4], atol=float(1e-3 * by_merge[0]))
+
+
+@pytest.mark.parametrize("fields", ADAPTERS, ids=str)
+def test_base_and_stored_update_are_the_adapted_model(store, fields):
+    config = adapter(fields)
+    result, model = run(config), prepare(config)
+    train(config, model)
+    base, whole = load_model(config.model), run_model(config)
+    tokens = torch.arange(3, 120)[None]
+    with torch.no_grad():
+        untuned, adapted, merged = (m.eval()(tokens).logits for m in (base, model, whole))
+    assert (adapted - untuned).abs().max() > 1e-2
+    assert (adapted - merged).abs().max() < 1e-5
+    for name, W in matrices(whole).items():
+        assert torch.equal(W, matrices(base)[name]) != carries(fields, name)
+    assert {*spectra_table([result])["name"]} == {n for n in matrices(base) if carries(fields, n)}
 
 
 @pytest.mark.parametrize("trained_embedding", [False, True])

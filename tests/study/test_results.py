@@ -40,6 +40,7 @@ def test_every_run_is_of_the_present_code_and_data(records):
     for folder in RUNS:
         fields = records[folder]["config"]
         fields["rank_pattern"] = tuple(map(tuple, fields.get("rank_pattern", ())))
+        fields |= {name: tuple(fields.get(name, ())) for name in ("layers", "modules")}
         config = RunConfig(**fields, profile="paper")
         strange += [] if entry_folder(config, "runs") == folder else [folder.name]
     assert strange == []

@@ -5,10 +5,11 @@ import shutil
 
 import pytest
 
+from deltarank.spectra import subspace_overlap
 from deltarank.study import overlaps
 from deltarank.study.measuring import delta_file
 from deltarank.study.profiles import profile
-from deltarank.study.runs import run, stored
+from deltarank.study.runs import run, stored, updates
 
 
 def test_overlaps_of_a_run_with_itself_and_with_another_seed(config, monkeypatch):
@@ -35,6 +36,15 @@ def test_overlaps_with_lora_hold_all_its_directions_and_survive_a_lost_cache(con
     shutil.rmtree(profile().store / "overlaps")
     overlaps._leading_subspaces.cache_clear()
     assert overlaps.overlaps(lora, config).equals(with_full)
+
+
+def test_overlaps_are_of_the_matrices_that_both_runs_changed(config):
+    sparse = profile().config("sentiment", "lora", rank=1, layers=(1,), steps=2, eval_rows=4)
+    full_first, sparse_first = overlaps.overlaps(config, sparse), overlaps.overlaps(sparse, config)
+    for table in (full_first, sparse_first):
+        assert set(table["name"]) == set(run(sparse).spectra)
+    one, other = (updates(each)[table["name"][0]] for each in (config, sparse))
+    assert table["left"][0] == pytest.approx(subspace_overlap(one, other, 1), abs=1e-4)
 
 
 def test_an_overlap_is_stored_with_the_first_of_its_runs(config):

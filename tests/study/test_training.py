@@ -77,6 +77,32 @@ def test_a_rank_above_the_smallest_matrix_stops_before_training(store, monkeypat
         run(profile().config("sentiment", "lora", rank=17))
 
 
+@pytest.mark.parametrize(
+    ("changes", "told"),
+    [
+        ({"layers": (1, 2)}, r"^layers=\(1, 2\): tiny-gemma3 has layers 0 to 1$"),
+        ({"modules": ("q",)}, r"^modules=\('q',\): no 'q'; choose from down_proj, gate_proj, k_"),
+        (
+            {"method": "tinylora", "layers": (1,), "vector": 29},
+            r"^vector=29: 7 matrices at rank 2 tell 28 numbers apart; choose at most 28$",
+        ),
+    ],
+)
+def test_a_place_that_the_model_lacks_stops_before_training(store, monkeypatch, changes, told):
+    monkeypatch.setattr(measuring, "train", lambda *a, **k: pytest.fail("trained"))
+    with pytest.raises(ValueError, match=told):
+        run(profile().config("sentiment", **{"method": "lora", "rank": 2} | changes))
+
+
+def test_each_matrix_and_seed_of_a_tinylora_has_random_matrices_of_its_own(store):
+    found = []
+    for seed in (0, 1):
+        model = prepare(profile().config("facts", "tinylora", rank=2, vector=3, seed=seed))
+        found += [P for n, P in model.named_buffers() if "tinylora_P" in n]
+    assert len(found) == 2 * len(matrices(load_model(TINY)))
+    assert len({tuple(P.flatten().tolist()) for P in found}) == len(found)
+
+
 def test_the_largest_possible_rank_is_accepted(store):
     prepare(profile().config("sentiment", "lora", rank=16))
 
