@@ -60,8 +60,8 @@ def bracket_text(low: float, high: float) -> str:
     '8 to 64'
     """
     if math.isinf(high):
-        return f"> {low:g}"
-    return f"{high:g}" if high - low <= 1 else f"{max(low, 1):g} to {high:g}"
+        return f"> {low:,.0f}"
+    return f"{high:,.0f}" if high - low <= 1 else f"{max(low, 1):,.0f} to {high:,.0f}"
 
 
 def at_gain(run: Result, base: Result, share: float) -> dict[str, float]:

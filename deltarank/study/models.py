@@ -91,6 +91,17 @@ def load_model(name: str) -> nn.Module:
     return model.to(device())
 
 
+@functools.lru_cache
+def skeleton(name: str) -> nn.Module:
+    """The model `name` without weights, on the meta device: the names and shapes of what it has."""
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    with torch.device("meta"):
+        if name == TINY:
+            return _tiny_model()
+        return AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(_source(name)))
+
+
 def _tiny_model() -> nn.Module:
     """A random Gemma-3-shaped model of two layers over bytes, the same at every call."""
     from transformers import Gemma3ForCausalLM, Gemma3TextConfig

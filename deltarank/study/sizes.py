@@ -1,0 +1,130 @@
+"""Sizes: a ladder of adapters by trained parameters, from a few numbers to LoRA of high rank."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import pandas as pd
+
+from deltarank.checkpoints import layer_and_module
+from deltarank.checks import require
+from deltarank.study.configs import RunConfig
+from deltarank.study.floors import skill_gain
+from deltarank.study.gains import needed_bracket
+from deltarank.study.models import matrices, skeleton
+from deltarank.study.profiles import profile
+from deltarank.study.runs import sweep
+from deltarank.study.search import best_lr, lr_search
+from deltarank.study.training import adapted_matrices
+
+PLACES = ("spread", "first", "middle", "last")  # where the layers of a sparse LoRA lie
+
+
+def trained_parameters(config: RunConfig) -> int:
+    """How many numbers a run trains, told by the shapes of its model; 0 of a base run.
+
+    A LoRA of rank r on a matrix (m, n) has r (m + n).  Raises as adapted_matrices does.
+    """
+    model = skeleton(config.model)
+    if config.method == "full":
+        frozen = 0 if config.train_embedding else model.get_input_embeddings().weight.numel()
+        return sum(parameter.numel() for parameter in model.parameters()) - frozen
+    if config.method != "lora":
+        adapted_matrices(config, model)  # or it could not be trained
+        return config.vector
+    return sum(
+        _rank(config, name) * sum(weight.shape)
+        for name, weight in adapted_matrices(config, model).items()
+    )
+
+
+def _rank(config: RunConfig, name: str) -> int:
+    """The rank of a LoRA on one matrix, as PEFT reads rank_pattern."""
+    from peft.utils.other import get_pattern_key
+
+    own, module = dict(config.rank_pattern), name.removesuffix(".weight")
+    return own.get(get_pattern_key([*own], module), config.rank)
+
+
+def place_layers(where: str, count: int, depth: int) -> tuple[int, ...]:
+    """The `count` layers of a model of `depth` layers at one of PLACES.
+
+    "spread" is the middles of as many equal parts.  Raises ValueError for another place, and for
+    a count that the model does not have.
+
+    >>> place_layers("spread", 3, 18), place_layers("middle", 3, 18), place_layers("last", 1, 18)
+    ((3, 9, 15), (8, 9, 10), (17,))
+    """
+    require(where in PLACES, f"where={where!r} is unknown; choose one of {', '.join(PLACES)}")
+    require(
+        1 <= count <= depth, f"count={count}: must be 1 to {depth}, as many as there are layers"
+    )
+    if where == "spread":
+        return tuple((2 * i + 1) * depth // (2 * count) for i in range(count))
+    start = {"first": 0, "middle": (depth - count + 1) // 2, "last": depth - count}[where]
+    return tuple(range(start, start + count))
+
+
+def sparse(where: str, count: int) -> dict:
+    """The fields of RunConfig of a LoRA of rank 1 on `count` layers of the profile's model."""
+    depth = 1 + max(layer_and_module(name)[0] for name in matrices(skeleton(profile().model)))
+    return {"method": "lora", "rank": 1, "layers": place_layers(where, count, depth)}
+
+
+def ladder() -> dict[str, dict]:
+    """Adapters by ascending number of trained parameters, {name: fields of RunConfig}.
+
+    TinyLoRA, LoRA of rank 1 on some layers or on one module, and LoRA of the profile's ranks.
+    """
+    sizes, one = profile(), {"method": "lora", "rank": 1}
+    tiny = {"method": "tinylora", "rank": sizes.tiny_rank}
+    found: dict[str, dict] = {
+        f"TinyLoRA of {n:,}": tiny | {"vector": n} for n in sizes.tiny_vectors
+    }
+    for count in sizes.sparse_layers:
+        found[f"rank 1 on {count} layer{'s' * (count > 1)}"] = sparse("spread", count)
+    found |= {f"rank 1 on {m}": one | {"modules": (m,)} for m in sizes.sparse_modules}
+    found |= {f"rank {r}": one | {"rank": r} for r in sizes.lora_ranks}
+
+    def parameters(name: str) -> int:
+        return trained_parameters(sizes.config(sizes.tasks[0], **found[name]))
+
+    return {name: found[name] for name in sorted(found, key=parameters)}
+
+
+def sized(task: str, size: dict, **changes) -> RunConfig:
+    """The configuration of an adapter of this size at its best rate; runs what is not stored.
+
+    size: the fields of RunConfig that ladder gives; changes: other fields, such as seed and steps.
+    The rate is that of lr_search, as of a LoRA that is `tuned`, which it is where it has the size.
+    """
+    results = lr_search(task, **size)
+    return dataclasses.replace(results[0].config, lr=best_lr(results), **changes)
+
+
+def place_configs() -> dict[tuple[str, str], RunConfig]:
+    """A LoRA of rank 1 on as many layers at each of PLACES, {(task, place): configuration}."""
+    return {
+        (task, where): sized(task, sparse(where, count))
+        for task, count in profile().place_runs
+        for where in PLACES
+    }
+
+
+def size_gains(task: str, *, by: str = "loss", **changes) -> pd.Series:
+    """skill_gain of the run of every size of the ladder, by its number of trained parameters.
+
+    by: "loss" or "score"; changes: as of `sized`.  NaN where a run diverged.
+    """
+    results = sweep([sized(task, size, **changes) for size in ladder().values()])
+    counts = [trained_parameters(result.config) for result in results]
+    return pd.Series([skill_gain(result, by=by) for result in results], counts)
+
+
+def needed_size(task: str, share: float, *, by: str = "loss", **changes) -> tuple[float, float]:
+    """The numbers of trained parameters between which a task's needed size lies.
+
+    The second is the smallest of the ladder from which on a run keeps `share` of the skill gain,
+    inf where the largest falls short; the first, the one before it, is 0 where none falls short.
+    """
+    return needed_bracket(size_gains(task, by=by, **changes), share)

@@ -1,0 +1,140 @@
+"""Sizes: parameters counted as PEFT counts them, a ladder that ascends, and where it is enough."""
+
+import itertools
+import math
+
+import pytest
+
+from deltarank.study import sizes
+from deltarank.study.profiles import profile
+from deltarank.study.runs import Result
+from deltarank.study.search import tuned
+from deltarank.study.sizes import (
+    PLACES,
+    ladder,
+    needed_size,
+    place_configs,
+    place_layers,
+    sized,
+    trained_parameters,
+)
+from deltarank.study.training import prepare
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {"method": "full"},
+        {"method": "full", "train_embedding": True},
+        {"method": "lora", "rank": 3},
+        {"method": "lora", "rank": 3, "rank_pattern": (("layers.1.mlp.up_proj", 5), ("k_proj", 2))},
+        {"method": "lora", "rank": 1, "layers": (1,)},
+        {"method": "lora", "rank": 1, "modules": ("q_proj",)},
+        {"method": "lora", "rank": 2, "layers": (0,), "modules": ("down_proj", "k_proj")},
+        {"method": "tinylora", "rank": 2, "vector": 13},
+        {"method": "tinylora", "rank": 1, "vector": 2, "modules": ("q_proj",)},
+    ],
+    ids=str,
+)
+def test_parameters_are_counted_as_they_are_trained(store, fields):
+    config = profile().config("facts", **fields)
+    model = prepare(config)
+    trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
+    assert trained_parameters(config) == trained > 0
+    if fields["method"] != "full":
+        assert model.get_nb_trainable_parameters()[0] == trained
+
+
+def test_a_base_run_trains_nothing():
+    assert trained_parameters(profile().config("facts", "base")) == 0
+
+
+@pytest.mark.parametrize("changes", [{"layers": (2,)}, {"modules": ("q",)}])
+def test_what_cannot_be_trained_is_not_counted(changes):
+    with pytest.raises(ValueError, match="tiny-gemma3 has layers 0 to 1|no 'q'"):
+        trained_parameters(profile().config("facts", "lora", rank=1, **changes))
+
+
+@pytest.mark.parametrize(
+    ("where", "count", "layers"),
+    [
+        ("spread", 1, (9,)),
+        ("spread", 6, (1, 4, 7, 10, 13, 16)),
+        ("spread", 9, (1, 3, 5, 7, 9, 11, 13, 15, 17)),
+        ("spread", 18, tuple(range(18))),
+        ("first", 3, (0, 1, 2)),
+        ("middle", 1, (9,)),
+        ("middle", 6, (6, 7, 8, 9, 10, 11)),
+        ("last", 3, (15, 16, 17)),
+    ],
+)
+def test_where_the_layers_lie(where, count, layers):
+    assert place_layers(where, count, 18) == layers
+
+
+@pytest.mark.parametrize(
+    ("where", "count", "told"),
+    [("ends", 1, "^where='ends'"), ("first", 0, "^count=0"), ("first", 19, "^count=19: .* 18")],
+)
+def test_a_place_that_is_none_is_refused(where, count, told):
+    with pytest.raises(ValueError, match=told):
+        place_layers(where, count, 18)
+
+
+def test_the_ladder_ascends_and_every_size_can_be_trained(store):
+    configs = {name: profile().config("facts", **size) for name, size in ladder().items()}
+    assert list(configs) == [
+        "TinyLoRA of 8", "TinyLoRA of 32", "rank 1 on q_proj", "rank 1 on 1 layer",
+        "rank 1", "rank 4", "rank 8",
+    ]  # fmt: skip
+    counts = [trained_parameters(config) for config in configs.values()]
+    assert all(low < high for low, high in itertools.pairwise(counts))
+    for config, count in zip(configs.values(), counts, strict=True):
+        assert prepare(config).get_nb_trainable_parameters()[0] == count
+
+
+def test_a_size_takes_its_own_best_rate(losses):
+    losses |= {(r, lr): lr for r in (1, 4, 8) for lr in (1e-3, 1e-2)}
+    losses |= {(2, lr): abs(lr - 0.1) for lr in (1e-2, 1e-1)}
+    steps = ladder()
+    tiny = sized("facts", steps["TinyLoRA of 8"], seed=1, steps=9)
+    assert (tiny.method, tiny.vector, tiny.lr, tiny.seed, tiny.steps) == ("tinylora", 8, 0.1, 1, 9)
+    sparse = sized("facts", steps["rank 1 on 1 layer"])
+    assert (sparse.layers, sparse.modules, sparse.lr, sparse.alpha) == ((1,), (), 1e-3, 32)
+    for rank in (1, 4, 8):  # the report's own runs
+        assert sized("facts", steps[f"rank {rank}"], seed=1) == tuned(
+            "facts", "lora", rank=rank, seed=1
+        )
+
+
+def test_places_differ_in_their_layers_alone(losses):
+    losses |= {(1, lr): lr for lr in (1e-3, 1e-2)}
+    found = place_configs()
+    assert list(found) == [("facts", where) for where in PLACES]
+    layers = [config.layers for config in found.values()]
+    assert layers == [(1,), (0,), (1,), (1,)]  # of two layers
+
+
+@pytest.mark.parametrize(
+    ("gains", "bracket"),
+    [
+        ([0.1, 0.5, 0.9, 0.96, 1, 1, 1], (128, 512)),
+        ([0.1, 0.5, 0.96, 0.94, 1, 1, 1], (512, 1024)),  # the last shortfall counts
+        ([0.95, 1, 1, 1, 1, 1, 1], (0, 8)),
+        ([0.1, 0.5, 0.9, math.nan, 1, 1, 1], (512, 1024)),  # a run that diverged
+        ([0.1, 0.5, 0.9, 0.9, 0.9, 0.9, 0.9], (8192, math.inf)),
+    ],
+)
+def test_the_needed_size_lies_between_two_of_the_ladder(monkeypatch, gains, bracket):
+    by_size = dict(zip((8, 32, 128, 512, 1024, 4096, 8192), gains, strict=True))
+    asked = []
+
+    def result(config):
+        asked.append(config.seed)
+        return Result(config, {}, {})
+
+    monkeypatch.setattr(sizes, "sized", lambda task, size, **c: profile().config(task, **size, **c))
+    monkeypatch.setattr(sizes, "sweep", lambda configs: [result(config) for config in configs])
+    monkeypatch.setattr(sizes, "skill_gain", lambda r, by: by_size[trained_parameters(r.config)])
+    assert needed_size("facts", 0.95, seed=1) == bracket
+    assert asked == [1] * 7
