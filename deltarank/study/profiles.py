@@ -103,6 +103,27 @@ class Profile:
         ("nothing", (1e-4, 3e-4, 1e-3)),
         ("squeezed", (1e-4, 3e-4, 1e-3)),
     )
+    # Codes learned by a few layers (see loads): what is trained, as (layers, modules, rank), no
+    # modules being all linear ones and rank 0 all parameters of the layers; bits of codes a trained
+    # parameter, as far as codes are not too many; steps at most.  A size takes the best of these
+    # rates; rank 0 has rates and loads of its own.  One size has all seeds at some loads.
+    code_sizes: tuple[tuple[tuple[int, ...], tuple[str, ...], int], ...] = (
+        ((14,), ("down_proj",), 1),
+        ((14,), (), 1),
+        ((14,), (), 4),
+        ((14, 15, 16, 17), (), 1),
+        ((14, 15, 16, 17), (), 8),
+        ((14,), (), 0),
+    )
+    code_digits: int = 6
+    code_loads: tuple[float, ...] = (0.05, 0.2, 0.5, 1.0, 2.0, 5.0, 20.0)
+    code_full_loads: tuple[float, ...] = (0.001, 0.01)
+    code_most: int = 5000  # codes
+    code_steps: int = 4000
+    code_lrs: tuple[float, ...] = (1e-3, 3e-3, 1e-2)
+    code_full_lrs: tuple[float, ...] = (3e-5, 1e-4, 3e-4)
+    code_seed_size: tuple[tuple[int, ...], tuple[str, ...], int] = ((14,), (), 1)
+    code_seed_loads: tuple[float, ...] = (0.2, 1.0, 2.0, 5.0)
     compile: bool = True
 
     @property
@@ -179,6 +200,16 @@ PROFILES = {
         heal_steps=(2, 4),
         heal_rows=16,
         heal_squeezes=((8, 2),),
+        code_sizes=(((1,), (), 1), ((1,), ("down_proj",), 4), ((0, 1), (), 1), ((1,), (), 0)),
+        code_digits=4,
+        code_loads=(0.1, 1.0),
+        code_full_loads=(0.02,),
+        code_most=64,
+        code_steps=40,
+        code_lrs=(1e-2, 3e-2),
+        code_full_lrs=(1e-3, 1e-2),
+        code_seed_size=((1,), (), 1),
+        code_seed_loads=(0.1,),
         compile=False,
     ),
     "quick": Profile(
@@ -209,6 +240,7 @@ PROFILES = {
         scaling_ranks=(),
         budgets=(),
         heal_tasks=(),
+        code_sizes=(),
         compile=False,  # takes longer than it saves on so few steps
     ),
     "paper": Profile("paper", fine_tasks=("facts",), alpha_tasks=("facts",)),

@@ -1,8 +1,13 @@
 """The embedded Gemma 3 270M: about 50 s for the first conversion, then about 30 s."""
 
+import math
+
 import pytest
 import torch
 
+from deltarank.study.capacity import code_upper
+from deltarank.study.code_runs import CodeRun, code_model, code_parameters
+from deltarank.study.codes import WORDS, digit_tokens, draw_codes, encode_codes
 from deltarank.study.convert import GEMMA
 from deltarank.study.models import load_model, load_tokenizer, matrices
 from deltarank.study.profiles import PROFILES
@@ -57,3 +62,31 @@ def test_the_answers_generated_for_the_report_fit_24_tokens(task):
     answers = [row["answer"] for row in rows[: sizes.generate_rows]]
     longest = max(map(len, tokenizer(answers, add_special_tokens=False)["input_ids"]))
     assert longest <= sizes.seq_len // 2 == 24
+
+
+def test_words_and_digits_of_codes_are_one_token_each():
+    tokenizer = load_tokenizer(GEMMA)
+    for words in (list(WORDS), [f" {word}" for word in WORDS]):
+        assert {len(ids) for ids in tokenizer(words, add_special_tokens=False)["input_ids"]} == {1}
+    assert len(set(digit_tokens(tokenizer))) == 10
+    row = draw_codes(1, 6, seed=0)[0]
+    batch, _ = encode_codes([row], tokenizer)
+    text = tokenizer(row["prompt"] + row["answer"])["input_ids"]  # as it is read in one piece
+    assert batch["input_ids"].tolist() == [text] and len(text) == 1 + 3 + 6
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_the_upper_layers_on_cached_states_give_the_whole_model_to_the_last_bit(dtype):
+    config = CodeRun(codes=8, layers=(14,), rank=1, alpha=32.0, lr=3e-3, steps=1, dtype=dtype)
+    assert code_parameters(config) == 13_184
+    upper = code_upper(config)  # of the codes, and of as many shuffled ones
+    rows, _ = encode_codes(draw_codes(8, 6, seed=0), load_tokenizer(GEMMA))
+    digits = rows["input_ids"][:, -6:]
+    tokens = torch.cat([rows["input_ids"], rows["input_ids"]])
+    tokens[8:, -6:] = digits.roll(-1, 0)
+    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16, enabled=dtype == "bfloat16"):
+        decoder = code_model(config).get_decoder()
+        plain = decoder(input_ids=tokens[:, :-1]).last_hidden_state
+        assert torch.equal(upper.hidden(inputs_embeds=upper.states), plain)
+    nats, _ = upper.scores()
+    assert -1 < math.log(10) - nats.mean().item() < 0.05, "digits are unknown, but not worse"

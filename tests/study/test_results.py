@@ -7,6 +7,8 @@ import pytest
 
 from deltarank import store
 from deltarank.study import cuts, floors, overlaps, plan, runs, search
+from deltarank.study.capacity import code_folder
+from deltarank.study.code_runs import CodeRun
 from deltarank.study.configs import RunConfig
 from deltarank.study.profiles import PROFILES, entry_folder, profile
 
@@ -15,6 +17,7 @@ ENTRIES = sorted(path.parent for path in STORE.rglob("result.json"))
 RUNS = [folder for folder in ENTRIES if folder.is_relative_to(STORE / "runs")]
 OVERLAPS = [folder for folder in ENTRIES if folder.is_relative_to(STORE / "overlaps")]
 CUTS = [folder for folder in ENTRIES if folder.is_relative_to(STORE / "cuts")]
+CODES = [folder for folder in ENTRIES if folder.is_relative_to(STORE / "capacity")]
 
 
 @pytest.fixture(scope="module")
@@ -43,6 +46,16 @@ def test_every_run_is_of_the_present_code_and_data(records):
         fields |= {name: tuple(fields.get(name, ())) for name in ("layers", "modules")}
         config = RunConfig(**fields, profile="paper")
         strange += [] if entry_folder(config, "runs") == folder else [folder.name]
+    assert strange == []
+
+
+def test_every_code_run_is_of_the_present_code(records):
+    strange = []
+    for folder in CODES:
+        fields = records[folder]["config"]
+        fields |= {name: tuple(fields[name]) for name in ("layers", "modules")}
+        config = CodeRun(**fields, profile="paper")
+        strange += [] if code_folder(config) == folder else [folder.name]
     assert strange == []
 
 

@@ -1,0 +1,122 @@
+"""Loads: code runs from few bits a trained parameter to many, by what is trained."""
+
+from __future__ import annotations
+
+import dataclasses
+import itertools
+from collections.abc import Sequence
+from typing import Any
+
+import pandas as pd
+
+from deltarank.checks import require
+from deltarank.study.capacity import CodeResult, code_sweep
+from deltarank.study.code_runs import CodeRun, code_parameters
+from deltarank.study.codes import DIGIT_BITS
+from deltarank.study.profiles import LORA_ALPHA, profile
+
+RATE_LOAD = 1.0  # bits a parameter: a size tries its rates at the load nearest to this
+Size = tuple[tuple[int, ...], tuple[str, ...], int]  # layers, modules, rank, as in a profile
+
+
+def sized_codes(size: Size, load: float, *, lr: float, seed: int) -> CodeRun:
+    """The run that trains `size` on as many codes as make this load, in bits a parameter.
+
+    Raises as CodeRun and code_matrices do.
+    """
+    least = _smallest(size, lr, seed)
+    return dataclasses.replace(least, codes=round(load * _codes_a_bit(least)))
+
+
+def _smallest(size: Size, lr: float, seed: int) -> CodeRun:
+    """The run of a size by the profile, with the fewest codes."""
+    sizes, (layers, modules, rank) = profile(), size
+    scale: dict[str, Any] = {"rank": rank, "alpha": LORA_ALPHA} if rank else {"method": "full"}
+    budget: dict[str, Any] = {"lr": lr, "steps": sizes.code_steps, "seed": seed}
+    trained = scale | {"model": sizes.model, "layers": layers, "modules": modules}
+    return CodeRun(codes=2, digits=sizes.code_digits, **trained | budget)
+
+
+def _codes_a_bit(config: CodeRun) -> float:
+    """How many codes make a load of one bit a trained parameter."""
+    return code_parameters(config) / (config.digits * DIGIT_BITS)
+
+
+def loads_of(size: Size) -> list[float]:
+    """The profile's loads at which a size has at least 2 codes, and at most code_most.
+
+    Raises ValueError where there are none.
+    """
+    sizes, each = profile(), _codes_a_bit(_smallest(size, 1.0, 0))
+    given = sizes.code_loads if size[-1] else sizes.code_full_loads
+    found = [load for load in given if 2 <= round(load * each) <= sizes.code_most]
+    cure = f"none of {given} makes 2 to {sizes.code_most} codes"
+    require(bool(found), f"the loads of {size}: {cure}")
+    return found
+
+
+def best_code_lr(size: Size) -> float:
+    """The rate of the profile at which a size learns most, at one load with the first seed."""
+    sizes, load = profile(), min(loads_of(size), key=lambda load: abs(load - RATE_LOAD))
+    rates = sizes.code_lrs if size[-1] else sizes.code_full_lrs
+    tried = code_sweep([sized_codes(size, load, lr=lr, seed=sizes.seeds[0]) for lr in rates])
+    finished = [result for result in tried if result.status == "finished"]
+    require(bool(finished), f"{size}: diverged at every rate of {rates}; lower them")
+    return max(finished, key=lambda result: result.last("learned_bits")).config.lr
+
+
+def code_configs() -> list[CodeRun]:
+    """The profile's code runs, each size at its best rate; runs what of their search is not stored.
+
+    Every size at each of its loads with the first seed; code_seed_size at code_seed_loads with the
+    others too.
+    """
+    sizes = profile()
+    first, *others = sizes.seeds
+    points = [(size, load, first) for size in sizes.code_sizes for load in loads_of(size)]
+    if sizes.code_sizes:
+        grid = itertools.product([sizes.code_seed_size], sizes.code_seed_loads, others)
+        points += list(grid)
+    rates = {size: best_code_lr(size) for size in dict.fromkeys(size for size, _, _ in points)}
+    return [sized_codes(size, load, lr=rates[size], seed=seed) for size, load, seed in points]
+
+
+def capacity_table(configs: Sequence[CodeRun]) -> pd.DataFrame:
+    """One line a code run, and runs what is not stored.
+
+    Columns: trained ("rank 1 on 1 layer"), parameters, codes, seed, lr, status; load: bits
+    that the codes hold, a trained parameter; learned: bits learned, a trained parameter, and share
+    of the codes' bits; recall: share of codes with every digit right; steps, and plateau: whether
+    they ended at one; steps_90: until 90 % of what is learned at all.  NaN where a run diverged.
+    """
+    return pd.DataFrame(_line(result) for result in code_sweep(configs))
+
+
+def _line(result: CodeResult) -> dict[str, Any]:
+    """The line of one run in capacity_table."""
+    config, bits = result.config, result.last("learned_bits")
+    return {
+        "trained": trained_text(config),
+        "parameters": result.parameters,
+        "codes": config.codes,
+        "seed": config.seed,
+        "lr": config.lr,
+        "status": result.status,
+        "load": config.bits / result.parameters,
+        "learned": bits / result.parameters,
+        "share": bits / config.bits,
+        "recall": result.last("recall"),
+        "steps": int(result.curve("step")[-1]),
+        "plateau": result.record["plateau"] is not None,
+        "steps_90": result.steps_until(0.9),
+    }
+
+
+def trained_text(config: CodeRun) -> str:
+    """What a run trains, in words."""
+    count = len(config.layers)
+    where = f"{count} layer{'s' * (count > 1)}"
+    if config.method == "full":
+        return f"all of {where}"
+    modules = f"{', '.join(config.modules)} of " if config.modules else ""
+    return f"rank {config.rank} on {modules}{where}"

@@ -1,0 +1,124 @@
+"""Loads: as many codes as make a load, the rate of a size, the grid and its table."""
+
+import dataclasses
+import math
+
+import pytest
+from small_codes import result_of, small_codes
+
+from deltarank.study import loads
+from deltarank.study.code_runs import code_parameters
+from deltarank.study.loads import (
+    best_code_lr,
+    capacity_table,
+    code_configs,
+    loads_of,
+    sized_codes,
+    trained_text,
+)
+from deltarank.study.profiles import PROFILES, profile
+
+ONE_LAYER = ((1,), (), 1)  # 512 parameters of the tiny model
+
+
+def test_codes_are_as_many_as_make_the_load(store):
+    for size, load in ((ONE_LAYER, 0.1), (ONE_LAYER, 1.0), (((1,), (), 0), 0.01)):
+        config = sized_codes(size, load, lr=1e-2, seed=1)
+        assert config.bits / code_parameters(config) == pytest.approx(load, rel=0.2)
+        assert (config.layers, config.modules, config.rank) == size and config.seed == 1
+    assert sized_codes(ONE_LAYER, 1.0, lr=1e-2, seed=0).codes == round(512 / (4 * math.log2(10)))
+    assert sized_codes(((1,), (), 0), 0.1, lr=1e-2, seed=0).method == "full"
+
+
+def test_a_size_has_the_loads_that_make_neither_too_few_codes_nor_too_many(store, monkeypatch):
+    sizes = dataclasses.replace(profile(), code_loads=(0.01, 0.1, 1.0, 2.0), code_most=64)
+    monkeypatch.setitem(PROFILES, "smoke", sizes)
+    assert loads_of(ONE_LAYER) == [0.1, 1.0], "0 codes, 4, 39, 77"
+    monkeypatch.setitem(PROFILES, "smoke", dataclasses.replace(sizes, code_most=3))
+    with pytest.raises(ValueError, match="^the loads of .*: none of .* makes 2 to 3 codes$"):
+        loads_of(ONE_LAYER)
+
+
+@pytest.fixture
+def graded(monkeypatch, store):
+    """Runs that learn most at the last rate but one of two; what was asked for, in order."""
+    asked = []
+
+    def sweep(configs):
+        asked.extend(configs)
+        best = {profile().code_lrs[0], profile().code_full_lrs[1]}
+        return [result_of(c, 10.0 if c.lr in best else 5.0) for c in configs]
+
+    monkeypatch.setattr(loads, "code_sweep", sweep)
+    return asked
+
+
+def test_a_size_takes_the_rate_at_which_it_learns_most(graded, monkeypatch):
+    assert best_code_lr(ONE_LAYER) == profile().code_lrs[0]
+    assert best_code_lr(((1,), (), 0)) == profile().code_full_lrs[1]
+    assert {(c.seed, c.codes) for c in graded if c.rank} == {(0, 39)}, "at a load of one"
+    diverged = {"status": "diverged"}
+    monkeypatch.setattr(loads, "code_sweep", lambda c: [result_of(x, **diverged) for x in c])
+    with pytest.raises(ValueError, match="diverged at every rate"):
+        best_code_lr(ONE_LAYER)
+
+
+def test_the_grid_has_every_size_and_load_and_other_seeds_at_some(graded):
+    sizes, found = profile(), code_configs()
+    points = {(c.layers, c.modules, c.rank, c.codes, c.seed) for c in found}
+    assert len(points) == len(found)
+    first = sum(len(loads_of(size)) for size in sizes.code_sizes)
+    others = (len(sizes.seeds) - 1) * len(sizes.code_seed_loads)
+    assert len(found) == first + others
+    assert sum(c.seed == sizes.seeds[0] for c in found) == first
+    assert {c.lr for c in found if c.rank} == {sizes.code_lrs[0]}
+
+
+def test_a_profile_without_codes_has_no_runs(monkeypatch):
+    monkeypatch.setenv("PROFILE", "quick")
+    assert code_configs() == [] and capacity_table([]).empty
+
+
+def test_the_sizes_of_paper_have_the_parameters_that_are_compared():
+    """Of the layers that Gemma 3 270M has, by its matrices: 13,184 at rank 1 on one layer."""
+    one = [(1024, 640), (256, 640), (256, 640), (640, 1024), *[(2048, 640)] * 2, (640, 2048)]
+    each = sum(map(sum, one))
+    lora = [(len(layers) * rank, modules) for layers, modules, rank in
+            PROFILES["paper"].code_sizes if rank]  # fmt: skip
+    counts = [2688 * n if modules == ("down_proj",) else each * n for n, modules in lora]
+    assert counts == [2688, 13184, 52736, 52736, 421888]
+
+
+def test_the_table_has_a_line_a_run(graded):
+    config = small_codes(codes=8)
+    line = capacity_table([config, small_codes(method="full")]).iloc[0].to_dict()
+    assert line == {
+        "trained": "rank 4 on 1 layer",
+        "parameters": 2048,
+        "codes": 8,
+        "seed": 0,
+        "lr": 1e-2,
+        "status": "finished",
+        "load": pytest.approx(8 * 2 * math.log2(10) / 2048),
+        "learned": 10 / 2048,
+        "share": pytest.approx(10 / config.bits),
+        "recall": 0.5,
+        "steps": 20,
+        "plateau": False,
+        "steps_90": pytest.approx(18),
+    }
+
+
+def test_a_run_that_diverged_has_a_line_without_numbers(monkeypatch, store):
+    config = small_codes()
+    monkeypatch.setattr(loads, "code_sweep", lambda c: [result_of(x, status="diverged") for x in c])
+    line = capacity_table([config]).iloc[0]
+    assert line["status"] == "diverged" and line["load"] == config.bits / 2048
+    assert line[["learned", "share", "recall", "steps_90"]].isna().all()
+
+
+def test_what_is_trained_is_told_in_words():
+    assert trained_text(small_codes(layers=(0, 1), rank=1)) == "rank 1 on 2 layers"
+    words = "rank 4 on down_proj, up_proj of 1 layer"
+    assert trained_text(small_codes(modules=("down_proj", "up_proj"))) == words
+    assert trained_text(small_codes(method="full")) == "all of 1 layer"
