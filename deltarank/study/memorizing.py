@@ -39,7 +39,8 @@ class Learned:
     def levelled(self) -> bool:
         """Whether the learned bits rose by less than RISE over the last quarter of the steps.
 
-        Between notes they are read off linearly.  Bits at or below 0 are no plateau.
+        The most so far counts, or a relapse would be a plateau; between notes it is read off
+        linearly.  Bits at or below 0 are no plateau.
 
         >>> notes = [{"step": 30, "learned_bits": 100}, {"step": 40, "learned_bits": 101}]
         >>> Learned(notes).levelled()
@@ -47,9 +48,9 @@ class Learned:
         """
         if self.diverged:
             return False
-        steps, bits = self.curve("step"), self.curve("learned_bits")
+        steps, bits = self.curve("step"), np.maximum.accumulate(self.curve("learned_bits"))
         before = float(np.interp(0.75 * steps[-1], steps, bits))
-        return 0 < bits[-1] < (1 + RISE) * before
+        return 0 < float(bits[-1]) < (1 + RISE) * before
 
 
 def memorize(config: CodeRun, upper: Upper, *, label: str = "") -> Learned:

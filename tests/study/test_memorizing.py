@@ -31,6 +31,11 @@ def test_a_plateau_is_a_rise_below_two_percent_over_the_last_quarter():
     assert learned(s0=0, s75=100, s100=90).levelled()
 
 
+def test_a_relapse_is_no_plateau_until_it_has_lasted():
+    assert not learned(s0=0, s60=80, s90=120, s100=50).levelled(), "it rose from 100 to 120"
+    assert learned(s0=0, s60=80, s90=120, s100=50, s121=60).levelled()
+
+
 def test_nothing_learned_is_no_plateau():
     assert not learned(s0=-5, s75=-4, s100=-4).levelled()
     assert not learned(s0=-5, s75=0, s100=1).levelled()
@@ -59,7 +64,7 @@ def test_scores_lie_apart_by_a_share_of_the_steps():
 
 
 def test_a_model_learns_its_codes_and_the_others_by_chance(sure):
-    config = small_codes(codes=12, steps=150)
+    config = small_codes(codes=12, steps=150, lr=3e-3, rank=8)
     both = code_upper(config)
     codes, shuffled = both.of(slice(12)), both.of(slice(12, None))
     found = memorize(config, codes)
