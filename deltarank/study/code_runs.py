@@ -10,7 +10,6 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from deltarank.checkpoints import layer_and_module
 from deltarank.checks import require
 from deltarank.runtime import profile_name
 from deltarank.store import digest
@@ -18,7 +17,7 @@ from deltarank.study.codes import DIGIT_BITS, draw_codes
 from deltarank.study.configs import KNOWN_VALUES
 from deltarank.study.losses import require_own_loss
 from deltarank.study.models import GEMMA, load_model, matrices, model_sha256, skeleton
-from deltarank.study.training import quiet_peft
+from deltarank.study.training import quiet_peft, require_rank
 from deltarank.study.upper import decoder_layers
 
 MEASUREMENT = 1  # raise it when a change alters what a run measures
@@ -125,24 +124,10 @@ def _codes_sha256(count: int, digits: int, seed: int) -> str:
 def code_matrices(config: CodeRun, model: nn.Module) -> dict[str, Tensor]:
     """The matrices that a run trains or adapts, by parameter name: of its layers and modules.
 
-    Raises ValueError for a layer or module that the model lacks, and for a rank above the smallest
-    of the matrices.
+    Raises ValueError as `matrices` does, and for a rank above the smallest of them.
     """
-    places = {name: layer_and_module(name) for name in matrices(model)}
-    layers = {layer for layer, _ in places.values()}
-    known = sorted({module for _, module in places.values()})
-    cure = f"{config.model} has layers 0 to {max(layers)}"
-    require(layers.issuperset(config.layers), f"layers={config.layers}: {cure}")
-    cure = f"choose from {', '.join(known)}"
-    require(set(known).issuperset(config.modules), f"modules={config.modules}: {cure}")
-    found = {
-        name: weight
-        for name, weight in matrices(model).items()
-        if places[name][0] in config.layers and places[name][1] in (config.modules or known)
-    }
-    smallest = min(min(weight.shape) for weight in found.values())
-    cure = f"above the smallest matrix; choose at most {smallest}"
-    require(config.rank <= smallest, f"rank={config.rank}: {cure}")
+    found = matrices(model, layers=config.layers, modules=config.modules)
+    require_rank(config.rank, found)
     return found
 
 

@@ -4,15 +4,15 @@ from __future__ import annotations
 
 import contextlib
 import functools
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 
-from deltarank.checkpoints import model_source
-from deltarank.checks import all_finite, first_line
+from deltarank.checkpoints import layer_and_module, model_source
+from deltarank.checks import all_finite, first_line, require
 from deltarank.runtime import device
 from deltarank.store import digest, file_sha256
 from deltarank.study.convert import GEMMA, gemma_folder
@@ -150,16 +150,32 @@ def quiet_transformers() -> Iterator[None]:
         logging.enable_progress_bar()
 
 
-def matrices(model: nn.Module) -> dict[str, Tensor]:
+def matrices(
+    model: nn.Module, *, layers: Sequence[int] = (), modules: Sequence[str] = ()
+) -> dict[str, Tensor]:
     """The weight matrices under study, by parameter name: every linear layer but the head.
 
-    GPT-2's Conv1D is a linear layer too; it stores its matrix as (in, out).
+    Only those of `layers` and of `modules`, such as ("q_proj",), where some are named.  GPT-2's
+    Conv1D is a linear layer too; it stores its matrix as (in, out).  Raises ValueError for a layer
+    or module that the model lacks, naming those it has.
     """
     from transformers.pytorch_utils import Conv1D
 
     head = model.get_output_embeddings()
-    return {
+    found = {
         f"{name}.weight": module.weight
         for name, module in model.named_modules()
         if isinstance(module, nn.Linear | Conv1D) and module is not head
+    }
+    places = {name: layer_and_module(name) for name in found}
+    known = sorted({layer for layer, _ in places.values()})
+    has = f"the model has layers {known[0]} to {known[-1]}"
+    require(set(layers).issubset(known), f"layers={tuple(layers)}: {has}")
+    names = sorted({module for _, module in places.values()})
+    cure = f"choose from {', '.join(names)}"
+    require(set(modules).issubset(names), f"modules={tuple(modules)}: {cure}")
+    return {
+        name: weight
+        for name, weight in found.items()
+        if places[name][0] in (layers or known) and places[name][1] in (modules or names)
     }

@@ -20,7 +20,6 @@ PAIR_TIMES = ROOT / "data" / "bench_pairs.csv"
 PLANTED_RANKS = ROOT / "data" / "bench_planted.csv"
 REPORT_TIMES = ROOT / "data" / "bench_report.csv"
 ALL_TASKS = ("pirate", "json", "kjv", "sentiment", "facts", "arithmetic", "sorbian", "code", "mix")
-Number = TypeVar("Number", int, float)
 LORA_ALPHA = 32.0  # at all ranks, but in the alpha_tasks of a profile
 
 

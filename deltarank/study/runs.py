@@ -108,8 +108,8 @@ def updates(config: RunConfig) -> dict[str, Tensor]:
     """dW of every trained parameter, float32; trained again when it is not in the cache.
 
     Of an adapter that is scale * B @ A of every matrix that it is on, and no entry of the others.
-    Another processor rounds otherwise, and training
-    amplifies it: warns where what was trained again is not the update that was stored.
+    Another processor rounds otherwise, and training amplifies it: warns where what was trained
+    again is not the update that was stored.
     """
     from safetensors.torch import load_file
 

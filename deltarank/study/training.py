@@ -15,7 +15,6 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor, nn
 
-from deltarank.checkpoints import layer_and_module
 from deltarank.checks import require
 from deltarank.runtime import device, progress
 from deltarank.study.configs import RunConfig
@@ -40,18 +39,11 @@ def has_compiler() -> bool:
 def prepare(config: RunConfig) -> nn.Module:
     """The model that `config` trains: parameters frozen or adapters added, layers compiled.
 
-    Raises ValueError as adapted_matrices does, for a rank above the smallest matrix, and for a
-    model whose loss is not ours.
+    Raises ValueError as adapted_matrices does, and for a model whose loss is not ours.
     """
     from peft import get_peft_model
 
     model = load_model(config.model)
-    smallest = min(matrices(model).values(), key=lambda weight: min(weight.shape))
-    if config.rank > min(smallest.shape):
-        raise ValueError(
-            f"rank={config.rank} is above the smallest matrix {tuple(smallest.shape)}; "
-            f"choose at most {min(smallest.shape)}"
-        )
     require_own_loss(model)
     model.get_input_embeddings().weight.requires_grad_(config.train_embedding)
     layers = next(m for m in model.modules() if isinstance(m, nn.ModuleList))
@@ -68,29 +60,26 @@ def prepare(config: RunConfig) -> nn.Module:
 
 
 def adapted_matrices(config: RunConfig, model: nn.Module) -> dict[str, Tensor]:
-    """The matrices that an adapter is on, by parameter name: those of `layers` and of `modules`.
+    """The matrices that an adapter is on, by parameter name.
 
-    Raises ValueError for a layer or module that the model lacks, naming those it has, and for more
-    numbers of a TinyLoRA than its matrices tell apart.
+    Raises ValueError as `matrices` does, for a rank above the smallest of them, and for more
+    numbers of a TinyLoRA than they tell apart.
     """
-    places = {name: layer_and_module(name) for name in matrices(model)}
-    layers = {layer for layer, _ in places.values()}
-    modules = {module for _, module in places.values()}
-    last, known = max(layers), ", ".join(sorted(modules))
-    for layer in config.layers:
-        require(layer in layers, f"layers={config.layers}: {config.model} has layers 0 to {last}")
-    for module in config.modules:
-        require(module in modules, f"modules={config.modules}: no {module!r}; choose from {known}")
-    found = {
-        name: weight
-        for name, weight in matrices(model).items()
-        if (not config.layers or places[name][0] in config.layers)
-        and (not config.modules or places[name][1] in config.modules)
-    }
+    found = matrices(model, layers=config.layers, modules=config.modules)
+    require_rank(config.rank, found)
     most = len(found) * config.rank**2
     told = f"{len(found)} matrices at rank {config.rank} tell {most} numbers apart"
     require(config.vector <= most, f"vector={config.vector}: {told}; choose at most {most}")
     return found
+
+
+def require_rank(rank: int, adapted: dict[str, Tensor]) -> None:
+    """Raise ValueError for a rank above the smallest of the matrices."""
+    smallest = min(adapted.values(), key=lambda weight: min(weight.shape)).shape
+    cure = f"choose at most {min(smallest)}"
+    require(
+        rank <= min(smallest), f"rank={rank} is above the smallest matrix {tuple(smallest)}; {cure}"
+    )
 
 
 def _adapter(config: RunConfig, model: nn.Module) -> PeftConfig:

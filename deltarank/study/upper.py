@@ -121,7 +121,8 @@ def decoder_layers(model: nn.Module) -> nn.ModuleList:
     """The layers of a model, the lowest first; raises ValueError where they are not found."""
     layers = getattr(model.get_decoder(), "layers", None)
     told = f"{type(model).__name__} keeps its layers where they are not found: choose another model"
-    require(isinstance(layers, nn.ModuleList), told)
+    if not isinstance(layers, nn.ModuleList):
+        raise ValueError(told)
     return layers
 
 

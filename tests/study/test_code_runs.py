@@ -37,9 +37,9 @@ def test_values_that_cannot_run_are_refused_in_one_line(name, changes):
 
 
 LACKS = {
-    "layers": ({"layers": (0, 2)}, r"^layers=\(0, 2\): tiny-gemma3 has layers 0 to 1$"),
+    "layers": ({"layers": (0, 2)}, r"^layers=\(0, 2\): the model has layers 0 to 1$"),
     "modules": ({"modules": ("c_attn",)}, r"^modules=\('c_attn',\): choose from down_proj, .*"),
-    "rank": ({"rank": 17}, "^rank=17: above the smallest matrix; choose at most 16$"),
+    "rank": ({"rank": 17}, r"^rank=17 is above the smallest matrix \(16, 32\); choose at most 16$"),
 }
 
 

@@ -268,10 +268,6 @@ MUTANTS = {
         "tinylora", measuring, "prepare", with_fields(seed=1)),
     "prepare: a TinyLoRA of less": ("tinylora", measuring, "prepare", with_fields(vector=7)),
     "prepare: the other layer": ("sparse", measuring, "prepare", with_fields(layers=(0,))),
-    "lora_factors: not scaled": (
-        "sparse", measuring, "lora_factors", but(lambda found: (*found[:2], 1.0))),
-    "lora_factors, TinyLoRA: halved": (
-        "tinylora", measuring, "lora_factors", but(lambda found: (found[0] / 2, *found[1:]))),
     "prepare: the embedding too": (
         "full", measuring, "prepare", with_fields(train_embedding=True)),
     "train: another schedule": ("full", measuring, "train", with_fields(schedule="constant")),

@@ -73,7 +73,7 @@ def test_an_unchanged_model_has_a_zero_spectrum(store, fields):
     assert len(spectra) == 14
     assert all(not S.any() for S in spectra.values())
     loss, expected = (r["evaluation"]["test"]["loss_nats"] for r in (record, base))
-    assert loss == pytest.approx(expected, rel=1e-6)
+    assert loss == pytest.approx(expected, rel=1e-5)  # PEFT casts what a TinyLoRA gives
 
 
 ADAPTERS = [

@@ -80,8 +80,8 @@ def test_a_rank_above_the_smallest_matrix_stops_before_training(store, monkeypat
 @pytest.mark.parametrize(
     ("changes", "told"),
     [
-        ({"layers": (1, 2)}, r"^layers=\(1, 2\): tiny-gemma3 has layers 0 to 1$"),
-        ({"modules": ("q",)}, r"^modules=\('q',\): no 'q'; choose from down_proj, gate_proj, k_"),
+        ({"layers": (1, 2)}, r"^layers=\(1, 2\): the model has layers 0 to 1$"),
+        ({"modules": ("q",)}, r"^modules=\('q',\): choose from down_proj, gate_proj, k_"),
         (
             {"method": "tinylora", "layers": (1,), "vector": 29},
             r"^vector=29: 7 matrices at rank 2 tell 28 numbers apart; choose at most 28$",
