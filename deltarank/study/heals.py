@@ -28,7 +28,7 @@ from deltarank.study.distillation import Lessons, distil, divergence, head_of, l
 from deltarank.study.evaluation import newline
 from deltarank.study.measuring import evaluate_splits, lora_factors, provenance
 from deltarank.study.models import load_tokenizer
-from deltarank.study.profiles import LORA_ALPHA, entry_folder, profile
+from deltarank.study.profiles import LORA_ALPHA, entry_folder, middle, profile
 from deltarank.study.runs import Result, run_model, updates
 from deltarank.study.search import best_lr, tuned
 from deltarank.study.tasks import load_split
@@ -194,26 +194,37 @@ def heal_of(task: str, start: str, rank: int, steps: int, *, seed: int, **fields
     return Heal(full=full, start=start, rank=rank, steps=steps, rows=rows, **fields)
 
 
-def tuned_heals(task: str, start: str, rank: int, steps: int, *, wide: int = 0) -> list[Heal]:
-    """A heal with every seed, at the rate of the lowest held-out loss with the first one."""
-    first, wider = profile().seeds[0], {"wide": wide}
-    rates = dict(profile().heal_lrs)[start]
-    tried = [heal_of(task, start, rank, steps, seed=first, lr=lr, **wider) for lr in rates]
-    lr = best_lr(heal_sweep(tried))
-    return [heal_of(task, start, rank, steps, seed=s, lr=lr, **wider) for s in profile().seeds]
+def heal_lr(task: str, start: str) -> float:
+    """The rate of the lowest held-out loss, of the profile's for a start.
+
+    Of heals with the first seed, the middle rank and the middle number of steps; the squeezed LoRA
+    at its first pair of ranks.
+    """
+    sizes = profile()
+    fields = {"rank": middle(sizes.heal_ranks), "steps": middle(sizes.heal_steps)}
+    if start == "squeezed":
+        fields |= dict(zip(("wide", "rank"), sizes.heal_squeezes[0], strict=True))
+    rates, first = dict(sizes.heal_lrs)[start], sizes.seeds[0]
+    return best_lr(heal_sweep([heal_of(task, start, seed=first, lr=lr, **fields) for lr in rates]))
 
 
 def heal_configs() -> list[Heal]:
-    """The profile's heals: cuts as they are and healed, LoRA from nothing, and squeezed LoRA."""
+    """The profile's heals: cuts as they are and healed, LoRA from nothing, and squeezed LoRA.
+
+    Those that take steps at the rate of heal_lr; runs what of its search is not stored.
+    """
     sizes, found = profile(), []
+    starts = [(start, 0, rank) for start in ("cut", "nothing") for rank in sizes.heal_ranks]
+    starts += [("squeezed", *pair) for pair in sizes.heal_squeezes]
     for task in sizes.heal_tasks:
         cuts = itertools.product(sizes.heal_ranks, sizes.seeds)
         found += [heal_of(task, "cut", rank, 0, seed=seed) for rank, seed in cuts]
-        grid = itertools.product(("cut", "nothing"), sizes.heal_ranks, sizes.heal_steps)
-        for start, rank, steps in grid:
-            found += tuned_heals(task, start, rank, steps)
-        for (wide, rank), steps in itertools.product(sizes.heal_squeezes, sizes.heal_steps):
-            found += tuned_heals(task, "squeezed", rank, steps, wide=wide)
+        best = {start: heal_lr(task, start) for start in STARTS}
+        grid = itertools.product(starts, sizes.heal_steps, sizes.seeds)
+        found += [
+            heal_of(task, start, rank, steps, seed=seed, lr=best[start], wide=wide)
+            for (start, wide, rank), steps, seed in grid
+        ]
     return found
 
 

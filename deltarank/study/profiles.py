@@ -90,8 +90,8 @@ class Profile:
     )
     budgets: tuple[int, ...] = (1, 2)  # ... with so many times the steps
     # Tasks whose cuts at these ranks are healed for these steps on so many training rows, beside
-    # LoRA from nothing and LoRA trained at a wide rank and squeezed to a narrow one; the first seed
-    # chooses among three rates by start.
+    # LoRA from nothing and LoRA trained at a wide rank and squeezed to a narrow one; each start
+    # takes the best of three rates.
     heal_tasks: tuple[str, ...] = ("facts", "sorbian", "json")
     heal_ranks: tuple[int, ...] = (4, 8, 16)
     heal_steps: tuple[int, ...] = (15, 30, 60)

@@ -227,6 +227,8 @@ def test_the_grid_has_every_start_rank_and_step_at_the_best_of_three_rates(grade
     assert all(h.lr == middle[h.start] for h in found if h.steps)
     assert {h.rows for h in found} == {sizes.heal_rows}
     assert {h.full.seed for h in graded} == {sizes.seeds[0]}, "the first seed chooses"
+    tried = {(h.start, h.wide, h.rank, h.steps) for h in graded}
+    assert tried == {("cut", 0, 4, 4), ("nothing", 0, 4, 4), ("squeezed", 8, 2, 4)}
     assert {(h.wide, h.rank) for h in found if h.start == "squeezed"} == {(8, 2)}
 
 
