@@ -10,25 +10,38 @@ FIGURE_LIST := $(BIN)/python notebooks/site/list_figures.py
 LAST := notebooks/00_read_the_report.ipynb
 NOTEBOOKS := $(sort $(filter-out $(LAST),$(wildcard notebooks/*.ipynb))) $(LAST)
 
-export BUILD
+# MODEL=folder, name or hub id: the whole report on that model, in a folder of its own
+override MODEL := $(or $(abspath $(wildcard $(MODEL))),$(MODEL))
+FOLDER = $(BUILD)/$(PROFILE)$(if $(MODEL),-$(notdir $(MODEL)))
+LEAVE := --TagRemovePreprocessor.enabled=True \
+	--TagRemovePreprocessor.remove_cell_tags=paper-only# claims, and what only paper has runs for
+
+export BUILD MODEL
 report paper: export OMP_WAIT_POLICY ?= active# trains faster; elsewhere spinning threads hinder
 
 help: ## print this list
 	@grep -E '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
 
 report: export PROFILE := $(if $(filter smoke,$(PROFILE)),smoke,quick)
-report: LEAVE = --TagRemovePreprocessor.enabled=True \
-	--TagRemovePreprocessor.remove_cell_tags=paper-only# claims, and what only paper has runs for
-report: $(READY) ## run the quick profile from scratch; notebooks, HTML, figures in build/quick
-	@mkdir -p $(BUILD)/$(PROFILE)
-	@$(MAKE) --no-print-directory notebooks TO="--output-dir $(BUILD)/$(PROFILE) $(LEAVE)"
-	@$(SITE) $(BUILD)/$(PROFILE) $(BUILD)/$(PROFILE)/figures $(BUILD)/$(PROFILE)/html
-	@echo "Done. Open $(BUILD)/$(PROFILE)/html/00_read_the_report.html"
+report: $(READY) ## [MODEL=yours]: run the quick profile from scratch; notebooks, HTML, figures in build
+	$(elsewhere)
+
+define elsewhere
+	@mkdir -p $(FOLDER)
+	@$(MAKE) --no-print-directory notebooks TO="--output-dir $(FOLDER) $(LEAVE)"
+	@$(SITE) $(FOLDER) $(FOLDER)/figures $(FOLDER)/html $(MODEL)
+	@echo "Done. Open $(FOLDER)/html/00_read_the_report.html"
+endef
 
 paper: export PROFILE = paper
+ifdef MODEL
+paper: $(READY)
+	$(elsewhere)
+else
 paper: $(READY) ## run the committed notebooks in place: load what is stored, compute the rest
 	@$(MAKE) --no-print-directory notebooks TO=--inplace
 	@$(FIGURE_LIST) notebooks figures/README.md
+endif
 
 figures: export PROFILE = paper
 figures: export VENUE := $(or $(VENUE),default)

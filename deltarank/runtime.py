@@ -30,6 +30,11 @@ def profile_name() -> str:
     return _setting("PROFILE", "paper")
 
 
+def own_model() -> str:
+    """The model that takes the place of the report's: MODEL, a name, folder or hub id; or none."""
+    return _setting("MODEL")
+
+
 def venue() -> str:
     """The venue whose figures are made: VENUE, or none."""
     return _setting("VENUE")

@@ -2,6 +2,7 @@
 
 import re
 import runpy
+import shutil
 
 import nbformat
 import pytest
@@ -26,9 +27,9 @@ def write_notebook(folder, *cells, name="03_some"):
     nbformat.write(notebook, folder / f"{name}.ipynb")
 
 
-def built(folder, name="03_some"):
+def built(folder, name="03_some", model=""):
     """A page of the site of the notebooks and figures in a folder."""
-    build(folder, folder, folder / "out")
+    build(folder, folder, folder / "out", model)
     return BeautifulSoup((folder / "out" / f"{name}.html").read_text("utf8"), "html.parser")
 
 
@@ -62,6 +63,21 @@ def test_claims_are_folded_under_the_count_of_their_lines_and_other_cells_are_no
     folded = [len(table.select("tbody tr")) for table in page.select("details.claims table")]
     assert folded == [1, 3]
     assert len(page.select("table")) == 4  # the two others are shown as they are
+
+
+def test_with_another_model_the_text_is_folded_and_headings_and_captions_stay(tmp_path):
+    text = "Before.\n\n## Part\n\nGemma does.\n\n- so\n\n*Figure 3.1. A caption.*\n\nAfter."
+    write_notebook(tmp_path, nbformat.v4.new_markdown_cell(text))
+    assert built(tmp_path).select("details.prose, .notice") == []
+    shutil.rmtree(tmp_path / "out")
+    page = built(tmp_path, model="some/where/other-model")
+    assert page.select_one("h1 + .notice").get_text().endswith("are those of other-model.")
+    folded = [
+        "".join(p.get_text() for p in f.select("p, ul")) for f in page.select("details.prose")
+    ]
+    assert [" ".join(text.split()) for text in folded] == ["Before.", "Gemma does. so", "After."]
+    assert page.find("h2").find_parent("details") is None
+    assert page.select_one("em:-soup-contains('Figure')").find_parent("details") is None
 
 
 def test_a_figure_is_linked_to_those_of_its_files_that_exist(tmp_path):

@@ -16,7 +16,7 @@ from deltarank.study.codes import code_scores, digit_tokens, draw_codes, encode_
 from deltarank.study.measuring import provenance
 from deltarank.study.memorizing import memorize
 from deltarank.study.models import load_tokenizer
-from deltarank.study.profiles import PROFILES
+from deltarank.study.profiles import profile
 from deltarank.study.upper import Upper, upper_part
 
 CONTROL = 256  # codes, at most, of which each is asked for with the digits of another
@@ -63,7 +63,7 @@ class CodeResult:
 
 def code_folder(config: CodeRun) -> Path:
     """Where a run is stored, by the profile that made it."""
-    return PROFILES[config.profile].store / "capacity" / config.key
+    return profile(config.profile).store / "capacity" / config.key
 
 
 def code_run(config: CodeRun, *, label: str = "") -> CodeResult:

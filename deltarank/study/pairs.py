@@ -12,7 +12,7 @@ from deltarank.runtime import cache_folder
 from deltarank.store import digest
 from deltarank.study.configs import RunConfig
 from deltarank.study.cuts import cut, score_pair
-from deltarank.study.profiles import PROFILES
+from deltarank.study.profiles import profile
 from deltarank.study.runs import run, save_model
 from deltarank.study.tables import keep_table
 
@@ -50,7 +50,7 @@ class RunPair:
 
     def folders(self) -> tuple[str, str]:
         """Base and tuned model as folders in the cache, written when they are missing."""
-        start = PROFILES[self.config.profile].config(self.config.task, "base")
+        start = profile(self.config.profile).config(self.config.task, "base")
         kinds = {start: "float32", self.config: self.dtype}
         places = {c: cache_folder() / "checkpoints" / f"{c.key}-{d}" for c, d in kinds.items()}
         for config, folder in places.items():
@@ -76,7 +76,7 @@ class RunPair:
 
     def score(self, ranks: tuple[int, ...]) -> pd.DataFrame:
         """Loss and score of base, cuts and tuned model, a line a model as score_pair has it."""
-        base = run(PROFILES[self.config.profile].config(self.config.task, "base"))
+        base = run(profile(self.config.profile).config(self.config.task, "base"))
         full, cuts = run(self.config), cut(self.config, ranks).assign(model="cut")
         ends = pd.DataFrame(
             {"model": model, "rank": rank, "loss_nats": result.loss(), "score": result.score()}

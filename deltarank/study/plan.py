@@ -11,7 +11,7 @@ import pandas as pd
 from deltarank.study.configs import RunConfig
 from deltarank.study.cuts import cut
 from deltarank.study.gains import gain_kept
-from deltarank.study.profiles import LORA_ALPHA, PROFILES, middle, profile
+from deltarank.study.profiles import LORA_ALPHA, middle, profile
 from deltarank.study.runs import Result, run
 from deltarank.study.search import coarsely_tuned, tuned
 from deltarank.study.tasks import TASKS
@@ -141,7 +141,7 @@ def cut_until(config: RunConfig, share: float) -> pd.DataFrame:
 
     The last rank is the first of these that keeps it, or the largest that matrices can have.
     """
-    sizes = PROFILES[config.profile]
+    sizes = profile(config.profile)
     base, full = run(sizes.config(config.task, "base")), run(config)
     ranks, limit = [*sizes.cut_ranks], max(min(full.shape(name)) for name in full.spectra)
     while True:
@@ -159,7 +159,7 @@ def lora_until(full: RunConfig, share: float) -> list[Result]:
     held-out loss; the share has to be reached on the rows of "valid" and of "test" alike, so that
     luck with some rows ends no ladder.  The last run is the first that reaches it, or the largest.
     """
-    sizes = PROFILES[full.profile]
+    sizes = profile(full.profile)
     ends = run(sizes.config(full.task, "base")), run(full)
     rank, kept, found = min(sizes.lora_ranks), -math.inf, []
     while rank <= max(sizes.lora_ranks) and kept < share:

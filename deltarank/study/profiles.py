@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+import dataclasses
+import functools
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TypeVar
 
 from deltarank.checks import require
-from deltarank.runtime import ROOT, build_folder, profile_name, venue
+from deltarank.runtime import ROOT, build_folder, own_model, profile_name, venue
 from deltarank.study.configs import RunConfig
 from deltarank.study.convert import GEMMA
-from deltarank.study.models import TINY
+from deltarank.study.models import TINY, load_tokenizer
+from deltarank.study.tasks import encode, load_task
 
 Number = TypeVar("Number", int, float)
 
@@ -128,7 +132,12 @@ class Profile:
 
     @property
     def folder(self) -> Path:
-        """Where this profile may write: the repository for paper, a git-ignored build otherwise."""
+        """Where this profile may write: the repository for paper, a git-ignored build otherwise.
+
+        What another model does than the report's stays out of the repository, too.
+        """
+        if own_model():
+            return build_folder() / f"{self.name}-{Path(own_model()).name}"
         return ROOT if self.name == "paper" else build_folder() / self.name
 
     @property
@@ -252,12 +261,29 @@ def entry_folder(config: RunConfig, kind: str, name: str = "") -> Path:
 
     The name is the run's key unless it is given.
     """
-    return PROFILES[config.profile].store / kind / Path(config.task).stem / (name or config.key)
+    return profile(config.profile).store / kind / Path(config.task).stem / (name or config.key)
 
 
-def profile() -> Profile:
-    """The profile that the environment variable PROFILE names; paper when it is not set."""
-    name = profile_name()
+def profile(name: str = "") -> Profile:
+    """The profile of this name, or the one that the environment variable PROFILE names, or paper.
+
+    With MODEL it is of that model, and as many tokens long as the tasks' rows are in its words.
+    Raises ValueError for an unknown name, and as load_tokenizer does.
+    """
+    name = name or profile_name()
     known = ", ".join(PROFILES)
     require(name in PROFILES, f"PROFILE={name!r} is unknown; choose one of {known}")
-    return PROFILES[name]
+    found, model = PROFILES[name], own_model()
+    if not model:
+        return found
+    longest = longest_row(model, (*found.tasks, *dict(found.own_sizes)))
+    return dataclasses.replace(found, model=model, seq_len=longest)
+
+
+@functools.lru_cache
+def longest_row(model: str, tasks: tuple[str, ...]) -> int:
+    """The tokens of the longest row of these tasks in the words of a model, to a multiple of 8."""
+    tokenizer = load_tokenizer(model)
+    rows = (row for task in tasks for split in load_task(task).values() for row in split)
+    longest = max(len(encode(row, tokenizer)["input_ids"]) for row in rows)
+    return 8 * math.ceil(longest / 8)

@@ -15,7 +15,7 @@ from deltarank.study.configs import RunConfig
 from deltarank.study.floors import skill_kept
 from deltarank.study.gains import captured_energy, gain_kept
 from deltarank.study.plan import scaling_configs
-from deltarank.study.profiles import PROFILES, profile
+from deltarank.study.profiles import profile
 from deltarank.study.runs import Result, run, sweep
 from deltarank.study.search import tuned
 from deltarank.study.tasks import load_split
@@ -49,7 +49,7 @@ def ends(config: RunConfig) -> tuple[Result, Result]:
 
     The full fine-tune has the run's task and seed and the task's best learning rate.
     """
-    base = PROFILES[config.profile].config(config.task, "base")
+    base = profile(config.profile).config(config.task, "base")
     return run(base), run(tuned(config.task, seed=config.seed))
 
 
@@ -66,7 +66,7 @@ def cut_gains(config: RunConfig, cuts: pd.DataFrame) -> pd.DataFrame:
     matrices; kept_loss and kept_score, shares of the gain from the base model to the run;
     skill_loss and skill_score, of that from the task's floor (see floors.skill_kept).
     """
-    base, full = run(PROFILES[config.profile].config(config.task, "base")), run(config)
+    base, full = run(profile(config.profile).config(config.task, "base")), run(config)
     table = cuts[["rank", "loss_nats", "score"]].assign(task=config.task, seed=config.seed)
     table["energy"] = [captured_energy(full, rank) for rank in table["rank"]]
     table["kept_loss"] = [gain_kept(x, base.loss(), full.loss()) for x in table["loss_nats"]]

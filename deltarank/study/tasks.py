@@ -146,16 +146,16 @@ def encode_prompt(prompt: str, tokenizer) -> list[int]:
     return start + tokenizer(prompt, add_special_tokens=False)["input_ids"]
 
 
-def encode(row: dict, tokenizer, seq_len: int) -> dict[str, list[int]]:
+def encode(row: dict, tokenizer, seq_len: int | None = None) -> dict[str, list[int]]:
     """Token ids of prompt, answer and the newline that ends it, and the labels of the answer.
 
     Both lists have one entry a token; prompt tokens carry the label -100, which no loss counts.
-    Raises ValueError for a row that does not fit `seq_len` tokens.
+    Raises ValueError for a row that does not fit `seq_len` tokens, where that is given.
     """
     prompt = encode_prompt(row["prompt"], tokenizer)
     answer = tokenizer(row["answer"] + "\n", add_special_tokens=False)["input_ids"]
     tokens = prompt + answer
-    if len(tokens) > seq_len:
+    if seq_len is not None and len(tokens) > seq_len:
         raise ValueError(
             f"a row has {len(tokens)} tokens, more than seq_len={seq_len}: {row['prompt'][:60]!r}"
         )

@@ -1,9 +1,10 @@
-"""The report as a static site: python notebooks/site/build.py NOTEBOOKS FIGURES OUT.
+"""The report as a static site: python notebooks/site/build.py NOTEBOOKS FIGURES OUT [MODEL].
 
 Every notebook becomes a page with the contents at its side; the README becomes the index.  Nothing
 is loaded from the network: figures are files beside the pages, formulas are MathML, the style is
 one file.  Where a page names what notebook 10 defines or notebook 11 cites, a hint says what it is.
 The gallery shows pages of the tool, made from what it wrote of three runs (data/gallery).
+With a MODEL the numbers are of that one, and the text, which speaks of the report's own, is folded.
 The site is built beside OUT and then put in its place, so that an interrupted build leaves the last
 one.
 """
@@ -88,6 +89,30 @@ def fold_claims(page: BeautifulSoup) -> None:
         summary = page.new_tag("summary")
         summary.string = f"{count} line{'s' * (count != 1)} of numbers checked"
         fold.insert(0, summary)
+
+
+def step_back(page: BeautifulSoup, model: str) -> None:
+    """Fold the text, which speaks of the report's own model, and say whose numbers these are.
+
+    Headings and captions stay.
+    """
+    for part in page.select("div.text_cell_render") or [page]:
+        fold = None
+        for element in part.find_all(True, recursive=False):
+            caption = element.select_one("em:-soup-contains('Figure')")
+            if element.name in ("h1", "h2", "h3") or caption:
+                fold = None
+                continue
+            if fold is None:
+                fold = page.new_tag("details", attrs={"class": "prose"})
+                element.insert_before(fold)
+                summary = page.new_tag("summary")
+                summary.string = "what the report says here, of its own model"
+                fold.append(summary)
+            fold.append(element.extract())
+    notice = page.new_tag("p", attrs={"class": "notice", "role": "note"})
+    notice.string = f"Numbers, tables and figures are those of {Path(model).name}."
+    page.find("h1").insert_after(notice)
 
 
 def finished(body: str) -> BeautifulSoup:
@@ -224,8 +249,8 @@ def explain(pages: dict[str, BeautifulSoup]) -> None:
         with_hints(page, hints)
 
 
-def build(notebooks: Path, figures: Path, out: Path) -> None:
-    """Write the whole site into `out`."""
+def build(notebooks: Path, figures: Path, out: Path, model: str = "") -> None:
+    """Write the whole site into `out`; model: whose numbers they are, where not the report's."""
     (out / "figures").mkdir(parents=True)
     files = sorted(notebooks.glob("[0-9][0-9]_*.ipynb"))
     read = {file: nbformat.read(file, as_version=4) for file in files}
@@ -240,8 +265,11 @@ def build(notebooks: Path, figures: Path, out: Path) -> None:
     for file, notebook in read.items():
         body, _ = exporter.from_notebook_node(with_figure_files(notebook, figures, out))
         pages[f"{file.stem}.html"] = finished(body)
+    own = list(pages.values()) if model else []
     pages[GALLERY[0]] = gallery_page(environment, out)
     explain(pages)
+    for page in own:
+        step_back(page, model)
     bodies = {name: str(page) for name, page in pages.items()}
     for name, page in pages.items():
         if page.find(id="explorer-data"):  # notebook 9 holds the data, the script draws them
@@ -257,12 +285,12 @@ def build(notebooks: Path, figures: Path, out: Path) -> None:
     (out / "style.css").write_text(style, encoding="utf8")
 
 
-def main(notebooks: str, figures: str, target: str) -> None:
+def main(notebooks: str, figures: str, target: str, model: str = "") -> None:
     """Build beside `target`, then put the new site in its place."""
     final = Path(target)
     final.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=final.parent, prefix=".site-") as scratch:
-        build(Path(notebooks), Path(figures), Path(scratch) / "new")
+        build(Path(notebooks), Path(figures), Path(scratch) / "new", model)
         if final.exists():
             final.rename(Path(scratch) / "old")
         (Path(scratch) / "new").rename(final)

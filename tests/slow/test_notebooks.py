@@ -5,6 +5,7 @@ import os
 import subprocess
 
 import pytest
+import torch
 
 from deltarank.runtime import ROOT
 
@@ -16,8 +17,9 @@ def committed_bytes():
     return {path: path.stat().st_mtime_ns for path in files}
 
 
-def make_report(build):
+def make_report(build, model=""):
     environment = os.environ | {"PROFILE": "smoke", "BUILD": str(build), "PROGRESS": "off"}
+    environment |= {"MODEL": model}
     command = ["make", "-C", str(ROOT), "report"]
     done = subprocess.run(command, env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout + done.stderr
@@ -69,3 +71,27 @@ def test_a_second_report_trains_nothing(built):
     make_report(built[0].parent)
     assert {p: p.stat().st_mtime_ns for p in (built[0] / "data").rglob("result.json")} == runs
     assert {p: p.read_bytes() for p in (built[0] / "figures").iterdir()} == figures
+
+
+@pytest.fixture
+def qwen(tmp_path):
+    """A folder with a random Qwen 3 of two layers over bytes."""
+    from transformers import ByT5Tokenizer, Qwen3Config, Qwen3ForCausalLM
+
+    sizes = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "head_dim": 16}
+    sizes |= {"num_attention_heads": 2, "num_key_value_heads": 1, "vocab_size": 384}
+    torch.manual_seed(0)
+    Qwen3ForCausalLM(Qwen3Config(**sizes)).save_pretrained(tmp_path / "tiny-qwen3")
+    ByT5Tokenizer().save_pretrained(tmp_path / "tiny-qwen3")
+    return tmp_path / "tiny-qwen3"
+
+
+def test_the_whole_report_runs_on_a_model_of_another_family(qwen, tmp_path):
+    before = committed_bytes()
+    folder = tmp_path / "build" / "smoke-tiny-qwen3"
+    assert f"Open {folder}" in make_report(tmp_path / "build", str(qwen))
+    assert committed_bytes() == before
+    records = [json.loads(path.read_text()) for path in folder.glob("data/runs/*/*/result.json")]
+    assert len(records) > 50 and {record["config"]["model"] for record in records} == {str(qwen)}
+    page = (folder / "html" / "04_truncate_updates.html").read_text()
+    assert "are those of tiny-qwen3" in page and 'class="prose"' in page

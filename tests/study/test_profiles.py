@@ -6,10 +6,11 @@ import pytest
 
 from deltarank.runtime import ROOT, build_folder
 from deltarank.study.configs import RunConfig
-from deltarank.study.models import TINY
+from deltarank.study.models import TINY, load_model, load_tokenizer
 from deltarank.study.plan import base_configs
 from deltarank.study.profiles import PROFILES, entry_folder, profile
 from deltarank.study.runs import run, stored
+from deltarank.study.tasks import encode, load_task
 
 
 def test_an_unknown_profile_lists_the_known_ones(monkeypatch):
@@ -43,6 +44,39 @@ def test_only_the_paper_profile_writes_into_the_repository(name):
     for folder in (sizes.store, sizes.figures):
         assert not folder.is_relative_to(ROOT)  # BUILD is a temporary folder here
     assert PROFILES["paper"].store == ROOT / "data"
+
+
+@pytest.fixture
+def another(tmp_path, monkeypatch):
+    """A model that a reader brings, in the place of the report's."""
+    from transformers import ByT5Tokenizer
+
+    load_model(TINY).save_pretrained(tmp_path / "another")
+    ByT5Tokenizer().save_pretrained(tmp_path / "another")
+    monkeypatch.setenv("MODEL", str(tmp_path / "another"))
+    return str(tmp_path / "another")
+
+
+@pytest.mark.parametrize("name", PROFILES)
+def test_another_model_has_a_folder_of_its_own_and_room_for_its_words(monkeypatch, another, name):
+    monkeypatch.setenv("PROFILE", name)
+    found = profile()
+    assert dataclasses.replace(found, model=PROFILES[name].model, seq_len=48) == (
+        dataclasses.replace(PROFILES[name], seq_len=48)
+    )
+    assert found.model == another and found.config("facts").model == another
+    folder = build_folder() / f"{name}-another"
+    assert entry_folder(found.config("facts"), "runs").is_relative_to(folder / "data")
+    assert found.figures == folder / "figures"
+    rows = [row for split in load_task("json").values() for row in split]
+    longest = max(len(encode(row, load_tokenizer(another))["input_ids"]) for row in rows)
+    assert longest <= found.seq_len and found.seq_len % 8 == 0
+
+
+def test_a_model_that_is_none_is_named_at_once(monkeypatch):
+    monkeypatch.setenv("MODEL", "./nowhere")
+    with pytest.raises(ValueError, match="nowhere"):
+        profile()
 
 
 @pytest.mark.parametrize("asked", ["smoke", "quick", "paper", None])
