@@ -18,10 +18,11 @@ from deltarank.study.tasks import TASKS, task_sha256
 # holds the numbers of a small run of each method, and every stored run is then computed again.
 MEASUREMENT = 2
 GROWTH_ROWS = 64  # held-out rows scored in the midst of training
+OWN_OPTIMIZERS = ("muon", "sign", "sgd_momentum")  # beside those of transformers
 KNOWN_VALUES = {
     "method": ("base", "full", "lora", "tinylora"),
     "schedule": ("linear", "cosine", "constant"),
-    "optimizer": ("adamw_torch_fused", "adamw_torch", "sgd"),
+    "optimizer": ("adamw_torch_fused", "adamw_torch", "sgd", *OWN_OPTIMIZERS),
     "dtype": ("bfloat16", "float32"),
 }
 

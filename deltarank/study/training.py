@@ -17,9 +17,10 @@ from torch import Tensor, nn
 
 from deltarank.checks import require
 from deltarank.runtime import device, progress
-from deltarank.study.configs import RunConfig
+from deltarank.study.configs import OWN_OPTIMIZERS, RunConfig
 from deltarank.study.losses import AnswerModel, packs, require_own_loss
 from deltarank.study.models import load_model, load_tokenizer, matrices
+from deltarank.study.optimizers import own_optimizer
 from deltarank.study.tasks import a_line_each, encode, load_split, pack, permute_answers
 
 if TYPE_CHECKING:  # PEFT is imported where it trains
@@ -171,6 +172,7 @@ def fit(
             train_dataset=rows,
             data_collator=pack if packs(trained.model) else a_line_each,
             callbacks=[Step()],
+            optimizers=(own_optimizer(config, trained), None),  # None: as the arguments say
         )
         trainer.remove_callback(PrinterCallback)
         trainer.train()
@@ -217,7 +219,7 @@ def _training_arguments(config: RunConfig, scratch: str):
         warmup_steps=math.ceil(config.warmup * config.steps),
         max_grad_norm=config.max_grad_norm,
         weight_decay=config.weight_decay,
-        optim=config.optimizer,
+        optim="sgd" if config.optimizer in OWN_OPTIMIZERS else config.optimizer,
         seed=config.seed,
         save_strategy="no",
         logging_strategy="no",

@@ -1,0 +1,67 @@
+"""Optimizers beside those of transformers: the update of a step by another geometry."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+import torch
+from torch import nn
+from torch.optim import SGD, AdamW, Muon, Optimizer
+
+from deltarank.study.configs import OWN_OPTIMIZERS, RunConfig
+
+TINY = 1e-30  # in the place of AdamW's epsilon, so that the smallest gradient has a sign
+
+
+class Joint(Optimizer):
+    """Optimizers of different parameters as one, whose learning rates are set together."""
+
+    def __init__(self, parts: Sequence[Optimizer]) -> None:
+        self.parts = parts
+        super().__init__([group for part in parts for group in part.param_groups], {})
+
+    @torch.no_grad()
+    def step(self, closure: None = None) -> None:  # type: ignore[override]  # needs no closure
+        """One step of each, at the rates that its groups have here."""
+        own = (group for part in self.parts for group in part.param_groups)
+        for group, theirs in zip(self.param_groups, own, strict=True):
+            theirs["lr"] = group["lr"]
+        for part in self.parts:
+            part.step()
+
+
+def _muon(config: RunConfig, parameters: list[nn.Parameter]) -> Optimizer:
+    """Muon for matrices and AdamW for the rest, with steps of the size that AdamW's have."""
+    lr, decay = config.lr, config.weight_decay
+    matrices = [p for p in parameters if p.ndim == 2]
+    rest = [p for p in parameters if p.ndim != 2]
+    muon = Muon(matrices, lr=lr, weight_decay=decay, adjust_lr_fn="match_rms_adamw")
+    return Joint([muon, AdamW(rest, lr=lr, weight_decay=decay)] if rest else [muon])
+
+
+def _sign(config: RunConfig, parameters: list[nn.Parameter]) -> Optimizer:
+    """AdamW without memory: every entry moves by the rate, against the sign of its gradient."""
+    return AdamW(
+        parameters, lr=config.lr, betas=(0.0, 0.0), eps=TINY, weight_decay=config.weight_decay
+    )
+
+
+def _momentum(config: RunConfig, parameters: list[nn.Parameter]) -> Optimizer:
+    """Gradient descent with the usual momentum."""
+    return SGD(parameters, lr=config.lr, momentum=0.9, weight_decay=config.weight_decay)
+
+
+MAKERS: dict[str, Callable[[RunConfig, list[nn.Parameter]], Optimizer]] = dict(
+    zip(OWN_OPTIMIZERS, (_muon, _sign, _momentum), strict=True)
+)
+
+
+def own_optimizer(config: RunConfig, model: nn.Module) -> Optimizer | None:
+    """The optimizer of what `model` trains where it is one of OWN_OPTIMIZERS; else transformers'.
+
+    "muon" (https://kellerjordan.github.io/posts/muon, as in torch): a matrix moves along the
+    nearest orthogonal matrix to its momentum, so that all directions move alike.
+    """
+    if config.optimizer not in MAKERS:
+        return None
+    return MAKERS[config.optimizer](config, [p for p in model.parameters() if p.requires_grad])
