@@ -15,15 +15,14 @@ from deltarank.study.profiles import LORA_ALPHA, middle, profile
 from deltarank.study.runs import Result, sweep
 
 
-def lr_search(task: str, method: str = "full", *, rank: int = 0, **place) -> list[Result]:
+def lr_search(task: str, method: str = "full", *, rank: int = 0) -> list[Result]:
     """The runs that choose a task's learning rate, by ascending rate; a LoRA has best_alpha.
 
-    place: layers=, modules= or vector= of an adapter below rank 1 on all layers.
     In the profile's fine_tasks, where a low rank falls short or one seed misleads, the climb goes
     on from the best rate of coarse_search over finer(rates), each with every seed, for full
     fine-tuning and LoRA alike.
     """
-    recipe = {"rank": rank} | place | _scale(task, method)
+    recipe = {"rank": rank} | _scale(task, method)
     coarse = coarse_search(task, method, **recipe)
     if task not in profile().fine_tasks:
         return coarse

@@ -14,7 +14,7 @@ from deltarank.study.gains import needed_bracket
 from deltarank.study.models import matrices, skeleton
 from deltarank.study.profiles import profile
 from deltarank.study.runs import sweep
-from deltarank.study.search import best_lr, lr_search
+from deltarank.study.search import best_alpha, best_lr, coarse_search
 from deltarank.study.training import adapted_matrices
 
 PLACES = ("spread", "first", "middle", "last")  # where the layers of a sparse LoRA lie
@@ -96,9 +96,10 @@ def sized(task: str, size: dict, **changes) -> RunConfig:
     """The configuration of an adapter of this size at its best rate; runs what is not stored.
 
     size: the fields of RunConfig that ladder gives; changes: other fields, such as seed and steps.
-    The rate is that of lr_search, as of a LoRA that is `tuned`, which it is where it has the size.
+    The rate is that of coarse_search, so that no size has more trials than another.
     """
-    results = lr_search(task, **size)
+    scale = {"alpha": best_alpha(task)} if size["method"] == "lora" else {}
+    results = coarse_search(task, **size | scale)
     return dataclasses.replace(results[0].config, lr=best_lr(results), **changes)
 
 
