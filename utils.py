@@ -94,6 +94,7 @@ from deltarank.study.tables import (
     by_part,
     cut_gains,
     ends,
+    finer_table,
     gain,
     keep_table,
     runs_table,

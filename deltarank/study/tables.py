@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Sequence
 
 import numpy as np
@@ -17,7 +18,7 @@ from deltarank.study.gains import captured_energy, gain_kept
 from deltarank.study.plan import scaling_configs
 from deltarank.study.profiles import profile
 from deltarank.study.runs import Result, run, sweep
-from deltarank.study.search import tuned
+from deltarank.study.search import lr_search, tuned
 from deltarank.study.tasks import load_split
 
 
@@ -112,6 +113,19 @@ def runs_table(results: Sequence[Result]) -> pd.DataFrame:
         }
         for r in results
     )
+
+
+def finer_table(method: str = "full", ranks: Sequence[int] = (0,)) -> pd.DataFrame:
+    """A line a task, rank and rate that lr_search tries in the profile's fine_tasks.
+
+    Columns: nats on the rows that choose, and score on test rows, each mean, min and max over the
+    seeds.
+    """
+    grid = itertools.product(profile().fine_tasks, ranks)
+    found = [r for task, rank in grid for r in lr_search(task, method, rank=rank)]
+    table = runs_table(found).assign(nats=[r.loss("valid") for r in found])
+    by_rate = table.groupby(["task", "rank", "lr"], sort=False)
+    return by_rate[["nats", "score"]].agg(["mean", "min", "max"])
 
 
 def scaling_table() -> pd.DataFrame:

@@ -1,13 +1,17 @@
 """Tables of runs: one line a run or matrix, kept in the store."""
 
+import dataclasses
+
 import pandas as pd
 import pytest
 import torch
 from small_runs import Q
 
 from deltarank.spectra import null_energy
-from deltarank.study.runs import run
-from deltarank.study.tables import keep_table, runs_table, spectra_table
+from deltarank.study import tables
+from deltarank.study.profiles import PROFILES, profile
+from deltarank.study.runs import Result, run
+from deltarank.study.tables import finer_table, keep_table, runs_table, spectra_table
 
 
 def test_tables_have_one_line_a_run_and_one_a_matrix(config):
@@ -48,3 +52,22 @@ def test_a_kept_table_without_spectra_is_computed_once_too(store):
     table = pd.DataFrame({"seed": [0, 1], "gain": [0.5, 0.25]})
     assert keep_table("t", lambda: table).equals(table)
     assert keep_table("t", lambda: pytest.fail("computed again")).equals(table)
+
+
+def test_a_finer_rate_has_mean_and_ends_over_its_seeds(monkeypatch):
+    fine = dataclasses.replace(PROFILES["smoke"], fine_tasks=("facts",))
+    monkeypatch.setitem(PROFILES, "smoke", fine)
+
+    def found(task, method, *, rank):
+        for lr, seed, nats in [(2e-3, 0, 1.0), (2e-3, 1, 2.0), (1e-3, 0, 5.0)]:
+            config = profile().config(task, method, rank=rank, lr=lr, seed=seed)
+            scores = {"valid": {"loss_nats": nats}, "test": {"loss_nats": 9, "score": 10 * nats}}
+            record = {"status": "finished", "evaluation": scores}
+            yield Result(config, record | {"provenance": {"train_seconds": 1}}, {})
+
+    monkeypatch.setattr(tables, "lr_search", found)
+    table = finer_table("lora", (1, 4))
+    rates = [(1, 2e-3), (1, 1e-3), (4, 2e-3), (4, 1e-3)]
+    assert [*table.index] == [("facts", *pair) for pair in rates]
+    assert table["nats"].loc["facts", 4, 2e-3].to_dict() == {"mean": 1.5, "min": 1.0, "max": 2.0}
+    assert table["score"].loc["facts", 1, 1e-3].tolist() == [50.0] * 3
