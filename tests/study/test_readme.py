@@ -8,7 +8,7 @@ import pytest
 
 from deltarank.runtime import ROOT, build_folder
 from deltarank.study.models import TINY
-from deltarank.study.profiles import PAIR_TIMES, PROFILES
+from deltarank.study.profiles import PAIR_TIMES, PROFILES, REPORT_TIMES
 from deltarank.study.runs import Result
 
 README = (ROOT / "README.md").read_text(encoding="utf8")
@@ -59,3 +59,11 @@ def test_the_times_of_a_pair_are_those_of_the_bench():
     for name, program in {"took": "adapter", "mergekit-extract-lora": "mergekit"}.items():
         seconds, memory = found.loc[program]
         assert f"{name} {seconds:.0f} s and {memory:.1f} GB" in told
+
+
+def test_what_the_report_takes_is_what_the_bench_measured():
+    [took] = pd.read_csv(REPORT_TIMES).to_dict("records")
+    cores = {2: "two"}[took["threads"]]
+    told = f"On {cores} {took['device']} cores without a GPU `make report` took "
+    told += f"{took['minutes']:.0f} minutes and {took['GB']:.1f} GB of memory"
+    assert told in " ".join(README.split())
