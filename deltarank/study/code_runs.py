@@ -14,7 +14,7 @@ from deltarank.checks import require
 from deltarank.runtime import profile_name
 from deltarank.store import digest
 from deltarank.study.codes import DIGIT_BITS, draw_codes
-from deltarank.study.configs import KNOWN_VALUES
+from deltarank.study.configs import KNOWN_VALUES, each_once, identity_fields
 from deltarank.study.convert import GEMMA
 from deltarank.study.losses import require_own_loss
 from deltarank.study.models import load_model, matrices, model_sha256, skeleton
@@ -61,11 +61,11 @@ class CodeRun:
                 f"unknown; choose one of {', '.join(KNOWN_VALUES['dtype'])}",
             ),
             "layers": (
-                bool(self.layers) and _each_once(self.layers) and self.layers[0] >= 0,
+                bool(self.layers) and each_once(self.layers) and self.layers[0] >= 0,
                 "numbers from 0 on, each once, ascending, such as (14,)",
             ),
             "modules": (
-                _each_once(self.modules) and (lora or not self.modules),
+                each_once(self.modules) and (lora or not self.modules),
                 "only in lora: names, each once, ascending, such as ('q_proj',)",
             ),
             "rank": (
@@ -91,8 +91,7 @@ class CodeRun:
     @property
     def recipe(self) -> dict:
         """The fields that determine the run, by name."""
-        fields = (f.name for f in dataclasses.fields(self) if f.metadata.get("identity", True))
-        return {name: getattr(self, name) for name in fields}
+        return identity_fields(self)
 
     @property
     def identity(self) -> dict:
@@ -109,11 +108,6 @@ class CodeRun:
         parts = ["codes", self.method] + ([f"r{self.rank}"] if self.rank else [])
         parts += [f"l{len(self.layers)}", f"n{self.codes}", f"s{self.seed}"]
         return "-".join([*parts, digest(self.identity)[:12]])
-
-
-def _each_once(values: tuple) -> bool:
-    """Whether these are in order and each once, so that one choice has one key."""
-    return values == tuple(sorted(set(values)))
 
 
 @functools.lru_cache

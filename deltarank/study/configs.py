@@ -6,6 +6,7 @@ import dataclasses
 import math
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from deltarank.checks import require
 from deltarank.runtime import profile_name
@@ -13,6 +14,9 @@ from deltarank.store import digest
 from deltarank.study.convert import GEMMA
 from deltarank.study.models import model_sha256
 from deltarank.study.tasks import TASKS, task_sha256
+
+if TYPE_CHECKING:
+    from _typeshed import DataclassInstance
 
 # Raise by one when a change alters what a run measures, as tests/study/test_golden.py shows: it
 # holds the numbers of a small run of each method, and every stored run is then computed again.
@@ -112,11 +116,13 @@ class RunConfig:
             "rslora": (lora or not self.rslora, "only in lora"),
             "rank_pattern": (lora or not self.rank_pattern, "only in lora"),
             "layers": (
-                _each_once(self.layers, adapter) and min(self.layers, default=0) >= 0,
+                (adapter or not self.layers)
+                and each_once(self.layers)
+                and min(self.layers, default=0) >= 0,
                 "only in adapters: numbers from 0 on, each once, ascending, such as (3, 9)",
             ),
             "modules": (
-                _each_once(self.modules, adapter),
+                (adapter or not self.modules) and each_once(self.modules),
                 "only in adapters: names, each once, ascending, such as ('q_proj',)",
             ),
             "vector": (
@@ -128,8 +134,7 @@ class RunConfig:
     @property
     def recipe(self) -> dict:
         """The fields that determine the run, by name."""
-        fields = (f.name for f in dataclasses.fields(self) if f.metadata.get("identity", True))
-        return {name: getattr(self, name) for name in fields}
+        return identity_fields(self)
 
     @property
     def identity(self) -> dict:
@@ -166,6 +171,12 @@ class RunConfig:
         return "-".join([*parts, f"s{self.seed}", digest(self.identity)[:12]])
 
 
-def _each_once(values: tuple, allowed: bool) -> bool:
-    """Whether these are in order and each once, so that one choice has one key; or none."""
-    return not values or (allowed and values == tuple(sorted(set(values))))
+def identity_fields(config: DataclassInstance) -> dict:
+    """The fields of a configuration by name, but for those that say they are no part of it."""
+    fields = (f.name for f in dataclasses.fields(config) if f.metadata.get("identity", True))
+    return {name: getattr(config, name) for name in fields}
+
+
+def each_once(values: tuple) -> bool:
+    """Whether these are in order and each once, so that one choice has one key."""
+    return values == tuple(sorted(set(values)))
