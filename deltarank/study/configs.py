@@ -6,7 +6,7 @@ import dataclasses
 import math
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import Any
 
 from deltarank.checks import require
 from deltarank.runtime import profile_name
@@ -14,9 +14,6 @@ from deltarank.store import digest
 from deltarank.study.convert import GEMMA
 from deltarank.study.models import model_sha256
 from deltarank.study.tasks import TASKS, task_sha256
-
-if TYPE_CHECKING:
-    from _typeshed import DataclassInstance
 
 # Raise by one when a change alters what a run measures, as tests/study/test_golden.py shows: it
 # holds the numbers of a small run of each method, and every stored run is then computed again.
@@ -171,7 +168,7 @@ class RunConfig:
         return "-".join([*parts, f"s{self.seed}", digest(self.identity)[:12]])
 
 
-def identity_fields(config: DataclassInstance) -> dict:
+def identity_fields(config: Any) -> dict:
     """The fields of a configuration by name, but for those that say they are no part of it."""
     fields = (f.name for f in dataclasses.fields(config) if f.metadata.get("identity", True))
     return {name: getattr(config, name) for name in fields}
