@@ -49,7 +49,7 @@ from deltarank.study.figures import (
     set_style,
     task_grid,
 )
-from deltarank.study.floors import floors, skill_gain, skill_kept
+from deltarank.study.floors import copied, copy_score, floors, skill_gain, skill_kept
 from deltarank.study.gains import (
     at_gain,
     bracket_text,
