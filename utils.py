@@ -43,6 +43,7 @@ from deltarank.study.figures import (
     label_points,
     line_key,
     plot_by_task,
+    plot_marks,
     rank_axis,
     save_figure,
     save_table,
@@ -56,6 +57,7 @@ from deltarank.study.gains import (
     captured_energy,
     first_epoch_kbit,
     gain_kept,
+    median_bracket,
     needed_bracket,
     needed_rank,
 )

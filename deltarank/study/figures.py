@@ -173,6 +173,22 @@ def plot_by_task(
     label_lines(ax, lines.T[x], x=x, gap=gap)
 
 
+def plot_marks(ax, table: pd.DataFrame, looks: dict[str, tuple[str, str, str]]) -> None:
+    """A line a task of `table`, a mark a column, each named where a task's marks lie far apart.
+
+    looks: {column: (what it says, marker, colour)}; the first task is drawn lowest.
+    """
+    values, places = table[[*looks]], range(len(table))
+    ax.hlines(places, values.min(axis=1), values.max(axis=1), color="#DDDDDD", zorder=0)
+    clear = values.apply(lambda row: row.sort_values().diff().min(), axis=1).argmax()
+    for side, column in enumerate(values.iloc[clear].sort_values().index):
+        words, marker, color = looks[column]
+        ax.plot(values[column], places, marker, color=color, markersize=5)
+        place = values[column].iloc[clear], clear + (0.45 if side % 2 else -0.45)
+        ax.annotate(words, place, color=color, ha="center", va="center")
+    ax.set_yticks(places, [TASKS[task].title for task in values.index])
+
+
 def task_grid(tasks: Sequence[str], *, height: float = 1.2) -> tuple[Figure, dict[str, Axes]]:
     """A figure with one small panel a task, titled with it; returns it and {task: ax}."""
     import matplotlib.pyplot as plt

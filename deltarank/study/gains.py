@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterable
 from typing import TypeVar
 
 import numpy as np
@@ -62,6 +63,15 @@ def bracket_text(low: float, high: float) -> str:
     if math.isinf(high):
         return f"> {low:,.0f}"
     return f"{high:,.0f}" if high - low <= 1 else f"{max(low, 1):,.0f} to {high:,.0f}"
+
+
+def median_bracket(kept: Iterable[pd.Series], share: float) -> str:
+    """The needed_bracket of several seeds as text: the medians of its lower and its upper ends.
+
+    >>> median_bracket([pd.Series({1: kept, 8: 1.0}) for kept in (0.8, 0.9, 1.0)], 0.95)
+    '1 to 8'
+    """
+    return bracket_text(*np.median([needed_bracket(seed, share) for seed in kept], axis=0))
 
 
 def at_gain(run: Result, base: Result, share: float) -> dict[str, float]:
