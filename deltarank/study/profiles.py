@@ -252,7 +252,7 @@ PROFILES = {
         code_sizes=(),
         compile=False,  # takes longer than it saves on so few steps
     ),
-    "paper": Profile("paper", fine_tasks=("facts",), alpha_tasks=("facts",)),
+    "paper": Profile("paper", fine_tasks=("facts", "sorbian"), alpha_tasks=("facts", "sorbian")),
 }
 
 
