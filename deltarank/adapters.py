@@ -14,7 +14,7 @@ import pandas as pd
 import torch
 from torch import Tensor
 
-from deltarank.checkpoints import Pair, open_pair
+from deltarank.alignment import Pair, open_pair
 from deltarank.checks import require
 from deltarank.compare import compare_checkpoints, difference, differences, require_float32
 from deltarank.factors import Cut, Factors, Form

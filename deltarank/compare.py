@@ -12,7 +12,8 @@ import pandas as pd
 import torch
 from torch import Tensor
 
-from deltarank.checkpoints import VOCABULARY, Pair, layer_and_module, open_pair
+from deltarank.alignment import Pair, open_pair
+from deltarank.checkpoints import VOCABULARY, layer_and_module
 from deltarank.checks import all_finite, require
 from deltarank.gram import gram_matrix, root_spectrum
 from deltarank.runtime import by_core, cache_folder, device, progress

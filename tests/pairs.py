@@ -1,7 +1,10 @@
 """Small models with a planted update, saved as base and tuned: what tests of pairs share."""
 
+import pytest
 import torch
 from safetensors.torch import load_file, save_file
+
+from deltarank.alignment import open_pair
 
 SMALL = {"num_hidden_layers": 2, "hidden_size": 32, "num_attention_heads": 2, "vocab_size": 64}
 LLAMA_LIKE = SMALL | {"intermediate_size": 48, "num_key_value_heads": 1, "head_dim": 16}
@@ -76,3 +79,12 @@ def same_tables(one, other):
     spectra = zip(one["S"], other["S"], strict=True)
     rest = (table.drop(columns="S") for table in (one, other))
     return next(rest).equals(next(rest)) and all(torch.equal(*pair) for pair in spectra)
+
+
+def refuse(base, tuned, *parts, error=ValueError):
+    """The pair is refused by its headers, with one line that holds all `parts`."""
+    with pytest.raises(error) as raised:
+        open_pair(base, tuned)
+    for part in parts:
+        assert part in str(raised.value)
+    assert "\n" not in str(raised.value)

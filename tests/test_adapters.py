@@ -18,7 +18,7 @@ from transformers.pytorch_utils import Conv1D
 
 from deltarank import adapters, peft_format
 from deltarank.adapters import extract_adapter
-from deltarank.checkpoints import open_pair
+from deltarank.alignment import open_pair
 from deltarank.compare import compare_checkpoints
 from deltarank.peft_format import find_places
 from deltarank.ranks import rank_of, recommend_ranks

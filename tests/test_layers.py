@@ -14,9 +14,9 @@ import deltarank
 PACKAGE = Path(deltarank.__file__).parent
 DOOR = PACKAGE.parent / "utils.py"
 # Each may import those before it.
-TOOL = ("checks", "runtime", "store", "gram", "spectra", "checkpoints", "compare", "ranks")
-TOOL += ("factors", "peft_format", "adapters", "lora", "shrink", "summary", "columns", "drawing")
-TOOL += ("page", "options", "cli")
+TOOL = ("checks", "runtime", "store", "gram", "spectra", "checkpoints", "alignment", "compare")
+TOOL += ("ranks", "factors", "peft_format", "adapters", "lora", "shrink", "summary", "columns")
+TOOL += ("drawing", "page", "options", "cli")
 HEAVY = ("transformers", "peft", "matplotlib", "jupyter", "distributed", "gguf")
 
 
