@@ -63,7 +63,8 @@ def compare_checkpoints(base: str, tuned: str, *, allow_pickle: bool = False) ->
 
 def _compared(pair: Pair, found: dict, folder: Path, label: str) -> tuple[dict, dict[str, Tensor]]:
     """The stored entry of one matrix, computed when it is missing."""
-    return cached(folder / label, lambda: _compare_matrix(pair, *found[label]))
+    entry = folder / digest({"matrix": label})[:16]  # a name in a file may be any path
+    return cached(entry, lambda: _compare_matrix(pair, *found[label]))
 
 
 def _pair_digest(pair: Pair) -> str:

@@ -75,6 +75,22 @@ def test_a_killed_comparison_goes_on(save, monkeypatch):
     assert same_tables(compare_checkpoints(base, tuned), resumed)
 
 
+@pytest.mark.parametrize("name", ["{home}/mine", "../../mine", "../../../mine", "n" * 300])
+def test_no_name_in_a_file_becomes_a_path(save, tmp_path, monkeypatch, name):
+    """Whoever wrote the file could have folders of the reader's replaced."""
+    monkeypatch.setenv("LOWRANK_CACHE", str(tmp_path / "cache"))
+    kept = [folder / "mine" / "notes.txt" for folder in (tmp_path, tmp_path / "cache")]
+    for file in kept:
+        file.parent.mkdir(parents=True)
+        file.write_text("keep me")
+    name = name.format(home=tmp_path)
+    base, tuned = save()
+    for folder, value in ((base, 0.0), (tuned, 1.0)):
+        edit(folder, lambda t, value=value: t.update({name: torch.full((4, 4), value)}))
+    assert compare_checkpoints(base, tuned).set_index("name").loc[name, "r90"] == 1
+    assert [file.read_text() for file in kept] == ["keep me"] * 2
+
+
 # Half precision
 
 
