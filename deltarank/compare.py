@@ -43,6 +43,7 @@ def compare_checkpoints(base: str, tuned: str, *, allow_pickle: bool = False) ->
     pair = open_pair(base, tuned, allow_pickle=allow_pickle)
     folder = cache_folder() / "pairs" / _pair_digest(pair)
     found, rows = pair.matrices(), []
+    require(bool(found), f"{base} and {tuned} share no matrix: there is nothing to compare")
     sizes = {label: math.prod(pair.shape(name)[-2:]) for label, (name, _) in found.items()}
     with progress(sum(sizes.values()), "compare checkpoints") as bar:
         compared = by_core(functools.partial(_compared, pair, found, folder), found)

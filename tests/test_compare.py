@@ -201,6 +201,14 @@ def test_an_update_of_doubles_out_of_the_range_of_floats_is_named(save, scale):
         compare_checkpoints(base, tuned)
 
 
+def test_a_pair_without_a_matrix_is_refused(save):
+    folders = save()
+    for folder in folders:
+        edit(folder, lambda t: [t.pop(name) for name in list(t) if t[name].dim() > 1])
+    with pytest.raises(ValueError, match="share no matrix: there is nothing to compare"):
+        compare_checkpoints(*folders)
+
+
 def test_a_pair_that_headers_refuse_is_not_measured(save, monkeypatch):
     base, tuned = save()
     edit(tuned, lambda t: t.pop(Q))
