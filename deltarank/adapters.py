@@ -26,7 +26,7 @@ from deltarank.peft_format import (
     require_replaceable,
     write_adapter,
 )
-from deltarank.ranks import rank_of, recommend_ranks
+from deltarank.ranks import ranks_of, recommend_ranks
 from deltarank.runtime import by_core, device
 
 SHORTFALL = 1e-3  # share of the squared update by which an adapter may miss the best of its rank
@@ -100,7 +100,7 @@ def _sorted_out(
     require(bool(limits), f"{tuned} has no linear layer that a LoRA can adapt")
     most = max(limits.values())
     require(rank is None or 1 <= rank <= most, f"rank={rank}: choose one from 1 to {most}")
-    wanted = {name: rank_of(ranks, name) if ranks else rank or 0 for name in limits}
+    wanted = ranks_of(ranks, limits) if ranks else dict.fromkeys(limits, rank or 0)
     changed = _changed(pair)
     chosen = {n: min(limits[n], wanted[n]) for n in changed if wanted.get(n)}
     require(bool(chosen), f"no linear layer of {tuned} gets a rank: there is nothing to write")

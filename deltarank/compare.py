@@ -51,9 +51,9 @@ def compare_checkpoints(base: str, tuned: str, *, allow_pickle: bool = False) ->
             rows.append(_pair_row(pair, label, found[label][0], entry))
             bar.update(sizes[label])
     table = pd.DataFrame(rows)
-    others = [n for n in pair.names if n not in {name for name, _ in found.values()}]
+    measured = {name for name, _ in found.values()}
     table.attrs = {
-        "rest": {name: difference(pair, name) for name in others},
+        "rest": {name: difference(pair, name) for name in pair.names if name not in measured},
         "only_base": pair.only_base,
         "only_tuned": pair.only_tuned,
         "added_rows": _added_rows(pair),

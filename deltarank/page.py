@@ -20,13 +20,7 @@ import torch
 from deltarank import __version__
 from deltarank.columns import COLUMNS, number
 from deltarank.drawing import curve_panel, heat_map
-from deltarank.ranks import (
-    TRAINING_ADVICE,
-    adapter_verdict,
-    changed_matrices,
-    rank_of,
-    verdict,
-)
+from deltarank.ranks import TRAINING_ADVICE, adapter_verdict, changed_matrices, ranks_of, verdict
 from deltarank.spectra import energy, null_energy
 
 IN_TERMINAL = ["relative_size", "r90", "r90_over_null", "energy_8", "energy_64", "rank"]
@@ -78,8 +72,8 @@ class Inspection:
         table = self.table.assign(label=_labels(self.table))
         table = table.sort_values("layer", kind="stable")  # in files layer 10 comes before 2
         table["energy_64"] = [float(energy(S)[:64][-1]) for S in table["S"]]
-        ranks = [rank_of(self.lora, name) if self.lora else 0 for name in table["name"]]
-        table["rank"] = pd.Series(ranks, table.index, dtype=float).replace(0, math.nan)
+        ranks = ranks_of(self.lora, table["name"]) if self.lora else {}
+        table["rank"] = table["name"].map(ranks).astype(float).replace(0, math.nan)
         measures = [column for column in COLUMNS if column not in ("relative_size", "rank")]
         table = table.astype(dict.fromkeys(measures, float))
         table.loc[table["squared_norm"] == 0, measures] = math.nan

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import collections
 import math
+from collections.abc import Iterable
 
 import numpy as np
 import pandas as pd
@@ -101,10 +102,19 @@ def lora_arguments(ranks: dict[str, int], *, patterns: bool = True) -> dict:
     return {"r": r} | same | {"target_modules": sorted(modules)}
 
 
+def ranks_of(ranks: dict, names: Iterable[str]) -> dict[str, int]:
+    """The ranks that LoraConfig's arguments give matrices; 0 for those that they leave out."""
+    targets = set(ranks["target_modules"])  # a list, of thousands in a mixture of experts
+    modules = {name: name.removesuffix(".weight") for name in names}
+    return {
+        name: ranks["rank_pattern"].get(module, ranks["r"]) if module in targets else 0
+        for name, module in modules.items()
+    }
+
+
 def rank_of(ranks: dict, name: str) -> int:
-    """The rank that LoraConfig's arguments give a matrix; 0 for one that they leave out."""
-    module = name.removesuffix(".weight")
-    return ranks["rank_pattern"].get(module, ranks["r"]) if module in ranks["target_modules"] else 0
+    """The rank of one matrix, as in ranks_of."""
+    return ranks_of(ranks, [name])[name]
 
 
 def percent(share: float) -> str:
@@ -123,7 +133,7 @@ def percent(share: float) -> str:
 def kept_share(table: pd.DataFrame, lora: dict) -> float:
     """Share of the squared update of the changed matrices that the cut to these ranks keeps."""
     rows = changed_matrices(table)
-    pairs = zip(rows["S"], (rank_of(lora, name) for name in rows["name"]), strict=True)
+    pairs = zip(rows["S"], ranks_of(lora, rows["name"]).values(), strict=True)
     held = sum(float(S.double()[:r].square().sum()) for S, r in pairs)
     return held / float(rows["squared_norm"].sum())
 
@@ -136,7 +146,7 @@ def verdict(table: pd.DataFrame, lora: dict | None) -> list[str]:
     rows = changed_matrices(table)
     if lora is None or rows.empty:
         return [f"None of {len(table)} matrices can be cut: those of the layers are unchanged."]
-    ranks = pd.Series({name: rank_of(lora, name) for name in rows["name"]})
+    ranks = pd.Series(ranks_of(lora, rows["name"]))
     return [
         _finding(table, rows, lora, ranks),
         _rank_sentences(table, rows, ranks),
@@ -152,7 +162,7 @@ def adapter_verdict(table: pd.DataFrame, lora: dict | None) -> list[str]:
     rows = changed_matrices(table)
     if lora is None or rows.empty:
         return [f"None of {len(table)} matrices can be cut: the adapter changes no layer."]
-    ranks = pd.Series({name: rank_of(lora, name) for name in rows["name"]})
+    ranks = pd.Series(ranks_of(lora, rows["name"]))
     used = {share: [energy_rank(S, share) for S in rows["S"]] for share in (0.9, 0.99)}
     at_90, at_99 = (pd.Series(used[share]).median() for share in (0.9, 0.99))
     half = rows["lora_rank"].median() / 2
