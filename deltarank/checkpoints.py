@@ -6,6 +6,7 @@ import functools
 import json
 import pickle
 import re
+import zipfile
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -76,7 +77,7 @@ def open_checkpoint(source: str, *, allow_pickle: bool = False) -> Checkpoint:
     if not folder.is_dir():
         folder = download(source, ["*.safetensors", "*.json"] + ["*.bin"] * allow_pickle)
         _require_no_adapter(source, folder)
-    config = read_config(folder / "config.json")
+    config = read_json(folder / "config.json")
     quantised = config.get("quantization_config")
     require(not quantised, f"{source} is quantised: dequantise it, then compare")
     files, shapes, dtypes = {}, {}, {}
@@ -102,17 +103,17 @@ def _require_no_adapter(source: str, folder: Path) -> None:
     require(not adapter, f"{source} is an adapter, not a model: {cure}")
 
 
-def read_config(file: Path) -> dict:
-    """What a config file says; raises FileNotFoundError or ValueError that names it."""
+def read_json(file: Path) -> dict:
+    """What a JSON file says; raises FileNotFoundError or ValueError that names it."""
     where = f"{file.parent.name}/{file.name}"
     if not file.exists():
         raise FileNotFoundError(f"{where} is not there: fetch it again")
     try:
-        config = json.loads(file.read_text(encoding="utf8"))
+        record = json.loads(file.read_text(encoding="utf8"))
     except ValueError as error:
         raise ValueError(f"{where} is torn ({first_line(error)}): fetch it again") from error
-    require(isinstance(config, dict), f"{where} is no JSON object: fetch it again")
-    return config
+    require(isinstance(record, dict), f"{where} is no JSON object: fetch it again")
+    return record
 
 
 def download(source: str, patterns: list[str]) -> Path:
@@ -126,21 +127,20 @@ def download(source: str, patterns: list[str]) -> Path:
 
 
 def _weight_files(folder: Path, allow_pickle: bool) -> list[Path]:
-    """The weight files of a folder: those that its index lists, or all; never a stray pickle."""
-    for pattern in ("*.safetensors", "*.bin") if allow_pickle else ("*.safetensors",):
-        indices = list(folder.glob(f"{pattern}.index.json"))
-        found = {file.name for file in folder.glob(pattern)} - {"training_args.bin"}
-        if indices:
-            listed = json.loads(indices[0].read_text(encoding="utf8"))["weight_map"]
-            missing = sorted(set(listed.values()) - found)
-            if missing:
-                raise FileNotFoundError(
-                    f"{folder.name}: {missing[0]} is listed in {indices[0].name} but is not there; "
-                    "fetch it again"
-                )
-            found = set(listed.values())
-        if found:
-            return [folder / name for name in sorted(found)]
+    """The weight files of a folder as from_pretrained chooses them: one, those of its index, all.
+
+    Never a stray pickle.
+    """
+    for whole in ("model.safetensors", "pytorch_model.bin")[: 1 + allow_pickle]:
+        files = {file.name: file for file in folder.glob(f"*{Path(whole).suffix}")}
+        files.pop("training_args.bin", None)
+        index = folder / f"{whole}.index.json"
+        if whole in files:
+            return [files[whole]]
+        if index.exists():
+            return _listed_files(index, files)
+        if files:
+            return [files[name] for name in sorted(files)]
     if list(folder.glob("*.bin")):
         raise ValueError(
             f"{folder.name} holds pickles (.bin), which can run code when they are read: convert "
@@ -149,10 +149,23 @@ def _weight_files(folder: Path, allow_pickle: bool) -> list[Path]:
     raise FileNotFoundError(f"{folder.name} holds no *.safetensors: save the model there")
 
 
+def _listed_files(index: Path, files: dict[str, Path]) -> list[Path]:
+    """Those of the files that an index lists; raises FileNotFoundError where one is missing."""
+    where = f"{index.parent.name}/{index.name}"
+    places = read_json(index).get("weight_map")
+    require(isinstance(places, dict), f"{where} has no weight_map: fetch it again")
+    listed = sorted({str(name) for name in places.values()})
+    missing = [name for name in listed if name not in files]
+    if missing:
+        raise FileNotFoundError(f"{missing[0]}, which {where} lists, is not there: fetch it again")
+    return [files[name] for name in listed]
+
+
 @functools.lru_cache(maxsize=2)
 def _unpickle(file: Path) -> dict[str, Tensor]:
-    """The tensors of a pickle, mapped rather than read; nothing but tensors is unpickled."""
-    tensors = torch.load(file, map_location="cpu", mmap=True, weights_only=True)
+    """The tensors of a pickle, mapped where torch can; nothing but tensors is unpickled."""
+    mapped = zipfile.is_zipfile(file)  # torch before 1.6 wrote no zip
+    tensors = torch.load(file, map_location="cpu", mmap=mapped, weights_only=True)
     return {name: tensor for name, tensor in tensors.items() if isinstance(tensor, Tensor)}
 
 

@@ -7,7 +7,7 @@ import pytest
 import torch
 from pairs import Q, build, edit, refuse, same_tables
 from peft import LoraConfig, get_peft_model
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 from deltarank.alignment import open_pair
 from deltarank.checkpoints import layer_and_module, open_checkpoint
@@ -25,7 +25,35 @@ def test_layer_and_module(name, expected):
     assert layer_and_module(name) == expected
 
 
+# What is read
+
+
+@pytest.mark.parametrize("stray", ["model.fp16.safetensors", "consolidated.safetensors"])
+@pytest.mark.parametrize("saving", [{}, {"max_shard_size": "20KB"}])
+def test_copies_beside_the_model_are_not_read(save, stray, saving):
+    base, tuned = save(**saving)
+    before = open_checkpoint(tuned).files
+    save_file({Q: torch.zeros(32, 32), "more": torch.zeros(2, 2)}, f"{tuned}/{stray}")
+    assert open_checkpoint(tuned).files == before and Q in before
+
+
+def test_files_of_other_names_are_all_read(save):
+    base, tuned = save()
+    tensors = load_file(f"{tuned}/model.safetensors")
+    Path(tuned, "model.safetensors").unlink()
+    for i, part in enumerate((list(tensors)[:3], list(tensors)[3:])):
+        save_file({name: tensors[name] for name in part}, f"{tuned}/part{i}.safetensors")
+    assert open_checkpoint(tuned).files.keys() == tensors.keys()
+
+
 # Bad input
+
+
+def to_pickle(folder, **form):
+    """Put a pickle in the place of a folder's one file of weights."""
+    file = Path(folder) / "model.safetensors"
+    torch.save(load_file(file), file.with_name("pytorch_model.bin"), **form)
+    file.unlink()
 
 
 @pytest.mark.parametrize(
@@ -53,12 +81,18 @@ def test_a_missing_shard_is_named(save):
     refuse(base, tuned, shard.name, error=FileNotFoundError)
 
 
-def test_pickles_are_read_only_when_it_is_said(save):
+@pytest.mark.parametrize("text", ["{", "[1]", "", "{}", '{"weight_map": ["a"]}'])
+def test_a_torn_index_is_named(save, text):
+    base, tuned = save(max_shard_size="20KB")
+    Path(tuned, "model.safetensors.index.json").write_text(text)
+    refuse(base, tuned, "tuned/model.safetensors.index.json", "fetch it again")
+
+
+@pytest.mark.parametrize("zipped", [True, False])  # False: as torch wrote before 1.6
+def test_pickles_are_read_only_when_it_is_said(save, zipped):
     base, tuned = save()
     before = compare_checkpoints(base, tuned)
-    file = Path(tuned) / "model.safetensors"
-    torch.save(load_file(file), Path(tuned) / "pytorch_model.bin")
-    file.unlink()
+    to_pickle(tuned, _use_new_zipfile_serialization=zipped)
     refuse(base, tuned, "pickles", "allow_pickle=True")
     with pytest.raises(ValueError, match="allow_pickle=True"):
         compare_checkpoints(base, tuned)
@@ -80,8 +114,7 @@ def test_a_pickle_that_runs_code_is_refused_even_then(save):
 @pytest.mark.parametrize("allow_pickle", [False, True])
 def test_pickles_of_the_hub_are_fetched_only_when_they_are_allowed(save, monkeypatch, allow_pickle):
     folder, asked = Path(save()[1]), []
-    torch.save(load_file(folder / "model.safetensors"), folder / "pytorch_model.bin")
-    (folder / "model.safetensors").unlink()
+    to_pickle(folder)
 
     def download(source, *, allow_patterns):
         asked.append((source, allow_patterns))
