@@ -17,7 +17,16 @@ from deltarank.checks import first_line, require
 
 # On disk a vocabulary matrix is known by its name, the rest by its shape.
 VOCABULARY = re.compile(r"(embed|wte|wpe|shared|lm_head|decoder|cls|score|classifier|qa_outputs)")
-FLOATS = {"F64", "F32", "F16", "BF16"}
+BUFFER = re.compile(r"(inv_freq|masked_bias|(position|token_type)_ids|final_logits_bias)$")
+STORED = {  # types as safetensors names them
+    torch.float64: "F64",
+    torch.float32: "F32",
+    torch.float16: "F16",
+    torch.bfloat16: "BF16",
+    torch.int64: "I64",
+    torch.bool: "BOOL",
+}
+FLOATS = {name for dtype, name in STORED.items() if dtype.is_floating_point}
 
 
 def layer_and_module(name: str) -> tuple[int, str]:
@@ -83,17 +92,21 @@ def open_checkpoint(source: str, *, allow_pickle: bool = False) -> Checkpoint:
     files, shapes, dtypes = {}, {}, {}
     for file in _weight_files(folder, allow_pickle):
         for name, (dtype, shape) in read_header(file).items():
-            require(name not in files, f"{source}: {name} is in two files; delete the stale one")
+            if _is_buffer(name, dtype, shape):
+                continue
+            told = f"{source}: {name} is"
+            require(dtype in FLOATS, f"{told} stored as {dtype}: dequantise it, then compare")
+            require(name not in files, f"{told} in two files; delete the stale one")
             files[name], dtypes[name], shapes[name] = file, dtype, shape
-    for name in [n for n in files if dtypes[n] not in FLOATS]:
-        stored_whole = dtypes[name].startswith(("F8", "I8", "U8", "F4")) and len(shapes[name]) > 1
-        require(
-            not stored_whole or "bias" in name,  # GPT-2 keeps its causal mask as a "bias"
-            f"{source}: {name} is stored as {dtypes[name]}: dequantise it, then compare",
-        )
-        del files[name], shapes[name], dtypes[name]  # masks and positions are no weights
     require(bool(files), f"{source} holds no weights")
     return Checkpoint(loaded, folder, config, files, shapes, dtypes)
+
+
+def _is_buffer(name: str, dtype: str, shape: tuple[int, ...]) -> bool:
+    """Whether a tensor is no weight but a mask, positions or what else training leaves alone."""
+    mask = len(shape) == 4 and name.endswith(("bias", "mask"))  # GPT-2 calls its mask a bias
+    counts = dtype in ("BOOL", "I64") or (dtype not in FLOATS and len(shape) < 2)
+    return mask or counts or BUFFER.search(name) is not None
 
 
 def _require_no_adapter(source: str, folder: Path) -> None:
@@ -182,10 +195,8 @@ def read_header(file: Path) -> dict[str, tuple[str, tuple[int, ...]]]:
     require(start.lstrip()[:1] != b"<", f"{where} is a web page, not weights: fetch it again")
     try:
         if file.suffix == ".bin":
-            short = {torch.float64: "F64", torch.float32: "F32", torch.float16: "F16"}
-            short[torch.bfloat16] = "BF16"
             tensors = _unpickle(file).items()
-            return {n: (short.get(t.dtype, str(t.dtype)), tuple(t.shape)) for n, t in tensors}
+            return {n: (STORED.get(t.dtype, str(t.dtype)), tuple(t.shape)) for n, t in tensors}
         with safe_open(file, "pt") as opened:
             slices = {name: opened.get_slice(name) for name in opened.keys()}  # noqa: SIM118
             return {n: (s.get_dtype(), tuple(s.get_shape())) for n, s in slices.items()}

@@ -15,11 +15,10 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from deltarank.checkpoints import layer_and_module
+from deltarank.checkpoints import STORED, layer_and_module
 from deltarank.checks import require, require_disk
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
-STORED = {torch.float32: "F32", torch.bfloat16: "BF16", torch.float16: "F16"}
 Layout = dict[str, tuple[torch.dtype, tuple[int, ...]]]  # a file's tensors: name, type and shape
 
 # What the names of tensors and config.json say of a language model, as transformers builds it.

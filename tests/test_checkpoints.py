@@ -27,6 +27,31 @@ def test_layer_and_module(name, expected):
 
 # What is read
 
+BUFFERS = {  # that a model computes anew when it is loaded, or never changes
+    "model.layers.0.self_attn.rotary_emb.inv_freq": (torch.float32, (8,)),
+    "transformer.h.0.attn.bias": (torch.float32, (1, 1, 8, 8)),
+    "h.0.attn.bias": (torch.uint8, (1, 1, 8, 8)),
+    "transformer.h.0.attn.causal_mask": (torch.bool, (1, 1, 8, 8)),
+    "gpt_neox.layers.0.attention.masked_bias": (torch.float16, ()),
+    "bert.embeddings.position_ids": (torch.int64, (1, 8)),
+    "roberta.embeddings.position_ids": (torch.int32, (1, 8)),
+    "final_logits_bias": (torch.float32, (1, 64)),
+    "num_batches_tracked": (torch.int32, ()),
+}
+
+
+@pytest.mark.parametrize("pickled", [False, True])
+@pytest.mark.parametrize("side", [0, 1])
+def test_masks_and_positions_are_no_weights(save, side, pickled):
+    folders = save()
+    before = compare_checkpoints(*folders)
+    more = {name: torch.ones(shape).to(dtype) for name, (dtype, shape) in BUFFERS.items()}
+    edit(folders[side], lambda t: t.update(more))
+    if pickled:
+        to_pickle(folders[side])
+    after = compare_checkpoints(*folders, allow_pickle=pickled)
+    assert same_tables(after, before) and after.attrs == before.attrs
+
 
 @pytest.mark.parametrize("stray", ["model.fp16.safetensors", "consolidated.safetensors"])
 @pytest.mark.parametrize("saving", [{}, {"max_shard_size": "20KB"}])
@@ -131,12 +156,26 @@ def test_pickles_of_the_hub_are_fetched_only_when_they_are_allowed(save, monkeyp
     assert ("*.bin" in patterns) == allow_pickle
 
 
-def test_quantised_weights_are_refused(save):
+@pytest.mark.parametrize(
+    ("dtype", "name"),
+    [
+        (torch.float8_e4m3fn, "F8_E4M3"),
+        (torch.int8, "I8"),
+        (torch.uint8, "U8"),
+        (torch.int32, "I32"),  # as GPTQ and AWQ pack them
+    ],
+)
+def test_quantised_weights_are_refused(save, dtype, name):
     base, tuned = save()
-    edit(tuned, lambda t: t.update({Q: t[Q].to(torch.float8_e4m3fn)}))
-    refuse(base, tuned, Q, "F8_E4M3", "dequantise")
-    edit(tuned, lambda t: t.update({Q: torch.zeros(32, 32, dtype=torch.int8)}))
-    refuse(base, tuned, Q, "I8", "dequantise")
+    edit(tuned, lambda t: t.update({Q: t[Q].to(dtype)}))
+    refuse(base, tuned, Q, name, "dequantise")
+    to_pickle(tuned)
+    with pytest.raises(ValueError, match=f"{Q} is stored as .*: dequantise it, then compare"):
+        open_pair(base, tuned, allow_pickle=True)
+
+
+def test_a_config_that_tells_of_quantised_weights_is_refused(save):
+    base, tuned = save()
     config = json.loads((Path(tuned) / "config.json").read_text())
     (Path(tuned) / "config.json").write_text(
         json.dumps(config | {"quantization_config": {"quant_method": "gptq"}})
