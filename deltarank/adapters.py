@@ -84,9 +84,11 @@ def plan_adapter(
     require(given == 1, "give one of rank=16, energy=0.9, budget=1_000_000 and ranks={...}")
     pair = open_pair(base, tuned, allow_pickle=allow_pickle)
     places = find_places(pair.base.config, pair.base.shapes).renamed(pair.names)
+    require(bool(places.linear), f"{tuned} has no linear layer that a LoRA can adapt")
     if rank is None and ranks is None:
         table = compare_checkpoints(base, tuned, allow_pickle=allow_pickle)
-        ranks = recommend_ranks(table, energy=energy, budget=budget)
+        layers = table[table["name"].isin(places.linear)]  # a budget goes to what can be written
+        ranks = recommend_ranks(layers, energy=energy, budget=budget)
     chosen, rest = _sorted_out(pair, places, rank, ranks)
     saved = _whole_norms(places, rest) if norms else []
     return AdapterPlan(pair, places, chosen, saved, rest, form)
@@ -97,7 +99,6 @@ def _sorted_out(
 ) -> tuple[dict[str, int], dict[str, float]]:
     """Of what changed: the ranks of linear layers, and |dW|^2 of what gets no factors."""
     tuned, limits = pair.tuned.folder.name, {n: min(pair.shape(n)) for n in places.linear}
-    require(bool(limits), f"{tuned} has no linear layer that a LoRA can adapt")
     most = max(limits.values())
     require(rank is None or 1 <= rank <= most, f"rank={rank}: choose one from 1 to {most}")
     wanted = ranks_of(ranks, limits) if ranks else dict.fromkeys(limits, rank or 0)

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from deltarank.checkpoints import VOCABULARY, Checkpoint, layer_and_module, open_checkpoint
+from deltarank.checkpoints import Checkpoint, is_vocabulary, layer_and_module, open_checkpoint
 from deltarank.checks import require
 
 CAUSAL = re.compile(r"CausalLM|(?<!With)LMHeadModel")  # LlamaForCausalLM, GPT2LMHeadModel
@@ -28,12 +28,15 @@ class Pair:
     only_tuned: list[str]
 
     def matrices(self) -> dict[str, tuple[str, int | None]]:
-        """What has a spectrum, {label: (tensor in tuned, expert)}: 2-D, experts of a 3-D one."""
+        """What has a spectrum, {label: (tensor in tuned, expert)}: 2-D, experts of a 3-D one.
+
+        The biases of experts are 2-D, a row for each, and no matrix.
+        """
         found: dict[str, tuple[str, int | None]] = {}
         for name in self.names:
             shape = self.tuned.shapes[name]
             entries = math.prod(shape)
-            if len(shape) == 2 and entries:
+            if len(shape) == 2 and entries and not name.endswith("bias"):
                 found[name] = (name, None)
             elif len(shape) == 3 and entries and "conv" not in name:
                 found |= {f"{name}[{i}]": (name, i) for i in range(shape[0])}
@@ -87,7 +90,7 @@ def open_pair(base: str, tuned: str, *, allow_pickle: bool = False) -> Pair:
         before, after = W0.shapes[of_base], W1.shapes[name]
         grown = len(before) == len(after) == 2 and before[1:] == after[1:]
         require(
-            before == after or (grown and VOCABULARY.search(name) is not None),
+            before == after or (grown and is_vocabulary(name)),
             f"{name} has shape {before} in {base} ({W0.files[of_base].name}) and {after} in "
             f"{tuned} ({W1.files[name].name}): is {tuned} a fine-tune of {base}?",
         )

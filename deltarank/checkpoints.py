@@ -15,8 +15,9 @@ from torch import Tensor
 
 from deltarank.checks import first_line, require
 
-# On disk a vocabulary matrix is known by its name, the rest by its shape.
+# What names tell; the rest is known by its shape.
 VOCABULARY = re.compile(r"(embed|wte|wpe|shared|lm_head|decoder|cls|score|classifier|qa_outputs)")
+EXPERT = re.compile(r"\bexperts\.|\.(gate|router)\.(\w+\.)?weight$")  # also what chooses them
 BUFFER = re.compile(r"(inv_freq|masked_bias|(position|token_type)_ids|final_logits_bias)$")
 STORED = {  # types as safetensors names them
     torch.float64: "F64",
@@ -37,6 +38,11 @@ def layer_and_module(name: str) -> tuple[int, str]:
     """
     layer = re.search(r"\.(\d+)\.", name)
     return int(layer.group(1)) if layer else -1, name.removesuffix(".weight").split(".")[-1]
+
+
+def is_vocabulary(name: str) -> bool:
+    """Whether a tensor is outside the layers and has a row for each word or class."""
+    return layer_and_module(name)[0] < 0 and VOCABULARY.search(name) is not None
 
 
 def model_source(name: str) -> str:

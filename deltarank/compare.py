@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from deltarank.alignment import Pair, open_pair
-from deltarank.checkpoints import VOCABULARY, layer_and_module
+from deltarank.checkpoints import EXPERT, is_vocabulary, layer_and_module
 from deltarank.checks import all_finite, require
 from deltarank.gram import gram_matrix, root_spectrum
 from deltarank.runtime import by_core, cache_folder, device, progress
@@ -27,8 +27,8 @@ NEAR_ROUNDING = 0.05  # share of rounding noise in the squared update above whic
 def compare_checkpoints(base: str, tuned: str, *, allow_pickle: bool = False) -> pd.DataFrame:
     """One line a matrix of tuned - base: how large the update is, and its rank by each definition.
 
-    Columns: name, layer, module, kind ("matrix", "vocabulary" or "expert"), shape (m, n), S (the
-    singular values of the update, descending, float32), dtype_base,
+    Columns: name, layer, module, kind ("matrix", "vocabulary", or "expert", their routers too),
+    shape (m, n), S (the singular values of the update, descending, float32), dtype_base,
     dtype_tuned; relative_size |dW| / |W0| and changed_share of the entries; those of
     spectrum_measures; rounding_share, what rounding to the stored type is expected to add to
     |dW|^2, as a share of it (at most 1; too high for updates below the spacing of the type);
@@ -131,8 +131,8 @@ def _pair_row(pair: Pair, label: str, name: str, entry: tuple[dict, dict[str, Te
     """The line of compare_checkpoints for one matrix."""
     sums, S, (m, n) = entry[0]["sums"], entry[1]["S"], pair.shape(name)[-2:]
     layer, module = layer_and_module(name)
-    vocabulary = layer < 0 and VOCABULARY.search(name) is not None
-    kind = "expert" if label != name else "vocabulary" if vocabulary else "matrix"
+    expert = label != name or EXPERT.search(name) is not None
+    kind = "expert" if expert else "vocabulary" if is_vocabulary(name) else "matrix"
     row = {"name": label, "layer": layer, "module": module, "kind": kind}
     row |= {"shape": (m, n), "S": S, "dtype_base": pair.base.dtypes[pair.names[name]]}
     row["dtype_tuned"] = pair.tuned.dtypes[name]

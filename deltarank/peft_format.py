@@ -15,7 +15,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from deltarank.checkpoints import STORED, layer_and_module
+from deltarank.checkpoints import EXPERT, STORED, layer_and_module
 from deltarank.checks import require, require_disk
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
@@ -23,7 +23,6 @@ Layout = dict[str, tuple[torch.dtype, tuple[int, ...]]]  # a file's tensors: nam
 
 # What the names of tensors and config.json say of a language model, as transformers builds it.
 EMBEDDING = re.compile(r"embed|_emb\.|\b(wte|wpe|shared)\.|relative_attention_bias")
-EXPERT = re.compile(r"\bexperts\.|\.(gate|router)\.(\w+\.)?weight$")  # also what chooses them
 CONV1D = {"decision_transformer", "gpt2", "imagegpt", "openai-gpt"}  # model types with Conv1D
 CONV1D_MODULES = {"c_attn", "c_fc", "c_proj", "q_attn"}
 PREFIXES = {  # of the modules of a model with a head, and the model types; a file may leave it out

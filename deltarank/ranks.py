@@ -36,8 +36,9 @@ def recommend_ranks(
     budget: at most this many adapter parameters, r (m + n) a matrix, given out one rank at a time
     to the matrix whose next sigma^2 is largest per parameter.  sigma falls within a matrix, so no
     other allocation of the parameters used keeps more energy (greedy for concave gains).
-    Vocabulary and experts are left out.  Returns r (the most frequent), lora_alpha, rank_pattern,
-    alpha_pattern (both {module: rank}, so that every scale alpha / r is 1) and target_modules.
+    Vocabulary, experts and routers are left out.  Returns r (the most frequent), lora_alpha,
+    rank_pattern, alpha_pattern (both {module: rank}, so that every scale alpha / r is 1) and
+    target_modules.
     """
     given = sum(value is not None for value in (rank, energy, budget))
     require(given == 1, "give one of rank=16, energy=0.9 and budget=1_000_000")

@@ -21,6 +21,7 @@ ARCHITECTURES = {  # class of transformers, sizes
         "GptOssForCausalLM",
         LLAMA_LIKE | {"num_local_experts": 3, "num_experts_per_tok": 2},
     ),
+    "mixtral": ("MixtralForCausalLM", LLAMA_LIKE | {"num_local_experts": 3}),
 }
 RANK, SIGMA = 3, torch.tensor([4.0, 2.0, 1.0]) * 1e-2
 Q = "model.layers.0.self_attn.q_proj.weight"  # (32, 32)

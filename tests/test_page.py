@@ -185,7 +185,7 @@ def test_modules_are_named_by_the_shortest_end_that_tells_them_apart():
 def test_experts_are_counted_and_not_listed():
     names = [(0, f"model.layers.0.mlp.experts.up_proj[{i}]") for i in range(5)]
     experts = inspected(names, kind="expert")
-    assert "5 experts are in the JSON only" in seen(parsed(experts))
+    assert "(5 more, of experts and routers, are in the JSON only)" in seen(parsed(experts))
     assert experts.by_module()[["label", "matrices"]].to_numpy().tolist() == [["up", 5]]
 
 
