@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import math
 import re
-from collections.abc import Iterable, Iterator
+from collections.abc import Container, Iterable, Iterator
 from dataclasses import dataclass
 
 from torch import Tensor
@@ -55,7 +55,8 @@ class Pair:
         """Yield W0 and W1 slice by slice along the longer side, as stored, 2 M entries each."""
         shape = self.shape(name)
         if len(shape) < 2 or math.prod(shape) == 0:
-            yield self.base.read(self.names[name]), self.tuned.read(name)
+            whole = [slice(0, size) for size in shape]
+            yield self.base.read(self.names[name], *whole), self.tuned.read(name, *whole)
             return
         m, n = shape[-2:]
         lead = [slice(0, size) for size in shape[:-2]] if expert is None else [expert]
@@ -69,8 +70,9 @@ class Pair:
 def open_pair(base: str, tuned: str, *, allow_pickle: bool = False) -> Pair:
     """Both checkpoints, aligned by name; everything that headers can tell is checked here.
 
-    One side's names may carry a prefix ("transformer."), a tied head may be missing on one side,
-    a vocabulary may have grown.  Raises ValueError naming tensor and both shapes otherwise.
+    One side's names may carry a prefix ("transformer."), a head that both tie may be missing on
+    one side, a vocabulary may have grown, with the bias of its head.  Raises ValueError naming
+    tensor and both shapes otherwise.
     """
     W0, W1 = (open_checkpoint(source, allow_pickle=allow_pickle) for source in (base, tuned))
     W0, W1 = _without_tied_heads(W0, W1), _without_tied_heads(W1, W0)
@@ -88,7 +90,7 @@ def open_pair(base: str, tuned: str, *, allow_pickle: bool = False) -> Pair:
     pair = Pair(W0, W1, names, only_base, only_tuned)
     for name, of_base in names.items():
         before, after = W0.shapes[of_base], W1.shapes[name]
-        grown = len(before) == len(after) == 2 and before[1:] == after[1:]
+        grown = len(before) == len(after) in (1, 2) and before[1:] == after[1:]
         require(
             before == after or (grown and is_vocabulary(name)),
             f"{name} has shape {before} in {base} ({W0.files[of_base].name}) and {after} in "
@@ -99,9 +101,9 @@ def open_pair(base: str, tuned: str, *, allow_pickle: bool = False) -> Pair:
 
 def _without_tied_heads(checkpoint: Checkpoint, other: Checkpoint) -> Checkpoint:
     """Without the head that is only another name of the embedding and that `other` leaves out."""
-    heads = [n for n in checkpoint.files if n.endswith("lm_head.weight") and n not in other.files]
-    if not heads or not other.config.get("tie_word_embeddings", True):
+    if not all(side.config.get("tie_word_embeddings", True) for side in (checkpoint, other)):
         return checkpoint
+    heads = {n for n in checkpoint.files if n.endswith("lm_head.weight")} - set(other.files)
     files = {name: file for name, file in checkpoint.files.items() if name not in heads}
     return dataclasses.replace(checkpoint, files=files)
 
@@ -112,8 +114,8 @@ def common_names(base: Iterable[str], tuned: Iterable[str]) -> dict[str, str]:
     >>> common_names(["h.0.w", "lm_head.w"], ["model.h.0.w", "lm_head.w"])
     {'model.h.0.w': 'h.0.w', 'lm_head.w': 'lm_head.w'}
     """
-    base, tuned = dict.fromkeys(base), list(tuned)
-    prefixes = {"": None} | {f"{name.split('.')[0]}.": None for name in [*base, *tuned]}
+    base, tuned = dict.fromkeys(base), dict.fromkeys(tuned)
+    prefixes = {"": None} | _prefixes(base, tuned) | _prefixes(tuned, base)
 
     def matched(prefix: str) -> dict[str, str]:
         forms = {name: (name, name.removeprefix(prefix), prefix + name) for name in tuned}
@@ -121,3 +123,9 @@ def common_names(base: Iterable[str], tuned: Iterable[str]) -> dict[str, str]:
         return {name: present[0] for name, present in found.items() if present}
 
     return max(map(matched, prefixes), key=len)
+
+
+def _prefixes(longer: Iterable[str], shorter: Container[str]) -> dict[str, None]:
+    """What some names have before others; one that is real comes with the most of them."""
+    ends = ((name, dot.end()) for name in longer for dot in re.finditer(r"\.", name))
+    return {name[:end]: None for name, end in ends if name[end:] in shorter}

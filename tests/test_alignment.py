@@ -1,9 +1,12 @@
 """Two folders of weights: their tensors are aligned, slices are exact, strangers are refused."""
 
+import json
+from pathlib import Path
+
 import pytest
 import torch
 import transformers
-from pairs import Q, edit, refuse, same_tables
+from pairs import ARCHITECTURES, Q, edit, refuse, same_tables
 from safetensors.torch import load_file
 
 from deltarank import alignment
@@ -43,28 +46,49 @@ def test_shards_equal_one_file(save, tmp_path):
 # Names and shapes that differ rightly
 
 
-def test_a_grown_vocabulary_is_compared_on_common_rows(save, tmp_path):
-    base, tuned = save("qwen")
-    model = transformers.AutoModelForCausalLM.from_pretrained(tuned)
+@pytest.mark.parametrize(
+    ("architecture", "embedding", "more"),
+    [
+        ("qwen", "model.embed_tokens.weight", []),
+        ("bert", "bert.embeddings.word_embeddings.weight", ["cls.predictions.bias"]),
+    ],
+)
+def test_a_grown_vocabulary_is_compared_on_common_rows(
+    save, tmp_path, architecture, embedding, more
+):
+    """Embedding, and a head's bias as BERT, Phi and GPT-J have it."""
+    base, tuned = save(architecture)
+    name, _ = ARCHITECTURES[architecture]
+    model = getattr(transformers, name).from_pretrained(tuned)
     model.resize_token_embeddings(80, mean_resizing=False)
     model.save_pretrained(tmp_path / "grown")
     table = compare_checkpoints(base, str(tmp_path / "grown")).set_index("name")
-    assert table.attrs["added_rows"] == {"model.embed_tokens.weight": 16}
-    assert table.loc["model.embed_tokens.weight", "squared_norm"] == 0
-    assert table.loc["model.embed_tokens.weight", "shape"] == (64, 32)
+    assert table.attrs["added_rows"] == dict.fromkeys([embedding, *more], 16)
+    assert table.loc[embedding, "squared_norm"] == 0
+    assert table.loc[embedding, "shape"] == (64, 32)
+    assert [table.attrs["rest"][name] for name in more] == [0.0] * len(more)
 
 
-def test_a_prefix_on_one_side_is_seen_through(save):
-    base, tuned = save("gpt2")
+@pytest.mark.parametrize(
+    ("architecture", "side", "removed", "added"),
+    [
+        ("gpt2", 0, "transformer.", ""),
+        ("gpt2", 1, "transformer.", ""),
+        ("llama", 1, "", "base_model.model."),
+        ("llama", 0, "", "base_model.model."),
+    ],
+)
+def test_a_prefix_on_one_side_is_seen_through(save, architecture, side, removed, added):
+    folders = save(architecture)
 
-    def strip(tensors):
+    def rename(tensors):
         for name in list(tensors):
-            tensors[name.removeprefix("transformer.")] = tensors.pop(name)
+            tensors[added + name.removeprefix(removed)] = tensors.pop(name)
 
-    before = compare_checkpoints(base, tuned)
-    edit(base, strip)
-    after = compare_checkpoints(base, tuned)
-    assert same_tables(after.drop(columns="name"), before.drop(columns="name"))
+    before = compare_checkpoints(*folders)
+    edit(folders[side], rename)
+    after = compare_checkpoints(*folders)
+    assert same_tables(*(table.drop(columns="name") for table in (after, before)))
 
 
 def test_a_tied_head_may_be_missing_on_one_side(save):
@@ -77,6 +101,17 @@ def test_a_tied_head_may_be_missing_on_one_side(save):
     before = compare_checkpoints(base, tuned)
     edit(base, alias)
     assert same_tables(compare_checkpoints(base, tuned), before)
+
+
+@pytest.mark.parametrize("side", [0, 1])
+def test_a_head_of_its_own_on_one_side_is_not_taken_for_tied(save, side):
+    folders = save("qwen")
+    config = Path(folders[side], "config.json")
+    config.write_text(json.dumps(json.loads(config.read_text()) | {"tie_word_embeddings": False}))
+    edit(folders[side], lambda t: t.update({"lm_head.weight": torch.ones(64, 32)}))
+    pair = open_pair(*folders)
+    assert [pair.only_base, pair.only_tuned][side] == ["lm_head.weight"]
+    assert [pair.only_base, pair.only_tuned][1 - side] == []
 
 
 def test_a_new_head_is_reported(save, tmp_path):
