@@ -16,7 +16,7 @@ from torch import Tensor
 
 from deltarank.alignment import Pair, open_pair
 from deltarank.checks import require
-from deltarank.compare import compare_checkpoints, difference, differences, require_float32
+from deltarank.compare import compare_pair, difference, differences, require_float32
 from deltarank.factors import Cut, Factors, Form
 from deltarank.gram import gram_matrix, leading_eigenvectors
 from deltarank.peft_format import (
@@ -86,7 +86,7 @@ def plan_adapter(
     places = find_places(pair.base.config, pair.base.shapes).renamed(pair.names)
     require(bool(places.linear), f"{tuned} has no linear layer that a LoRA can adapt")
     if rank is None and ranks is None:
-        table = compare_checkpoints(base, tuned, allow_pickle=allow_pickle)
+        table = compare_pair(pair)
         layers = table[table["name"].isin(places.linear)]  # a budget goes to what can be written
         ranks = recommend_ranks(layers, energy=energy, budget=budget)
     chosen, rest = _sorted_out(pair, places, rank, ranks)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import math
 import re
+import warnings
 from collections.abc import Container, Iterable, Iterator
 from dataclasses import dataclass
 
@@ -51,6 +52,12 @@ class Pair:
         shapes = self.base.shapes[self.names[name]], self.tuned.shapes[name]
         return tuple(map(min, *shapes)) if shapes[0] else ()
 
+    def added_rows(self) -> dict[str, int]:
+        """Rows of resized vocabularies that only tuned has (below zero: only base), by tensor."""
+        before = {name: self.base.shapes[here] for name, here in self.names.items()}
+        after = {name: self.tuned.shapes[name] for name in self.names}
+        return {n: after[n][0] - before[n][0] for n in after if after[n] != before[n]}
+
     def parts(self, name: str, expert: int | None = None) -> Iterator[tuple[Tensor, Tensor]]:
         """Yield W0 and W1 slice by slice along the longer side, as stored, 2 M entries each."""
         shape = self.shape(name)
@@ -72,7 +79,7 @@ def open_pair(base: str, tuned: str, *, allow_pickle: bool = False) -> Pair:
 
     One side's names may carry a prefix ("transformer."), a head that both tie may be missing on
     one side, a vocabulary may have grown, with the bias of its head.  Raises ValueError naming
-    tensor and both shapes otherwise.
+    tensor and both shapes otherwise; warns of words and heads that only tuned has.
     """
     W0, W1 = (open_checkpoint(source, allow_pickle=allow_pickle) for source in (base, tuned))
     W0, W1 = _without_tied_heads(W0, W1), _without_tied_heads(W1, W0)
@@ -96,7 +103,18 @@ def open_pair(base: str, tuned: str, *, allow_pickle: bool = False) -> Pair:
             f"{name} has shape {before} in {base} ({W0.files[of_base].name}) and {after} in "
             f"{tuned} ({W1.files[name].name}): is {tuned} a fine-tune of {base}?",
         )
+    _warn_of_what_is_new(pair, base, tuned)
     return pair
+
+
+def _warn_of_what_is_new(pair: Pair, base: str, tuned: str) -> None:
+    """Warn of the tuned model's rows and tensors that are no update of anything in the base."""
+    grown = [f"{n}[{-more}:]" for n, more in pair.added_rows().items() if more > 0]
+    new = grown + pair.only_tuned
+    if new:
+        more = f" and {len(new) - 3} more" if len(new) > 3 else ""
+        told = f"{tuned} has {', '.join(new[:3])}{more}, which {base} has not"
+        warnings.warn(f"{told}: no adapter holds them, copy them from {tuned}", stacklevel=3)
 
 
 def _without_tied_heads(checkpoint: Checkpoint, other: Checkpoint) -> Checkpoint:

@@ -38,11 +38,16 @@ def compare_checkpoints(base: str, tuned: str, *, allow_pickle: bool = False) ->
     {tensor: rows that only tuned has}.
     Memory is bounded by 2 M entries of both and the Gram matrix of the largest small side; what
     was measured is kept, so that a killed call goes on.  Raises as open_pair does and for NaN or
-    infinite weights; warns for an identical and an unrelated pair.
+    infinite weights; warns as it does, and for an identical and an unrelated pair.
     """
-    pair = open_pair(base, tuned, allow_pickle=allow_pickle)
+    return compare_pair(open_pair(base, tuned, allow_pickle=allow_pickle))
+
+
+def compare_pair(pair: Pair) -> pd.DataFrame:
+    """The table of compare_checkpoints, of a pair that is open."""
     folder = cache_folder() / "pairs" / _pair_digest(pair)
     found, rows = pair.matrices(), []
+    base, tuned = pair.base.source, pair.tuned.source
     require(bool(found), f"{base} and {tuned} share no matrix: there is nothing to compare")
     sizes = {label: math.prod(pair.shape(name)[-2:]) for label, (name, _) in found.items()}
     with progress(sum(sizes.values()), "compare checkpoints") as bar:
@@ -56,7 +61,7 @@ def compare_checkpoints(base: str, tuned: str, *, allow_pickle: bool = False) ->
         "rest": {name: difference(pair, name) for name in pair.names if name not in measured},
         "only_base": pair.only_base,
         "only_tuned": pair.only_tuned,
-        "added_rows": _added_rows(pair),
+        "added_rows": pair.added_rows(),
     }
     _warn_of_strange_pairs(table, base, tuned)
     return table
@@ -148,14 +153,6 @@ def _pair_row(pair: Pair, label: str, name: str, entry: tuple[dict, dict[str, Te
 def difference(pair: Pair, name: str) -> float:
     """|dW|^2 of a tensor that is no matrix."""
     return sum(float(dW.double().square().sum()) for *_, dW in differences(pair, name, None))
-
-
-def _added_rows(pair: Pair) -> dict[str, int]:
-    """Rows of resized vocabularies that only tuned has (below zero: only base), by tensor."""
-    shapes = {
-        n: (pair.base.shapes[of_base], pair.tuned.shapes[n]) for n, of_base in pair.names.items()
-    }
-    return {n: after[0] - before[0] for n, (before, after) in shapes.items() if before != after}
 
 
 def _warn_of_strange_pairs(table: pd.DataFrame, base: str, tuned: str) -> None:

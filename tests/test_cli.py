@@ -278,6 +278,24 @@ def test_warnings_are_one_line_each(pair, capsys):
     assert errors.count("\n") == 1 and "warning" in errors and "identical" in errors
 
 
+def test_what_the_base_lacks_is_one_line_of_warning(pair, tmp_path, capsys):
+    """Added words, as a template for chats brings them, and a new head."""
+
+    def grow(tensors):
+        for name in ("model.embed_tokens.weight", "lm_head.weight"):
+            tensors[name] = torch.cat([tensors[name], torch.ones(2, 32)])
+        tensors |= {"score.weight": torch.ones(3, 32), "score.bias": torch.ones(3)}
+
+    edit(pair[1], grow)
+    page, extract = tmp_path / "page.html", ["extract", *pair, tmp_path / "out"]
+    for call in (["inspect", *pair, "--html", page], extract, [*extract, "--rank", "2"]):
+        status, _, errors = said(capsys, *call)
+        assert status == 0 and errors.count("\n") == 1
+        new = "lm_head.weight[-2:], model.embed_tokens.weight[-2:], score.bias and 1 more"
+        assert f"{pair[1]} has {new}, which {pair[0]} has not: no adapter holds them" in errors
+    assert "score.bias and 1 more" in page.read_text()
+
+
 def test_an_interrupt_says_that_what_was_measured_is_kept(pair, capsys, monkeypatch):
     def interrupted(*arguments, **options):
         raise KeyboardInterrupt
