@@ -171,9 +171,10 @@ def _weight_files(folder: Path, allow_pickle: bool) -> list[Path]:
 def _listed_files(index: Path, files: dict[str, Path]) -> list[Path]:
     """Those of the files that an index lists; raises FileNotFoundError where one is missing."""
     where = f"{index.parent.name}/{index.name}"
-    places = read_json(index).get("weight_map")
-    require(isinstance(places, dict), f"{where} has no weight_map: fetch it again")
-    listed = sorted({str(name) for name in places.values()})
+    record = read_json(index)
+    told = isinstance(record.get("weight_map"), dict)
+    require(told, f"{where} has no weight_map: fetch it again")
+    listed = sorted({str(name) for name in record["weight_map"].values()})
     missing = [name for name in listed if name not in files]
     if missing:
         raise FileNotFoundError(f"{missing[0]}, which {where} lists, is not there: fetch it again")
