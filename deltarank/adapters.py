@@ -49,8 +49,9 @@ def extract_adapter(
     """Write the cut of tuned - base as a PEFT adapter: the folder `out`, whole or not at all.
 
     rank: one for all matrices (a smaller matrix gets all it has); energy, budget: as in
-    recommend_ranks; ranks: what that returned.  dtype, patterns: the Form of the factors.  norms:
-    those that changed go whole, as float32, into modules_to_save, which PEFT alone reads.
+    recommend_ranks (without `patterns` zeros bring each to the largest rank, and what is stored
+    exceeds a budget); ranks: what that returned.  dtype, patterns: the Form of the factors.
+    norms: those that changed go whole, as float32, into modules_to_save, which PEFT alone reads.
 
     Returns one line a changed tensor: name, part ("lora", "modules_to_save", "left_out" for norms,
     "dropped" for what no LoRA can hold), rank, squared_norm, kept (the share of it that the adapter

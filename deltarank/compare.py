@@ -36,9 +36,11 @@ def compare_checkpoints(base: str, tuned: str, *, allow_pickle: bool = False) ->
 
     attrs: "rest" {tensor that is no matrix: |dW|^2}, "only_base", "only_tuned", "added_rows"
     {tensor: rows that only tuned has}.
-    Memory is bounded by 2 M entries of both and the Gram matrix of the largest small side; what
-    was measured is kept, so that a killed call goes on.  Raises as open_pair does and for NaN or
-    infinite weights; warns as it does, and for an identical and an unrelated pair.
+    Memory: of each matrix at work (one a core, four at most) slices of 2 M entries of both, and
+    three times the Gram matrix of its small side (float64): the sum, and what adding to it or its
+    eigenvalues need.  What was measured is kept, so that a killed call goes on.  Raises and warns
+    as open_pair does; raises for NaN or infinite weights, warns of an identical and of an
+    unrelated pair.
     """
     return compare_pair(open_pair(base, tuned, allow_pickle=allow_pickle))
 

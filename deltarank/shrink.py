@@ -29,7 +29,7 @@ def shrink_adapter(
 ) -> pd.DataFrame:
     """Write a LoRA cut to smaller ranks as another adapter: the folder `out`, whole or not at all.
 
-    rank, energy, budget: one of them, as in recommend_ranks; dtype and patterns: the Form of the
+    rank, energy, budget: one of them, as in extract_adapter; dtype and patterns: the Form of the
     factors.  Each update scale * B @ A becomes its best approximation of that rank, of scale 1.
     Returns what extract_adapter returns; embeddings and biases are "dropped".  Raises as
     open_lora and recommend_ranks and, before factors are read, FileExistsError for a folder that
