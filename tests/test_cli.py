@@ -57,13 +57,18 @@ def test_the_table_fits_a_terminal_and_says_what_its_columns_are(pair, capsys):
 
 @pytest.mark.parametrize(
     ("rule", "ranks"),
-    [(["--energy", "0.9"], {2, 3}), (["--rank", "2"], {2}), (["--budget", "500"], {1})],
+    [
+        ([], {2}),
+        (["--energy", "0.999"], {3}),
+        (["--rank", "2"], {2}),
+        (["--budget", "500"], {1}),
+    ],
 )
 def test_ranks_follow_the_rule(pair, tmp_path, capsys, rule, ranks):
     assert said(capsys, "inspect", *pair, *rule, "--json", tmp_path / "out.json")[0] == 0
     found = json.loads((tmp_path / "out.json").read_text())
     lora = found["ranks"]["LoraConfig"]
-    assert {lora["r"], *lora["rank_pattern"].values()} <= ranks
+    assert {lora["r"], *lora["rank_pattern"].values()} == ranks
     assert found["ranks"]["use"].startswith("extraction")
 
 
