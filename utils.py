@@ -1,7 +1,8 @@
 """The notebooks' door: what they use of the package deltarank, by name, and nothing else."""
 
 from deltarank.adapters import AdapterPlan, extract_adapter
-from deltarank.checkpoints import layer_and_module, open_checkpoint, open_pair
+from deltarank.alignment import open_pair
+from deltarank.checkpoints import layer_and_module, open_checkpoint
 from deltarank.compare import compare_checkpoints
 from deltarank.gram import leading_eigenvectors, leading_factors
 from deltarank.ranks import rank_of, recommend_ranks, verdict

@@ -14,9 +14,9 @@ import pandas as pd
 import torch
 from torch import Tensor
 
-from deltarank.checkpoints import Pair, open_pair
+from deltarank.alignment import Pair, open_pair
 from deltarank.checks import require
-from deltarank.compare import compare_checkpoints, difference, differences, require_float32
+from deltarank.compare import compare_pair, difference, differences, require_float32
 from deltarank.factors import Cut, Factors, Form
 from deltarank.gram import gram_matrix, leading_eigenvectors
 from deltarank.peft_format import (
@@ -26,7 +26,7 @@ from deltarank.peft_format import (
     require_replaceable,
     write_adapter,
 )
-from deltarank.ranks import rank_of, recommend_ranks
+from deltarank.ranks import ranks_of, recommend_ranks
 from deltarank.runtime import by_core, device
 
 SHORTFALL = 1e-3  # share of the squared update by which an adapter may miss the best of its rank
@@ -49,8 +49,9 @@ def extract_adapter(
     """Write the cut of tuned - base as a PEFT adapter: the folder `out`, whole or not at all.
 
     rank: one for all matrices (a smaller matrix gets all it has); energy, budget: as in
-    recommend_ranks; ranks: what that returned.  dtype, patterns: the Form of the factors.  norms:
-    those that changed go whole, as float32, into modules_to_save, which PEFT alone reads.
+    recommend_ranks (without `patterns` zeros bring each to the largest rank, and what is stored
+    exceeds a budget); ranks: what that returned.  dtype, patterns: the Form of the factors.
+    norms: those that changed go whole, as float32, into modules_to_save, which PEFT alone reads.
 
     Returns one line a changed tensor: name, part ("lora", "modules_to_save", "left_out" for norms,
     "dropped" for what no LoRA can hold), rank, squared_norm, kept (the share of it that the adapter
@@ -84,9 +85,11 @@ def plan_adapter(
     require(given == 1, "give one of rank=16, energy=0.9, budget=1_000_000 and ranks={...}")
     pair = open_pair(base, tuned, allow_pickle=allow_pickle)
     places = find_places(pair.base.config, pair.base.shapes).renamed(pair.names)
+    require(bool(places.linear), f"{tuned} has no linear layer that a LoRA can adapt")
     if rank is None and ranks is None:
-        table = compare_checkpoints(base, tuned, allow_pickle=allow_pickle)
-        ranks = recommend_ranks(table, energy=energy, budget=budget)
+        table = compare_pair(pair)
+        layers = table[table["name"].isin(places.linear)]  # a budget goes to what can be written
+        ranks = recommend_ranks(layers, energy=energy, budget=budget)
     chosen, rest = _sorted_out(pair, places, rank, ranks)
     saved = _whole_norms(places, rest) if norms else []
     return AdapterPlan(pair, places, chosen, saved, rest, form)
@@ -97,10 +100,9 @@ def _sorted_out(
 ) -> tuple[dict[str, int], dict[str, float]]:
     """Of what changed: the ranks of linear layers, and |dW|^2 of what gets no factors."""
     tuned, limits = pair.tuned.folder.name, {n: min(pair.shape(n)) for n in places.linear}
-    require(bool(limits), f"{tuned} has no linear layer that a LoRA can adapt")
     most = max(limits.values())
     require(rank is None or 1 <= rank <= most, f"rank={rank}: choose one from 1 to {most}")
-    wanted = {name: rank_of(ranks, name) if ranks else rank or 0 for name in limits}
+    wanted = ranks_of(ranks, limits) if ranks else dict.fromkeys(limits, rank or 0)
     changed = _changed(pair)
     chosen = {n: min(limits[n], wanted[n]) for n in changed if wanted.get(n)}
     require(bool(chosen), f"no linear layer of {tuned} gets a rank: there is nothing to write")

@@ -1,14 +1,12 @@
-"""Two folders of weights: headers read, tensors aligned, slices streamed."""
+"""A folder of weights: its headers read and checked, its tensors on demand."""
 
 from __future__ import annotations
 
-import dataclasses
 import functools
 import json
-import math
 import pickle
 import re
-from collections.abc import Iterable, Iterator
+import zipfile
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -17,11 +15,19 @@ from torch import Tensor
 
 from deltarank.checks import first_line, require
 
-# On disk a vocabulary matrix is known by its name, the rest by its shape.
+# What names tell; the rest is known by its shape.
 VOCABULARY = re.compile(r"(embed|wte|wpe|shared|lm_head|decoder|cls|score|classifier|qa_outputs)")
-CAUSAL = re.compile(r"CausalLM|(?<!With)LMHeadModel")  # LlamaForCausalLM, GPT2LMHeadModel
-FLOATS = {"F64", "F32", "F16", "BF16"}
-SLICE_ENTRIES = 2**21  # of a matrix, read at once; larger buffers cost more than they save
+EXPERT = re.compile(r"\bexperts\.|\.(gate|router)\.(\w+\.)?weight$")  # also what chooses them
+BUFFER = re.compile(r"(inv_freq|masked_bias|(position|token_type)_ids|final_logits_bias)$")
+STORED = {  # types as safetensors names them
+    torch.float64: "F64",
+    torch.float32: "F32",
+    torch.float16: "F16",
+    torch.bfloat16: "BF16",
+    torch.int64: "I64",
+    torch.bool: "BOOL",
+}
+FLOATS = {name for dtype, name in STORED.items() if dtype.is_floating_point}
 
 
 def layer_and_module(name: str) -> tuple[int, str]:
@@ -32,6 +38,11 @@ def layer_and_module(name: str) -> tuple[int, str]:
     """
     layer = re.search(r"\.(\d+)\.", name)
     return int(layer.group(1)) if layer else -1, name.removesuffix(".weight").split(".")[-1]
+
+
+def is_vocabulary(name: str) -> bool:
+    """Whether a tensor is outside the layers and has a row for each word or class."""
+    return layer_and_module(name)[0] < 0 and VOCABULARY.search(name) is not None
 
 
 def model_source(name: str) -> str:
@@ -81,23 +92,27 @@ def open_checkpoint(source: str, *, allow_pickle: bool = False) -> Checkpoint:
     if not folder.is_dir():
         folder = download(source, ["*.safetensors", "*.json"] + ["*.bin"] * allow_pickle)
         _require_no_adapter(source, folder)
-    config = read_config(folder / "config.json")
+    config = read_json(folder / "config.json")
     quantised = config.get("quantization_config")
     require(not quantised, f"{source} is quantised: dequantise it, then compare")
     files, shapes, dtypes = {}, {}, {}
     for file in _weight_files(folder, allow_pickle):
         for name, (dtype, shape) in read_header(file).items():
-            require(name not in files, f"{source}: {name} is in two files; delete the stale one")
+            if _is_buffer(name, dtype, shape):
+                continue
+            told = f"{source}: {name} is"
+            require(dtype in FLOATS, f"{told} stored as {dtype}: dequantise it, then compare")
+            require(name not in files, f"{told} in two files; delete the stale one")
             files[name], dtypes[name], shapes[name] = file, dtype, shape
-    for name in [n for n in files if dtypes[n] not in FLOATS]:
-        stored_whole = dtypes[name].startswith(("F8", "I8", "U8", "F4")) and len(shapes[name]) > 1
-        require(
-            not stored_whole or "bias" in name,  # GPT-2 keeps its causal mask as a "bias"
-            f"{source}: {name} is stored as {dtypes[name]}: dequantise it, then compare",
-        )
-        del files[name], shapes[name], dtypes[name]  # masks and positions are no weights
     require(bool(files), f"{source} holds no weights")
     return Checkpoint(loaded, folder, config, files, shapes, dtypes)
+
+
+def _is_buffer(name: str, dtype: str, shape: tuple[int, ...]) -> bool:
+    """Whether a tensor is no weight but a mask, positions or what else training leaves alone."""
+    mask = len(shape) == 4 and name.endswith(("bias", "mask"))  # GPT-2 calls its mask a bias
+    counts = dtype in ("BOOL", "I64") or (dtype not in FLOATS and len(shape) < 2)
+    return mask or counts or BUFFER.search(name) is not None
 
 
 def _require_no_adapter(source: str, folder: Path) -> None:
@@ -107,17 +122,17 @@ def _require_no_adapter(source: str, folder: Path) -> None:
     require(not adapter, f"{source} is an adapter, not a model: {cure}")
 
 
-def read_config(file: Path) -> dict:
-    """What a config file says; raises FileNotFoundError or ValueError that names it."""
+def read_json(file: Path) -> dict:
+    """What a JSON file says; raises FileNotFoundError or ValueError that names it."""
     where = f"{file.parent.name}/{file.name}"
     if not file.exists():
         raise FileNotFoundError(f"{where} is not there: fetch it again")
     try:
-        config = json.loads(file.read_text(encoding="utf8"))
+        record = json.loads(file.read_text(encoding="utf8"))
     except ValueError as error:
         raise ValueError(f"{where} is torn ({first_line(error)}): fetch it again") from error
-    require(isinstance(config, dict), f"{where} is no JSON object: fetch it again")
-    return config
+    require(isinstance(record, dict), f"{where} is no JSON object: fetch it again")
+    return record
 
 
 def download(source: str, patterns: list[str]) -> Path:
@@ -131,21 +146,20 @@ def download(source: str, patterns: list[str]) -> Path:
 
 
 def _weight_files(folder: Path, allow_pickle: bool) -> list[Path]:
-    """The weight files of a folder: those that its index lists, or all; never a stray pickle."""
-    for pattern in ("*.safetensors", "*.bin") if allow_pickle else ("*.safetensors",):
-        indices = list(folder.glob(f"{pattern}.index.json"))
-        found = {file.name for file in folder.glob(pattern)} - {"training_args.bin"}
-        if indices:
-            listed = json.loads(indices[0].read_text(encoding="utf8"))["weight_map"]
-            missing = sorted(set(listed.values()) - found)
-            if missing:
-                raise FileNotFoundError(
-                    f"{folder.name}: {missing[0]} is listed in {indices[0].name} but is not there; "
-                    "fetch it again"
-                )
-            found = set(listed.values())
-        if found:
-            return [folder / name for name in sorted(found)]
+    """The weight files of a folder as from_pretrained chooses them: one, those of its index, all.
+
+    Never a stray pickle.
+    """
+    for whole in ("model.safetensors", "pytorch_model.bin")[: 1 + allow_pickle]:
+        files = {file.name: file for file in folder.glob(f"*{Path(whole).suffix}")}
+        files.pop("training_args.bin", None)
+        index = folder / f"{whole}.index.json"
+        if whole in files:
+            return [files[whole]]
+        if index.exists():
+            return _listed_files(index, files)
+        if files:
+            return [files[name] for name in sorted(files)]
     if list(folder.glob("*.bin")):
         raise ValueError(
             f"{folder.name} holds pickles (.bin), which can run code when they are read: convert "
@@ -154,10 +168,24 @@ def _weight_files(folder: Path, allow_pickle: bool) -> list[Path]:
     raise FileNotFoundError(f"{folder.name} holds no *.safetensors: save the model there")
 
 
+def _listed_files(index: Path, files: dict[str, Path]) -> list[Path]:
+    """Those of the files that an index lists; raises FileNotFoundError where one is missing."""
+    where = f"{index.parent.name}/{index.name}"
+    record = read_json(index)
+    told = isinstance(record.get("weight_map"), dict)
+    require(told, f"{where} has no weight_map: fetch it again")
+    listed = sorted({str(name) for name in record["weight_map"].values()})
+    missing = [name for name in listed if name not in files]
+    if missing:
+        raise FileNotFoundError(f"{missing[0]}, which {where} lists, is not there: fetch it again")
+    return [files[name] for name in listed]
+
+
 @functools.lru_cache(maxsize=2)
 def _unpickle(file: Path) -> dict[str, Tensor]:
-    """The tensors of a pickle, mapped rather than read; nothing but tensors is unpickled."""
-    tensors = torch.load(file, map_location="cpu", mmap=True, weights_only=True)
+    """The tensors of a pickle, mapped where torch can; nothing but tensors is unpickled."""
+    mapped = zipfile.is_zipfile(file)  # torch before 1.6 wrote no zip
+    tensors = torch.load(file, map_location="cpu", mmap=mapped, weights_only=True)
     return {name: tensor for name, tensor in tensors.items() if isinstance(tensor, Tensor)}
 
 
@@ -174,115 +202,10 @@ def read_header(file: Path) -> dict[str, tuple[str, tuple[int, ...]]]:
     require(start.lstrip()[:1] != b"<", f"{where} is a web page, not weights: fetch it again")
     try:
         if file.suffix == ".bin":
-            short = {torch.float64: "F64", torch.float32: "F32", torch.float16: "F16"}
-            short[torch.bfloat16] = "BF16"
             tensors = _unpickle(file).items()
-            return {n: (short.get(t.dtype, str(t.dtype)), tuple(t.shape)) for n, t in tensors}
+            return {n: (STORED.get(t.dtype, str(t.dtype)), tuple(t.shape)) for n, t in tensors}
         with safe_open(file, "pt") as opened:
             slices = {name: opened.get_slice(name) for name in opened.keys()}  # noqa: SIM118
             return {n: (s.get_dtype(), tuple(s.get_shape())) for n, s in slices.items()}
     except (SafetensorError, RuntimeError, EOFError, pickle.UnpicklingError) as error:
         raise ValueError(f"{where} is torn ({first_line(error)}): fetch it again") from error
-
-
-@dataclass(frozen=True)
-class Pair:
-    """Base and tuned checkpoint, aligned tensor by tensor."""
-
-    base: Checkpoint
-    tuned: Checkpoint
-    names: dict[str, str]  # tensor in tuned -> the same in base
-    only_base: list[str]  # heads and poolers that one side lacks
-    only_tuned: list[str]
-
-    def matrices(self) -> dict[str, tuple[str, int | None]]:
-        """What has a spectrum, {label: (tensor in tuned, expert)}: 2-D, experts of a 3-D one."""
-        found: dict[str, tuple[str, int | None]] = {}
-        for name in self.names:
-            shape = self.tuned.shapes[name]
-            entries = math.prod(shape)
-            if len(shape) == 2 and entries:
-                found[name] = (name, None)
-            elif len(shape) == 3 and entries and "conv" not in name:
-                found |= {f"{name}[{i}]": (name, i) for i in range(shape[0])}
-        return found
-
-    def is_causal(self) -> bool:
-        """Whether the base continues text, which PEFT wants to be told."""
-        return any(map(CAUSAL.search, self.base.config.get("architectures") or []))
-
-    def shape(self, name: str) -> tuple[int, ...]:
-        """The shape that both sides have: for a resized vocabulary, of its common rows."""
-        shapes = self.base.shapes[self.names[name]], self.tuned.shapes[name]
-        return tuple(map(min, *shapes)) if shapes[0] else ()
-
-    def parts(self, name: str, expert: int | None = None) -> Iterator[tuple[Tensor, Tensor]]:
-        """Yield W0 and W1 slice by slice along the longer side, as stored, 2 M entries each."""
-        shape = self.shape(name)
-        if len(shape) < 2 or math.prod(shape) == 0:
-            yield self.base.read(self.names[name]), self.tuned.read(name)
-            return
-        m, n = shape[-2:]
-        lead = [slice(0, size) for size in shape[:-2]] if expert is None else [expert]
-        long, step = max(m, n), max(1, SLICE_ENTRIES // (math.prod(shape[:-2]) * min(m, n)))
-        for start in range(0, long, step):
-            cut = slice(start, min(start + step, long))
-            index = (*lead, cut, slice(0, n)) if m >= n else (*lead, slice(0, m), cut)
-            yield self.base.read(self.names[name], *index), self.tuned.read(name, *index)
-
-
-def open_pair(base: str, tuned: str, *, allow_pickle: bool = False) -> Pair:
-    """Both checkpoints, aligned by name; everything that headers can tell is checked here.
-
-    One side's names may carry a prefix ("transformer."), a tied head may be missing on one side,
-    a vocabulary may have grown.  Raises ValueError naming tensor and both shapes otherwise.
-    """
-    W0, W1 = (open_checkpoint(source, allow_pickle=allow_pickle) for source in (base, tuned))
-    W0, W1 = _without_tied_heads(W0, W1), _without_tied_heads(W1, W0)
-    names = common_names(W0.files, W1.files)
-    only_base = sorted(set(W0.files) - set(names.values()))
-    only_tuned = sorted(set(W1.files) - set(names))
-    require(bool(names), f"{base} and {tuned} have no tensor in common: another architecture?")
-    for side, other, alone in ((base, tuned, only_base), (tuned, base, only_tuned)):
-        deep = [name for name in alone if layer_and_module(name)[0] >= 0]
-        require(
-            not deep,
-            f"{side} has {', '.join(deep[:1])} and {other} has not ({len(deep)} such tensors): "
-            f"is {tuned} a fine-tune of {base}?",
-        )
-    pair = Pair(W0, W1, names, only_base, only_tuned)
-    for name, of_base in names.items():
-        before, after = W0.shapes[of_base], W1.shapes[name]
-        grown = len(before) == len(after) == 2 and before[1:] == after[1:]
-        require(
-            before == after or (grown and VOCABULARY.search(name) is not None),
-            f"{name} has shape {before} in {base} ({W0.files[of_base].name}) and {after} in "
-            f"{tuned} ({W1.files[name].name}): is {tuned} a fine-tune of {base}?",
-        )
-    return pair
-
-
-def _without_tied_heads(checkpoint: Checkpoint, other: Checkpoint) -> Checkpoint:
-    """Without the head that is only another name of the embedding and that `other` leaves out."""
-    heads = [n for n in checkpoint.files if n.endswith("lm_head.weight") and n not in other.files]
-    if not heads or not other.config.get("tie_word_embeddings", True):
-        return checkpoint
-    files = {name: file for name, file in checkpoint.files.items() if name not in heads}
-    return dataclasses.replace(checkpoint, files=files)
-
-
-def common_names(base: Iterable[str], tuned: Iterable[str]) -> dict[str, str]:
-    """{tensor in tuned: the same in base}; one side's names may carry a prefix.
-
-    >>> common_names(["h.0.w", "lm_head.w"], ["model.h.0.w", "lm_head.w"])
-    {'model.h.0.w': 'h.0.w', 'lm_head.w': 'lm_head.w'}
-    """
-    base, tuned = dict.fromkeys(base), list(tuned)
-    prefixes = {"": None} | {f"{name.split('.')[0]}.": None for name in [*base, *tuned]}
-
-    def matched(prefix: str) -> dict[str, str]:
-        forms = {name: (name, name.removeprefix(prefix), prefix + name) for name in tuned}
-        found = {name: [form for form in three if form in base] for name, three in forms.items()}
-        return {name: present[0] for name, present in found.items() if present}
-
-    return max(map(matched, prefixes), key=len)

@@ -12,7 +12,8 @@ import pandas as pd
 import torch
 from torch import Tensor
 
-from deltarank.checkpoints import VOCABULARY, Pair, layer_and_module, open_pair
+from deltarank.alignment import Pair, open_pair
+from deltarank.checkpoints import EXPERT, is_vocabulary, layer_and_module
 from deltarank.checks import all_finite, require
 from deltarank.gram import gram_matrix, root_spectrum
 from deltarank.runtime import by_core, cache_folder, device, progress
@@ -26,8 +27,8 @@ NEAR_ROUNDING = 0.05  # share of rounding noise in the squared update above whic
 def compare_checkpoints(base: str, tuned: str, *, allow_pickle: bool = False) -> pd.DataFrame:
     """One line a matrix of tuned - base: how large the update is, and its rank by each definition.
 
-    Columns: name, layer, module, kind ("matrix", "vocabulary" or "expert"), shape (m, n), S (the
-    singular values of the update, descending, float32), dtype_base,
+    Columns: name, layer, module, kind ("matrix", "vocabulary", or "expert", their routers too),
+    shape (m, n), S (the singular values of the update, descending, float32), dtype_base,
     dtype_tuned; relative_size |dW| / |W0| and changed_share of the entries; those of
     spectrum_measures; rounding_share, what rounding to the stored type is expected to add to
     |dW|^2, as a share of it (at most 1; too high for updates below the spacing of the type);
@@ -35,13 +36,21 @@ def compare_checkpoints(base: str, tuned: str, *, allow_pickle: bool = False) ->
 
     attrs: "rest" {tensor that is no matrix: |dW|^2}, "only_base", "only_tuned", "added_rows"
     {tensor: rows that only tuned has}.
-    Memory is bounded by 2 M entries of both and the Gram matrix of the largest small side; what
-    was measured is kept, so that a killed call goes on.  Raises as open_pair does and for NaN or
-    infinite weights; warns for an identical and an unrelated pair.
+    Memory: of each matrix at work (one a core, four at most) slices of 2 M entries of both, and
+    three times the Gram matrix of its small side (float64): the sum, and what adding to it or its
+    eigenvalues need.  What was measured is kept, so that a killed call goes on.  Raises and warns
+    as open_pair does; raises for NaN or infinite weights, warns of an identical and of an
+    unrelated pair.
     """
-    pair = open_pair(base, tuned, allow_pickle=allow_pickle)
+    return compare_pair(open_pair(base, tuned, allow_pickle=allow_pickle))
+
+
+def compare_pair(pair: Pair) -> pd.DataFrame:
+    """The table of compare_checkpoints, of a pair that is open."""
     folder = cache_folder() / "pairs" / _pair_digest(pair)
     found, rows = pair.matrices(), []
+    base, tuned = pair.base.source, pair.tuned.source
+    require(bool(found), f"{base} and {tuned} share no matrix: there is nothing to compare")
     sizes = {label: math.prod(pair.shape(name)[-2:]) for label, (name, _) in found.items()}
     with progress(sum(sizes.values()), "compare checkpoints") as bar:
         compared = by_core(functools.partial(_compared, pair, found, folder), found)
@@ -49,12 +58,12 @@ def compare_checkpoints(base: str, tuned: str, *, allow_pickle: bool = False) ->
             rows.append(_pair_row(pair, label, found[label][0], entry))
             bar.update(sizes[label])
     table = pd.DataFrame(rows)
-    others = [n for n in pair.names if n not in {name for name, _ in found.values()}]
+    measured = {name for name, _ in found.values()}
     table.attrs = {
-        "rest": {name: difference(pair, name) for name in others},
+        "rest": {name: difference(pair, name) for name in pair.names if name not in measured},
         "only_base": pair.only_base,
         "only_tuned": pair.only_tuned,
-        "added_rows": _added_rows(pair),
+        "added_rows": pair.added_rows(),
     }
     _warn_of_strange_pairs(table, base, tuned)
     return table
@@ -62,7 +71,8 @@ def compare_checkpoints(base: str, tuned: str, *, allow_pickle: bool = False) ->
 
 def _compared(pair: Pair, found: dict, folder: Path, label: str) -> tuple[dict, dict[str, Tensor]]:
     """The stored entry of one matrix, computed when it is missing."""
-    return cached(folder / label, lambda: _compare_matrix(pair, *found[label]))
+    entry = folder / digest({"matrix": label})[:16]  # a name in a file may be any path
+    return cached(entry, lambda: _compare_matrix(pair, *found[label]))
 
 
 def _pair_digest(pair: Pair) -> str:
@@ -128,8 +138,8 @@ def _pair_row(pair: Pair, label: str, name: str, entry: tuple[dict, dict[str, Te
     """The line of compare_checkpoints for one matrix."""
     sums, S, (m, n) = entry[0]["sums"], entry[1]["S"], pair.shape(name)[-2:]
     layer, module = layer_and_module(name)
-    vocabulary = layer < 0 and VOCABULARY.search(name) is not None
-    kind = "expert" if label != name else "vocabulary" if vocabulary else "matrix"
+    expert = label != name or EXPERT.search(name) is not None
+    kind = "expert" if expert else "vocabulary" if is_vocabulary(name) else "matrix"
     row = {"name": label, "layer": layer, "module": module, "kind": kind}
     row |= {"shape": (m, n), "S": S, "dtype_base": pair.base.dtypes[pair.names[name]]}
     row["dtype_tuned"] = pair.tuned.dtypes[name]
@@ -145,14 +155,6 @@ def _pair_row(pair: Pair, label: str, name: str, entry: tuple[dict, dict[str, Te
 def difference(pair: Pair, name: str) -> float:
     """|dW|^2 of a tensor that is no matrix."""
     return sum(float(dW.double().square().sum()) for *_, dW in differences(pair, name, None))
-
-
-def _added_rows(pair: Pair) -> dict[str, int]:
-    """Rows of resized vocabularies that only tuned has (below zero: only base), by tensor."""
-    shapes = {
-        n: (pair.base.shapes[of_base], pair.tuned.shapes[n]) for n, of_base in pair.names.items()
-    }
-    return {n: after[0] - before[0] for n, (before, after) in shapes.items() if before != after}
 
 
 def _warn_of_strange_pairs(table: pd.DataFrame, base: str, tuned: str) -> None:

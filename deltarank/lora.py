@@ -17,8 +17,8 @@ from deltarank.checkpoints import (
     download,
     layer_and_module,
     model_source,
-    read_config,
     read_header,
+    read_json,
 )
 from deltarank.checks import all_finite, require
 from deltarank.compare import require_float32
@@ -135,7 +135,7 @@ def open_lora(adapter: str, *, allow_pickle: bool = False) -> Lora:
     (modules_to_save, biases): what it changed is not told without the base.
     """
     folder = _adapter_folder(adapter, allow_pickle)
-    config = read_config(folder / CONFIG)
+    config = read_json(folder / CONFIG)
     _require_plain(adapter, config)
     file = _weight_file(folder, allow_pickle)
     header = read_header(file)

@@ -20,13 +20,7 @@ import torch
 from deltarank import __version__
 from deltarank.columns import COLUMNS, number
 from deltarank.drawing import curve_panel, heat_map
-from deltarank.ranks import (
-    TRAINING_ADVICE,
-    adapter_verdict,
-    changed_matrices,
-    rank_of,
-    verdict,
-)
+from deltarank.ranks import TRAINING_ADVICE, adapter_verdict, changed_matrices, ranks_of, verdict
 from deltarank.spectra import energy, null_energy
 
 IN_TERMINAL = ["relative_size", "r90", "r90_over_null", "energy_8", "energy_64", "rank"]
@@ -78,8 +72,8 @@ class Inspection:
         table = self.table.assign(label=_labels(self.table))
         table = table.sort_values("layer", kind="stable")  # in files layer 10 comes before 2
         table["energy_64"] = [float(energy(S)[:64][-1]) for S in table["S"]]
-        ranks = [rank_of(self.lora, name) if self.lora else 0 for name in table["name"]]
-        table["rank"] = pd.Series(ranks, table.index, dtype=float).replace(0, math.nan)
+        ranks = ranks_of(self.lora, table["name"]) if self.lora else {}
+        table["rank"] = table["name"].map(ranks).astype(float).replace(0, math.nan)
         measures = [column for column in COLUMNS if column not in ("relative_size", "rank")]
         table = table.astype(dict.fromkeys(measures, float))
         table.loc[table["squared_norm"] == 0, measures] = math.nan
@@ -104,18 +98,27 @@ class Inspection:
 
 
 def _labels(table: pd.DataFrame) -> list[str]:
-    """The shortest end of each name within its layer that no other module shares."""
-    names = table["name"].str.replace(r"\[\d+\]$", "", regex=True).str.removesuffix(".weight")
-    pairs = zip(names, table["layer"], strict=True)
-    places = [tuple(name.rpartition(f".{layer}.")[2].split(".")) for name, layer in pairs]
+    """The shortest end of each name within its layer that no other module shares.
+
+    Before it what tells its stack of layers from others (encoder, decoder); the experts of a layer
+    are one module.
+    """
+    names = table["name"].str.replace(r"\[\d+\]$|(?<=\bexperts)\.\d+", "", regex=True)
+    parts = names.str.removesuffix(".weight").str.extract(r"(?:(.*?)\.\d+\.)?(.*)").fillna("")
+    stacked, ends = ([tuple(filter(None, x.split("."))) for x in parts[i]] for i in (0, 1))
+    places = list(zip(stacked, ends, strict=True))  # () outside of the layers
     known = set(places)
+    stacks = [set(stack) for stack, _ in known if stack]
+    common = set.intersection(*stacks) if stacks else set()
 
-    def shortest(place: tuple[str, ...]) -> str:
-        ends = (place[-k:] for k in range(1, len(place) + 1))
-        alone = (end for end in ends if sum(other[-len(end) :] == end for other in known) == 1)
-        return ".".join(next(alone, place)).removesuffix("_proj")
+    def label(stack: tuple[str, ...], end: tuple[str, ...]) -> str:
+        rivals = [other for where, other in known if where in (stack, ()) or not stack]
+        tails = (end[-k:] for k in range(1, len(end) + 1))
+        alone = (tail for tail in tails if sum(r[-len(tail) :] == tail for r in rivals) == 1)
+        told = [word for word in stack if word not in common]
+        return ".".join([*told, *next(alone, end)]).removesuffix("_proj")
 
-    found = {place: shortest(place) for place in known}
+    found = {place: label(*place) for place in known}
     return [found[place] for place in places]
 
 

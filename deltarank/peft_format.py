@@ -15,16 +15,14 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from deltarank.checkpoints import layer_and_module
+from deltarank.checkpoints import EXPERT, STORED, layer_and_module
 from deltarank.checks import require, require_disk
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
-STORED = {torch.float32: "F32", torch.bfloat16: "BF16", torch.float16: "F16"}
 Layout = dict[str, tuple[torch.dtype, tuple[int, ...]]]  # a file's tensors: name, type and shape
 
 # What the names of tensors and config.json say of a language model, as transformers builds it.
 EMBEDDING = re.compile(r"embed|_emb\.|\b(wte|wpe|shared)\.|relative_attention_bias")
-EXPERT = re.compile(r"\bexperts\.|\.(gate|router)\.(\w+\.)?weight$")  # also what chooses them
 CONV1D = {"decision_transformer", "gpt2", "imagegpt", "openai-gpt"}  # model types with Conv1D
 CONV1D_MODULES = {"c_attn", "c_fc", "c_proj", "q_attn"}
 PREFIXES = {  # of the modules of a model with a head, and the model types; a file may leave it out

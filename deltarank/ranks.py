@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import collections
 import math
+from collections.abc import Iterable
 
 import numpy as np
 import pandas as pd
@@ -35,8 +36,9 @@ def recommend_ranks(
     budget: at most this many adapter parameters, r (m + n) a matrix, given out one rank at a time
     to the matrix whose next sigma^2 is largest per parameter.  sigma falls within a matrix, so no
     other allocation of the parameters used keeps more energy (greedy for concave gains).
-    Vocabulary and experts are left out.  Returns r (the most frequent), lora_alpha, rank_pattern,
-    alpha_pattern (both {module: rank}, so that every scale alpha / r is 1) and target_modules.
+    Vocabulary, experts and routers are left out.  Returns r (the most frequent), lora_alpha,
+    rank_pattern, alpha_pattern (both {module: rank}, so that every scale alpha / r is 1) and
+    target_modules.
     """
     given = sum(value is not None for value in (rank, energy, budget))
     require(given == 1, "give one of rank=16, energy=0.9 and budget=1_000_000")
@@ -101,10 +103,19 @@ def lora_arguments(ranks: dict[str, int], *, patterns: bool = True) -> dict:
     return {"r": r} | same | {"target_modules": sorted(modules)}
 
 
+def ranks_of(ranks: dict, names: Iterable[str]) -> dict[str, int]:
+    """The ranks that LoraConfig's arguments give matrices; 0 for those that they leave out."""
+    targets = set(ranks["target_modules"])  # a list, of thousands in a mixture of experts
+    modules = {name: name.removesuffix(".weight") for name in names}
+    return {
+        name: ranks["rank_pattern"].get(module, ranks["r"]) if module in targets else 0
+        for name, module in modules.items()
+    }
+
+
 def rank_of(ranks: dict, name: str) -> int:
-    """The rank that LoraConfig's arguments give a matrix; 0 for one that they leave out."""
-    module = name.removesuffix(".weight")
-    return ranks["rank_pattern"].get(module, ranks["r"]) if module in ranks["target_modules"] else 0
+    """The rank of one matrix, as in ranks_of."""
+    return ranks_of(ranks, [name])[name]
 
 
 def percent(share: float) -> str:
@@ -123,7 +134,7 @@ def percent(share: float) -> str:
 def kept_share(table: pd.DataFrame, lora: dict) -> float:
     """Share of the squared update of the changed matrices that the cut to these ranks keeps."""
     rows = changed_matrices(table)
-    pairs = zip(rows["S"], (rank_of(lora, name) for name in rows["name"]), strict=True)
+    pairs = zip(rows["S"], ranks_of(lora, rows["name"]).values(), strict=True)
     held = sum(float(S.double()[:r].square().sum()) for S, r in pairs)
     return held / float(rows["squared_norm"].sum())
 
@@ -136,7 +147,7 @@ def verdict(table: pd.DataFrame, lora: dict | None) -> list[str]:
     rows = changed_matrices(table)
     if lora is None or rows.empty:
         return [f"None of {len(table)} matrices can be cut: those of the layers are unchanged."]
-    ranks = pd.Series({name: rank_of(lora, name) for name in rows["name"]})
+    ranks = pd.Series(ranks_of(lora, rows["name"]))
     return [
         _finding(table, rows, lora, ranks),
         _rank_sentences(table, rows, ranks),
@@ -152,7 +163,7 @@ def adapter_verdict(table: pd.DataFrame, lora: dict | None) -> list[str]:
     rows = changed_matrices(table)
     if lora is None or rows.empty:
         return [f"None of {len(table)} matrices can be cut: the adapter changes no layer."]
-    ranks = pd.Series({name: rank_of(lora, name) for name in rows["name"]})
+    ranks = pd.Series(ranks_of(lora, rows["name"]))
     used = {share: [energy_rank(S, share) for S in rows["S"]] for share in (0.9, 0.99)}
     at_90, at_99 = (pd.Series(used[share]).median() for share in (0.9, 0.99))
     half = rows["lora_rank"].median() / 2

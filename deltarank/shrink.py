@@ -10,7 +10,7 @@ from deltarank.checks import require
 from deltarank.factors import Cut, Factors, Form
 from deltarank.lora import Lora, open_lora
 from deltarank.peft_format import lora_config, require_replaceable, write_adapter
-from deltarank.ranks import rank_of, recommend_ranks
+from deltarank.ranks import ranks_of, recommend_ranks
 from deltarank.spectra import factor_svd
 
 CARRIED = ("task_type", "auto_mapping", "base_model_name_or_path", "revision", "fan_in_fan_out")
@@ -29,7 +29,7 @@ def shrink_adapter(
 ) -> pd.DataFrame:
     """Write a LoRA cut to smaller ranks as another adapter: the folder `out`, whole or not at all.
 
-    rank, energy, budget: one of them, as in recommend_ranks; dtype and patterns: the Form of the
+    rank, energy, budget: one of them, as in extract_adapter; dtype and patterns: the Form of the
     factors.  Each update scale * B @ A becomes its best approximation of that rank, of scale 1.
     Returns what extract_adapter returns; embeddings and biases are "dropped".  Raises as
     open_lora and recommend_ranks and, before factors are read, FileExistsError for a folder that
@@ -52,9 +52,10 @@ def shrink_adapter(
 
 def _factors(lora: Lora, chosen: dict, form: Form) -> Factors:
     """The factors of the modules that get a rank."""
-    ranks = {m.module: rank_of(chosen, name) for name, m in lora.matrices.items()}
-    shapes = {m.module: lora.shape(name) for name, m in lora.matrices.items()}
-    return Factors(shapes, {module: r for module, r in ranks.items() if r}, form)
+    modules = {name: matrix.module for name, matrix in lora.matrices.items()}
+    shapes = {module: lora.shape(name) for name, module in modules.items()}
+    ranks = ranks_of(chosen, modules)
+    return Factors(shapes, {modules[name]: r for name, r in ranks.items() if r}, form)
 
 
 def _cut(lora: Lora, module: str, rank: int) -> Cut:

@@ -1,7 +1,10 @@
 """Small models with a planted update, saved as base and tuned: what tests of pairs share."""
 
+import pytest
 import torch
 from safetensors.torch import load_file, save_file
+
+from deltarank.alignment import open_pair
 
 SMALL = {"num_hidden_layers": 2, "hidden_size": 32, "num_attention_heads": 2, "vocab_size": 64}
 LLAMA_LIKE = SMALL | {"intermediate_size": 48, "num_key_value_heads": 1, "head_dim": 16}
@@ -18,6 +21,7 @@ ARCHITECTURES = {  # class of transformers, sizes
         "GptOssForCausalLM",
         LLAMA_LIKE | {"num_local_experts": 3, "num_experts_per_tok": 2},
     ),
+    "mixtral": ("MixtralForCausalLM", LLAMA_LIKE | {"num_local_experts": 3}),
 }
 RANK, SIGMA = 3, torch.tensor([4.0, 2.0, 1.0]) * 1e-2
 Q = "model.layers.0.self_attn.q_proj.weight"  # (32, 32)
@@ -76,3 +80,12 @@ def same_tables(one, other):
     spectra = zip(one["S"], other["S"], strict=True)
     rest = (table.drop(columns="S") for table in (one, other))
     return next(rest).equals(next(rest)) and all(torch.equal(*pair) for pair in spectra)
+
+
+def refuse(base, tuned, *parts, error=ValueError):
+    """The pair is refused by its headers, with one line that holds all `parts`."""
+    with pytest.raises(error) as raised:
+        open_pair(base, tuned)
+    for part in parts:
+        assert part in str(raised.value)
+    assert "\n" not in str(raised.value)

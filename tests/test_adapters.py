@@ -18,7 +18,7 @@ from transformers.pytorch_utils import Conv1D
 
 from deltarank import adapters, peft_format
 from deltarank.adapters import extract_adapter
-from deltarank.checkpoints import open_pair
+from deltarank.alignment import open_pair
 from deltarank.compare import compare_checkpoints
 from deltarank.peft_format import find_places
 from deltarank.ranks import rank_of, recommend_ranks
@@ -41,7 +41,6 @@ MORE = {
     "granite": ("GraniteForCausalLM", LLAMA_LIKE),
     "llama base": ("LlamaModel", LLAMA_LIKE),
     "mistral": ("MistralForCausalLM", LLAMA_LIKE),
-    "mixtral": ("MixtralForCausalLM", LLAMA_LIKE | {"num_local_experts": 3}),
     "olmo2": ("Olmo2ForCausalLM", LLAMA_LIKE),
     "opt": ("OPTForCausalLM", SMALL | {"ffn_dim": 48, "word_embed_proj_dim": 32}),
     "phi": ("PhiForCausalLM", SMALL | {"intermediate_size": 48}),
@@ -276,6 +275,19 @@ def test_ranks_differ_by_matrix(save, tmp_path):
     loaded = PeftModel.from_pretrained(build("llama"), tmp_path / "out")
     ranks = {m.r["default"] for m in loaded.modules() if hasattr(m, "get_delta_weight")}
     assert ranks == set(used["rank"])
+
+
+def test_a_budget_is_spent_on_what_the_adapter_holds(save, tmp_path):
+    """Not on what is dropped: experts, and what is a matrix and no linear layer."""
+    folders = save("mixtral")
+    for folder, scale in zip(folders, (0, 1), strict=True):
+        A_log = scale * torch.eye(32)
+        edit(folder, lambda t, A_log=A_log: t.update({"model.layers.0.A_log": A_log}))
+    report = extract_adapter(*folders, str(tmp_path / "out"), budget=1000, patterns=True)
+    tensors = factors_of(tmp_path / "out")
+    assert 900 < sum(W.numel() for W in tensors.values()) <= 1000
+    dropped = report[report["name"].str.contains("experts|gate|A_log")]
+    assert len(dropped) == 2 * (3 * 3 + 1) + 1 and set(dropped["part"]) == {"dropped"}
 
 
 def test_the_largest_rank_is_that_of_all_and_changes_no_product(save, tmp_path):

@@ -1,17 +1,16 @@
-"""Two folders of weights: tensors are aligned, slices are exact, bad input has a name."""
+"""A folder of weights: what it holds is read, bad input has a name."""
 
 import json
 from pathlib import Path
 
 import pytest
 import torch
-import transformers
-from pairs import Q, build, edit, same_tables
+from pairs import Q, build, edit, refuse, same_tables
 from peft import LoraConfig, get_peft_model
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
-from deltarank import checkpoints
-from deltarank.checkpoints import layer_and_module, open_checkpoint, open_pair
+from deltarank.alignment import open_pair
+from deltarank.checkpoints import layer_and_module, open_checkpoint
 from deltarank.compare import compare_checkpoints
 
 
@@ -28,112 +27,58 @@ def test_layer_and_module(name, expected):
 
 # What is read
 
+BUFFERS = {  # that a model computes anew when it is loaded, or never changes
+    "model.layers.0.self_attn.rotary_emb.inv_freq": (torch.float32, (8,)),
+    "transformer.h.0.attn.bias": (torch.float32, (1, 1, 8, 8)),
+    "h.0.attn.bias": (torch.uint8, (1, 1, 8, 8)),
+    "transformer.h.0.attn.causal_mask": (torch.bool, (1, 1, 8, 8)),
+    "gpt_neox.layers.0.attention.masked_bias": (torch.float16, ()),
+    "bert.embeddings.position_ids": (torch.int64, (1, 8)),
+    "roberta.embeddings.position_ids": (torch.int32, (1, 8)),
+    "final_logits_bias": (torch.float32, (1, 64)),
+    "num_batches_tracked": (torch.int32, ()),
+}
 
-def test_slices_change_nothing(save, monkeypatch):
-    """Streaming equals in-memory: slices of a few rows give the spectra of whole matrices."""
+
+@pytest.mark.parametrize("pickled", [False, True])
+@pytest.mark.parametrize("side", [0, 1])
+def test_masks_and_positions_are_no_weights(save, side, pickled):
+    folders = save()
+    before = compare_checkpoints(*folders)
+    more = {name: torch.ones(shape).to(dtype) for name, (dtype, shape) in BUFFERS.items()}
+    edit(folders[side], lambda t: t.update(more))
+    if pickled:
+        to_pickle(folders[side])
+    after = compare_checkpoints(*folders, allow_pickle=pickled)
+    assert same_tables(after, before) and after.attrs == before.attrs
+
+
+@pytest.mark.parametrize("stray", ["model.fp16.safetensors", "consolidated.safetensors"])
+@pytest.mark.parametrize("saving", [{}, {"max_shard_size": "20KB"}])
+def test_copies_beside_the_model_are_not_read(save, stray, saving):
+    base, tuned = save(**saving)
+    before = open_checkpoint(tuned).files
+    save_file({Q: torch.zeros(32, 32), "more": torch.zeros(2, 2)}, f"{tuned}/{stray}")
+    assert open_checkpoint(tuned).files == before and Q in before
+
+
+def test_files_of_other_names_are_all_read(save):
     base, tuned = save()
-    pair = open_pair(base, tuned)
-    whole = next(iter(pair.parts(Q)))
-    monkeypatch.setattr(checkpoints, "SLICE_ENTRIES", 100)
-    parts = list(pair.parts(Q))
-    assert len(parts) > 5
-    for i in range(2):
-        assert torch.equal(torch.cat([part[i] for part in parts]), whole[i])
-    down = "model.layers.0.mlp.down_proj.weight"  # wider than tall: sliced by columns
-    parts = list(pair.parts(down))
-    assert torch.equal(
-        torch.cat([W1 for _, W1 in parts], 1), load_file(f"{tuned}/model.safetensors")[down]
-    )
-
-
-def test_shards_equal_one_file(save, tmp_path):
-    base, tuned = save()
-    single = compare_checkpoints(base, tuned)
-    model = transformers.AutoModelForCausalLM.from_pretrained(tuned)
-    model.save_pretrained(tmp_path / "sharded", max_shard_size="20KB")
-    assert len(list((tmp_path / "sharded").glob("*.safetensors"))) > 2
-    sharded = compare_checkpoints(base, str(tmp_path / "sharded"))
-    assert same_tables(sharded, single)
-
-
-# Names and shapes that differ rightly
-
-
-def test_a_grown_vocabulary_is_compared_on_common_rows(save, tmp_path):
-    base, tuned = save("qwen")
-    model = transformers.AutoModelForCausalLM.from_pretrained(tuned)
-    model.resize_token_embeddings(80, mean_resizing=False)
-    model.save_pretrained(tmp_path / "grown")
-    table = compare_checkpoints(base, str(tmp_path / "grown")).set_index("name")
-    assert table.attrs["added_rows"] == {"model.embed_tokens.weight": 16}
-    assert table.loc["model.embed_tokens.weight", "squared_norm"] == 0
-    assert table.loc["model.embed_tokens.weight", "shape"] == (64, 32)
-
-
-def test_a_prefix_on_one_side_is_seen_through(save):
-    base, tuned = save("gpt2")
-
-    def strip(tensors):
-        for name in list(tensors):
-            tensors[name.removeprefix("transformer.")] = tensors.pop(name)
-
-    before = compare_checkpoints(base, tuned)
-    edit(base, strip)
-    after = compare_checkpoints(base, tuned)
-    assert same_tables(after.drop(columns="name"), before.drop(columns="name"))
-
-
-def test_a_tied_head_may_be_missing_on_one_side(save):
-    base, tuned = save("qwen")
-    assert not any("lm_head" in name for name in load_file(f"{tuned}/model.safetensors"))
-
-    def alias(tensors):
-        tensors["lm_head.weight"] = tensors["model.embed_tokens.weight"].clone()
-
-    before = compare_checkpoints(base, tuned)
-    edit(base, alias)
-    assert same_tables(compare_checkpoints(base, tuned), before)
-
-
-def test_a_new_head_is_reported(save, tmp_path):
-    base, tuned = save("bert")
-    model = transformers.BertForSequenceClassification.from_pretrained(tuned, num_labels=2)
-    model.save_pretrained(tmp_path / "classifier")
-    table = compare_checkpoints(base, str(tmp_path / "classifier"))
-    assert "classifier.weight" in table.attrs["only_tuned"]
-    assert any(name.startswith("cls.") for name in table.attrs["only_base"])
-    assert not any(name.startswith("cls.") for name in table["name"])
+    tensors = load_file(f"{tuned}/model.safetensors")
+    Path(tuned, "model.safetensors").unlink()
+    for i, part in enumerate((list(tensors)[:3], list(tensors)[3:])):
+        save_file({name: tensors[name] for name in part}, f"{tuned}/part{i}.safetensors")
+    assert open_checkpoint(tuned).files.keys() == tensors.keys()
 
 
 # Bad input
 
 
-def refuse(base, tuned, *parts, error=ValueError):
-    """The pair is refused by its headers, with one line that holds all `parts`."""
-    with pytest.raises(error) as raised:
-        open_pair(base, tuned)
-    for part in parts:
-        assert part in str(raised.value)
-    assert "\n" not in str(raised.value)
-
-
-@pytest.mark.parametrize("side", [0, 1])
-def test_another_depth_is_refused(save, side):
-    folders = save()
-    edit(folders[side], lambda t: [t.pop(n) for n in list(t) if ".layers.1." in n])
-    refuse(*folders, "model.layers.1.", "fine-tune of")
-
-
-def test_another_width_names_both_shapes(save):
-    base, tuned = save()
-    edit(tuned, lambda t: t.update({Q: torch.zeros(48, 32)}))
-    refuse(base, tuned, Q, "(32, 32)", "(48, 32)")
-
-
-def test_a_missing_tensor_of_a_layer_is_refused(save):
-    base, tuned = save()
-    edit(tuned, lambda t: t.pop(Q))
-    refuse(base, tuned, Q)
+def to_pickle(folder, **form):
+    """Put a pickle in the place of a folder's one file of weights."""
+    file = Path(folder) / "model.safetensors"
+    torch.save(load_file(file), file.with_name("pytorch_model.bin"), **form)
+    file.unlink()
 
 
 @pytest.mark.parametrize(
@@ -161,12 +106,18 @@ def test_a_missing_shard_is_named(save):
     refuse(base, tuned, shard.name, error=FileNotFoundError)
 
 
-def test_pickles_are_read_only_when_it_is_said(save):
+@pytest.mark.parametrize("text", ["{", "[1]", "", "{}", '{"weight_map": ["a"]}'])
+def test_a_torn_index_is_named(save, text):
+    base, tuned = save(max_shard_size="20KB")
+    Path(tuned, "model.safetensors.index.json").write_text(text)
+    refuse(base, tuned, "tuned/model.safetensors.index.json", "fetch it again")
+
+
+@pytest.mark.parametrize("zipped", [True, False])  # False: as torch wrote before 1.6
+def test_pickles_are_read_only_when_it_is_said(save, zipped):
     base, tuned = save()
     before = compare_checkpoints(base, tuned)
-    file = Path(tuned) / "model.safetensors"
-    torch.save(load_file(file), Path(tuned) / "pytorch_model.bin")
-    file.unlink()
+    to_pickle(tuned, _use_new_zipfile_serialization=zipped)
     refuse(base, tuned, "pickles", "allow_pickle=True")
     with pytest.raises(ValueError, match="allow_pickle=True"):
         compare_checkpoints(base, tuned)
@@ -188,8 +139,7 @@ def test_a_pickle_that_runs_code_is_refused_even_then(save):
 @pytest.mark.parametrize("allow_pickle", [False, True])
 def test_pickles_of_the_hub_are_fetched_only_when_they_are_allowed(save, monkeypatch, allow_pickle):
     folder, asked = Path(save()[1]), []
-    torch.save(load_file(folder / "model.safetensors"), folder / "pytorch_model.bin")
-    (folder / "model.safetensors").unlink()
+    to_pickle(folder)
 
     def download(source, *, allow_patterns):
         asked.append((source, allow_patterns))
@@ -206,12 +156,26 @@ def test_pickles_of_the_hub_are_fetched_only_when_they_are_allowed(save, monkeyp
     assert ("*.bin" in patterns) == allow_pickle
 
 
-def test_quantised_weights_are_refused(save):
+@pytest.mark.parametrize(
+    ("dtype", "name"),
+    [
+        (torch.float8_e4m3fn, "F8_E4M3"),
+        (torch.int8, "I8"),
+        (torch.uint8, "U8"),
+        (torch.int32, "I32"),  # as GPTQ and AWQ pack them
+    ],
+)
+def test_quantised_weights_are_refused(save, dtype, name):
     base, tuned = save()
-    edit(tuned, lambda t: t.update({Q: t[Q].to(torch.float8_e4m3fn)}))
-    refuse(base, tuned, Q, "F8_E4M3", "dequantise")
-    edit(tuned, lambda t: t.update({Q: torch.zeros(32, 32, dtype=torch.int8)}))
-    refuse(base, tuned, Q, "I8", "dequantise")
+    edit(tuned, lambda t: t.update({Q: t[Q].to(dtype)}))
+    refuse(base, tuned, Q, name, "dequantise")
+    to_pickle(tuned)
+    with pytest.raises(ValueError, match=f"{Q} is stored as .*: dequantise it, then compare"):
+        open_pair(base, tuned, allow_pickle=True)
+
+
+def test_a_config_that_tells_of_quantised_weights_is_refused(save):
+    base, tuned = save()
     config = json.loads((Path(tuned) / "config.json").read_text())
     (Path(tuned) / "config.json").write_text(
         json.dumps(config | {"quantization_config": {"quant_method": "gptq"}})

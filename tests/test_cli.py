@@ -57,13 +57,18 @@ def test_the_table_fits_a_terminal_and_says_what_its_columns_are(pair, capsys):
 
 @pytest.mark.parametrize(
     ("rule", "ranks"),
-    [(["--energy", "0.9"], {2, 3}), (["--rank", "2"], {2}), (["--budget", "500"], {1})],
+    [
+        ([], {2}),
+        (["--energy", "0.999"], {3}),
+        (["--rank", "2"], {2}),
+        (["--budget", "500"], {1}),
+    ],
 )
 def test_ranks_follow_the_rule(pair, tmp_path, capsys, rule, ranks):
     assert said(capsys, "inspect", *pair, *rule, "--json", tmp_path / "out.json")[0] == 0
     found = json.loads((tmp_path / "out.json").read_text())
     lora = found["ranks"]["LoraConfig"]
-    assert {lora["r"], *lora["rank_pattern"].values()} <= ranks
+    assert {lora["r"], *lora["rank_pattern"].values()} == ranks
     assert found["ranks"]["use"].startswith("extraction")
 
 
@@ -276,6 +281,24 @@ def test_warnings_are_one_line_each(pair, capsys):
     status, out, errors = said(capsys, "inspect", pair[0], pair[0])
     assert status == 0 and "unchanged" in out
     assert errors.count("\n") == 1 and "warning" in errors and "identical" in errors
+
+
+def test_what_the_base_lacks_is_one_line_of_warning(pair, tmp_path, capsys):
+    """Added words, as a template for chats brings them, and a new head."""
+
+    def grow(tensors):
+        for name in ("model.embed_tokens.weight", "lm_head.weight"):
+            tensors[name] = torch.cat([tensors[name], torch.ones(2, 32)])
+        tensors |= {"score.weight": torch.ones(3, 32), "score.bias": torch.ones(3)}
+
+    edit(pair[1], grow)
+    page, extract = tmp_path / "page.html", ["extract", *pair, tmp_path / "out"]
+    for call in (["inspect", *pair, "--html", page], extract, [*extract, "--rank", "2"]):
+        status, _, errors = said(capsys, *call)
+        assert status == 0 and errors.count("\n") == 1
+        new = "lm_head.weight[-2:], model.embed_tokens.weight[-2:], score.bias and 1 more"
+        assert f"{pair[1]} has {new}, which {pair[0]} has not: no adapter holds them" in errors
+    assert "score.bias and 1 more" in page.read_text()
 
 
 def test_an_interrupt_says_that_what_was_measured_is_kept(pair, capsys, monkeypatch):

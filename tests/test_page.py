@@ -175,17 +175,45 @@ def test_an_adapter_has_no_map_of_sizes_and_curves_that_end_at_1(adapter):
     assert "energy at rank 16: 1.00" in said, "beyond its rank there is no more to keep"
 
 
-def test_modules_are_named_by_the_shortest_end_that_tells_them_apart():
-    parts = ("attention.self.query", "attention.output.dense", "output.dense", "mlp.down_proj")
-    names = [(i, f"bert.encoder.layer.{i}.{part}.weight") for i in (0, 1) for part in parts]
-    labels = inspected(names).by_module()["label"].tolist()
-    assert labels == ["query", "attention.output.dense", "output.dense", "down"]
+BERT = ("attention.self.query", "attention.output.dense", "output.dense", "mlp.down_proj")
+T5 = ("SelfAttention.q", "EncDecAttention.q", "DenseReluDense.wi")
 
 
-def test_experts_are_counted_and_not_listed():
-    names = [(0, f"model.layers.0.mlp.experts.up_proj[{i}]") for i in range(5)]
+@pytest.mark.parametrize(
+    ("ends", "labels"),
+    [
+        (
+            [f"bert.encoder.layer.{{}}.{end}" for end in BERT],
+            ["query", "attention.output.dense", "output.dense", "down"],
+        ),
+        (
+            [f"encoder.block.{{}}.layer.{i}.{T5[2 * i]}" for i in (0, 1)]
+            + [f"decoder.block.{{}}.layer.{i}.{end}" for i, end in enumerate(T5)],
+            [
+                *("encoder.q", "encoder.wi"),
+                *("decoder.SelfAttention.q", "decoder.EncDecAttention.q", "decoder.wi"),
+            ],
+        ),
+        (
+            ["model.encoder.layers.{}.fc1", "model.decoder.layers.{}.fc1"],
+            ["encoder.fc1", "decoder.fc1"],
+        ),
+        (["h.{}.mlp.fc", "h.{}.attn.0.fc"], ["mlp.fc", "0.fc"]),
+        (["model.layers.{}.mlp.up_proj", "lm_head"], ["up", "lm_head"]),
+    ],
+)
+def test_modules_are_named_by_the_shortest_end_that_tells_them_apart(ends, labels):
+    """Of encoder and decoder the stack is told too: a median over both would be of nothing."""
+    names = [(i if "{}" in end else -1, f"{end.format(i)}.weight") for i in (0, 1) for end in ends]
+    by_module = inspected(names).by_module().set_index("label")["matrices"]
+    assert sorted(by_module.index) == sorted(labels) and set(by_module) == {2}
+
+
+@pytest.mark.parametrize("name", ["experts.up_proj[{}]", "experts.{}.up_proj.weight"])
+def test_experts_are_counted_and_not_listed(name):
+    names = [(3, f"model.layers.3.mlp.{name.format(i)}") for i in range(5)]
     experts = inspected(names, kind="expert")
-    assert "5 experts are in the JSON only" in seen(parsed(experts))
+    assert "(5 more, of experts and routers, are in the JSON only)" in seen(parsed(experts))
     assert experts.by_module()[["label", "matrices"]].to_numpy().tolist() == [["up", 5]]
 
 

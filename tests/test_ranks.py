@@ -10,6 +10,7 @@ from peft import LoHaConfig, convert_to_lora, get_peft_model
 
 from deltarank import ranks
 from deltarank.compare import compare_checkpoints
+from deltarank.page import Inspection
 from deltarank.ranks import adapter_verdict, kept_share, rank_of, recommend_ranks, verdict
 from deltarank.spectra import energy_rank, null_energy, singular_values, spectrum_measures
 
@@ -132,6 +133,20 @@ def test_an_adapter_has_no_noise_below_its_rank():
     assert recommend_ranks(table, budget=10**6)["r"] == 4
     with pytest.raises(ValueError, match="rank=5: choose one from 1 to 4"):
         recommend_ranks(table, rank=5)
+
+
+def test_the_list_of_modules_is_not_searched_for_each_matrix(save):
+    """A mixture of experts has thousands: searching for each took minutes."""
+
+    class Unsearched(list):
+        def __contains__(self, module):
+            raise AssertionError("the list was searched")
+
+    table = compare_checkpoints(*save())
+    lora = recommend_ranks(table, rank=2)
+    lora["target_modules"] = Unsearched(lora["target_modules"])
+    assert len(verdict(table, lora)) == 3
+    assert len(Inspection("base", "tuned", {"rank": 2}, table, lora).shown) == len(table)
 
 
 # The verdict

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING
 import pandas as pd
 
 from deltarank.adapters import AdapterPlan, plan_adapter
-from deltarank.checkpoints import Pair, open_pair
+from deltarank.alignment import Pair, open_pair
 from deltarank.checks import require
 from deltarank.factors import Cut, Form
 from deltarank.peft_format import require_replaceable, write_adapter

@@ -1,0 +1,149 @@
+"""Two folders of weights: their tensors aligned, their slices streamed side by side."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import re
+import warnings
+from collections.abc import Container, Iterable, Iterator
+from dataclasses import dataclass
+
+from torch import Tensor
+
+from deltarank.checkpoints import Checkpoint, is_vocabulary, layer_and_module, open_checkpoint
+from deltarank.checks import require
+
+CAUSAL = re.compile(r"CausalLM|(?<!With)LMHeadModel")  # LlamaForCausalLM, GPT2LMHeadModel
+SLICE_ENTRIES = 2**21  # of a matrix, read at once; larger buffers cost more than they save
+
+
+@dataclass(frozen=True)
+class Pair:
+    """Base and tuned checkpoint, aligned tensor by tensor."""
+
+    base: Checkpoint
+    tuned: Checkpoint
+    names: dict[str, str]  # tensor in tuned -> the same in base
+    only_base: list[str]  # heads and poolers that one side lacks
+    only_tuned: list[str]
+
+    def matrices(self) -> dict[str, tuple[str, int | None]]:
+        """What has a spectrum, {label: (tensor in tuned, expert)}: 2-D, experts of a 3-D one.
+
+        The biases of experts are 2-D, a row for each, and no matrix.
+        """
+        found: dict[str, tuple[str, int | None]] = {}
+        for name in self.names:
+            shape = self.tuned.shapes[name]
+            entries = math.prod(shape)
+            if len(shape) == 2 and entries and not name.endswith("bias"):
+                found[name] = (name, None)
+            elif len(shape) == 3 and entries and "conv" not in name:
+                found |= {f"{name}[{i}]": (name, i) for i in range(shape[0])}
+        return found
+
+    def is_causal(self) -> bool:
+        """Whether the base continues text, which PEFT wants to be told."""
+        return any(map(CAUSAL.search, self.base.config.get("architectures") or []))
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        """The shape that both sides have: for a resized vocabulary, of its common rows."""
+        shapes = self.base.shapes[self.names[name]], self.tuned.shapes[name]
+        return tuple(map(min, *shapes)) if shapes[0] else ()
+
+    def added_rows(self) -> dict[str, int]:
+        """Rows of resized vocabularies that only tuned has (below zero: only base), by tensor."""
+        before = {name: self.base.shapes[here] for name, here in self.names.items()}
+        after = {name: self.tuned.shapes[name] for name in self.names}
+        return {n: after[n][0] - before[n][0] for n in after if after[n] != before[n]}
+
+    def parts(self, name: str, expert: int | None = None) -> Iterator[tuple[Tensor, Tensor]]:
+        """Yield W0 and W1 slice by slice along the longer side, as stored, 2 M entries each."""
+        shape = self.shape(name)
+        if len(shape) < 2 or math.prod(shape) == 0:
+            whole = [slice(0, size) for size in shape]
+            yield self.base.read(self.names[name], *whole), self.tuned.read(name, *whole)
+            return
+        m, n = shape[-2:]
+        lead = [slice(0, size) for size in shape[:-2]] if expert is None else [expert]
+        long, step = max(m, n), max(1, SLICE_ENTRIES // (math.prod(shape[:-2]) * min(m, n)))
+        for start in range(0, long, step):
+            cut = slice(start, min(start + step, long))
+            index = (*lead, cut, slice(0, n)) if m >= n else (*lead, slice(0, m), cut)
+            yield self.base.read(self.names[name], *index), self.tuned.read(name, *index)
+
+
+def open_pair(base: str, tuned: str, *, allow_pickle: bool = False) -> Pair:
+    """Both checkpoints, aligned by name; everything that headers can tell is checked here.
+
+    One side's names may carry a prefix ("transformer."), a head that both tie may be missing on
+    one side, a vocabulary may have grown, with the bias of its head.  Raises ValueError naming
+    tensor and both shapes otherwise; warns of words and heads that only tuned has.
+    """
+    W0, W1 = (open_checkpoint(source, allow_pickle=allow_pickle) for source in (base, tuned))
+    W0, W1 = _without_tied_heads(W0, W1), _without_tied_heads(W1, W0)
+    names = common_names(W0.files, W1.files)
+    only_base = sorted(set(W0.files) - set(names.values()))
+    only_tuned = sorted(set(W1.files) - set(names))
+    require(bool(names), f"{base} and {tuned} have no tensor in common: another architecture?")
+    for side, other, alone in ((base, tuned, only_base), (tuned, base, only_tuned)):
+        deep = [name for name in alone if layer_and_module(name)[0] >= 0]
+        require(
+            not deep,
+            f"{side} has {', '.join(deep[:1])} and {other} has not ({len(deep)} such tensors): "
+            f"is {tuned} a fine-tune of {base}?",
+        )
+    pair = Pair(W0, W1, names, only_base, only_tuned)
+    for name, of_base in names.items():
+        before, after = W0.shapes[of_base], W1.shapes[name]
+        grown = len(before) == len(after) in (1, 2) and before[1:] == after[1:]
+        require(
+            before == after or (grown and is_vocabulary(name)),
+            f"{name} has shape {before} in {base} ({W0.files[of_base].name}) and {after} in "
+            f"{tuned} ({W1.files[name].name}): is {tuned} a fine-tune of {base}?",
+        )
+    _warn_of_what_is_new(pair, base, tuned)
+    return pair
+
+
+def _warn_of_what_is_new(pair: Pair, base: str, tuned: str) -> None:
+    """Warn of the tuned model's rows and tensors that are no update of anything in the base."""
+    grown = [f"{n}[{-more}:]" for n, more in pair.added_rows().items() if more > 0]
+    new = grown + pair.only_tuned
+    if new:
+        more = f" and {len(new) - 3} more" if len(new) > 3 else ""
+        told = f"{tuned} has {', '.join(new[:3])}{more}, which {base} has not"
+        warnings.warn(f"{told}: no adapter holds them, copy them from {tuned}", stacklevel=3)
+
+
+def _without_tied_heads(checkpoint: Checkpoint, other: Checkpoint) -> Checkpoint:
+    """Without the head that is only another name of the embedding and that `other` leaves out."""
+    if not all(side.config.get("tie_word_embeddings", True) for side in (checkpoint, other)):
+        return checkpoint
+    heads = {n for n in checkpoint.files if n.endswith("lm_head.weight")} - set(other.files)
+    files = {name: file for name, file in checkpoint.files.items() if name not in heads}
+    return dataclasses.replace(checkpoint, files=files)
+
+
+def common_names(base: Iterable[str], tuned: Iterable[str]) -> dict[str, str]:
+    """{tensor in tuned: the same in base}; one side's names may carry a prefix.
+
+    >>> common_names(["h.0.w", "lm_head.w"], ["model.h.0.w", "lm_head.w"])
+    {'model.h.0.w': 'h.0.w', 'lm_head.w': 'lm_head.w'}
+    """
+    base, tuned = dict.fromkeys(base), dict.fromkeys(tuned)
+    prefixes = {"": None} | _prefixes(base, tuned) | _prefixes(tuned, base)
+
+    def matched(prefix: str) -> dict[str, str]:
+        forms = {name: (name, name.removeprefix(prefix), prefix + name) for name in tuned}
+        found = {name: [form for form in three if form in base] for name, three in forms.items()}
+        return {name: present[0] for name, present in found.items() if present}
+
+    return max(map(matched, prefixes), key=len)
+
+
+def _prefixes(longer: Iterable[str], shorter: Container[str]) -> dict[str, None]:
+    """What some names have before others; one that is real comes with the most of them."""
+    ends = ((name, dot.end()) for name in longer for dot in re.finditer(r"\.", name))
+    return {name[:end]: None for name, end in ends if name[end:] in shorter}
