@@ -27,7 +27,7 @@ from deltarank.study.configs import GROWTH_ROWS, RunConfig
 from deltarank.study.distillation import Lessons, distil, divergence, head_of, lessons
 from deltarank.study.evaluation import newline
 from deltarank.study.measuring import evaluate_splits, lora_factors, provenance
-from deltarank.study.models import load_tokenizer
+from deltarank.study.models import load_tokenizer, skeleton
 from deltarank.study.profiles import LORA_ALPHA, entry_folder, middle, profile
 from deltarank.study.runs import Result, run_model, updates
 from deltarank.study.search import best_lr, tuned
@@ -121,14 +121,16 @@ def measure_heal(heal: Heal, label: str = "") -> dict:
 
     divergence_nats is of the full run on held-out prompts of the split "valid", in nats a token;
     "before" that of the start (of "squeezed" before it was trained and squeezed).
+    Raises ValueError for a model whose head is not its embedding.
     """
     started, config = time.time(), heal.recipe
+    _require_tied(config.model)
     taught, held = _told(heal)
     model = prepare(config)
     if heal.start == "cut":
         dW = updates(heal.full)
         _plant(model, lambda name: leading_factors(dW[name], min(heal.rank, *dW[name].shape))[:2])
-    teacher = head_of(model)  # of both: full runs keep it
+    teacher = head_of(model)  # of both: it is the embedding, which the full run left as it was
     before = divergence(model, config, held, teacher)
     losses = distil(config, model, taught, teacher, label=label) if heal.steps else []
     finished = all(map(math.isfinite, losses))
@@ -146,6 +148,14 @@ def measure_heal(heal: Heal, label: str = "") -> dict:
         "evaluation": evaluation if finished else {},
         "provenance": provenance(time.time() - started),
     }
+
+
+def _require_tied(name: str) -> None:
+    """Raise ValueError for a model whose head is not its embedding: full runs train such a head."""
+    model = skeleton(name)
+    tied = model.get_output_embeddings().weight is model.get_input_embeddings().weight
+    told = f"{name} has a head of its own, which a full run trains and a heal cannot follow"
+    require(tied, f"{told}: choose a model whose head is its embedding")
 
 
 def _told(heal: Heal) -> tuple[Lessons, Lessons]:
