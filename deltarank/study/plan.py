@@ -142,13 +142,13 @@ def cut_until(config: RunConfig, share: float) -> pd.DataFrame:
     """
     sizes = profile(config.profile)
     base, full = run(sizes.config(config.task, "base")), run(config)
-    ranks, limit = [*sizes.cut_ranks], max(min(full.shape(name)) for name in full.spectra)
+    ranks = [*sizes.cut_ranks]
     while True:
-        cuts = cut(config, ranks)
+        cuts, doubled = cut(config, ranks), 2 * ranks[-1]
         kept = gain_kept(cuts["loss_nats"].iloc[-1], base.loss(), full.loss())
-        if kept >= share or 2 * ranks[-1] > limit:
+        if kept >= share or all(doubled > min(full.shape(name)) for name in full.spectra):
             return cuts
-        ranks.append(2 * ranks[-1])
+        ranks.append(doubled)
 
 
 def lora_until(full: RunConfig, share: float) -> list[Result]:

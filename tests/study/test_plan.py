@@ -111,3 +111,9 @@ def test_cuts_go_on_until_enough_is_kept(config, monkeypatch, nats, ranks):
     monkeypatch.setattr(plan, "run", result)
     monkeypatch.setattr(plan, "cut", fake_cut)
     assert cut_until(config, 0.95)["rank"].tolist() == ranks
+
+
+def test_cuts_of_a_run_that_diverged_are_refused_by_name(config):
+    diverged = dataclasses.replace(config, lr=1e30)
+    with pytest.raises(ValueError, match=f"^{diverged.key} diverged: it has no update"):
+        cut_until(diverged, 0.95)
