@@ -24,9 +24,7 @@ CUT_PARTS = ("head", "tail", "rotated", "sign")  # which directions?
 LENGTH_PARTS = ("shrunk", "stretched", "tail-scaled")  # or only how long an update?
 
 
-def cut(
-    config: RunConfig, ranks: Sequence[int], *, part: str = "head", label: str = ""
-) -> pd.DataFrame:
+def cut(config: RunConfig, ranks: Sequence[int], *, part: str = "head") -> pd.DataFrame:
     """What is left of a run when the update of every matrix is cut to rank r.
 
     part "head" keeps the r leading directions.  Controls of direction: "tail" keeps all but these,
@@ -45,7 +43,7 @@ def cut(
     # Random directions are drawn for each rank alone, whatever other ranks are asked for.
     groups = [[r] for r in missing] if part == "rotated" else [missing] if missing else []
     for group in groups:
-        cuts = _evaluate_cuts(config, updates(config), group, part, label or f"cuts of {stem}")
+        cuts = _evaluate_cuts(config, updates(config), group, part, f"cuts of {stem}")
         for r, evaluation in zip(group, cuts, strict=True):
             record = {"run": config.key, "part": part, "rank": r, "device": device_name()}
             save_entry(folders[r], record | {"test": evaluation})

@@ -97,13 +97,13 @@ class Heal:
         return "-".join([*parts, f"s{self.full.seed}", digest(self.identity)[:12]])
 
 
-def heal_run(heal: Heal, *, label: str = "") -> Result:
+def heal_run(heal: Heal) -> Result:
     """The result of a heal: loaded when it is stored, otherwise trained, scored and stored.
 
     Its config is the heal's recipe; it holds no spectra.
     """
     folder = entry_folder(heal.full, "heals", heal.key)
-    record, _ = cached(folder, lambda: (measure_heal(heal, label or heal.key), None))
+    record, _ = cached(folder, lambda: (measure_heal(heal), None))
     return Result(heal.recipe, record, {})
 
 
@@ -116,7 +116,7 @@ def heal_sweep(heals: Sequence[Heal]) -> list[Result]:
     return [found[heal] for heal in heals]
 
 
-def measure_heal(heal: Heal, label: str = "") -> dict:
+def measure_heal(heal: Heal) -> dict:
     """Train and score one heal; its record.
 
     divergence_nats is of the full run on held-out prompts of the split "valid", in nats a token;
@@ -132,11 +132,11 @@ def measure_heal(heal: Heal, label: str = "") -> dict:
         _plant(model, lambda name: leading_factors(dW[name], min(heal.rank, *dW[name].shape))[:2])
     teacher = head_of(model)  # of both: it is the embedding, which the full run left as it was
     before = divergence(model, config, held, teacher)
-    losses = distil(config, model, taught, teacher, label=label) if heal.steps else []
+    losses = distil(config, model, taught, teacher, label=heal.key) if heal.steps else []
     finished = all(map(math.isfinite, losses))
     if heal.start == "squeezed" and finished:
         _squeeze(model, heal.rank)
-    evaluation = evaluate_splits(config, model, label) if finished else {}
+    evaluation = evaluate_splits(config, model, heal.key) if finished else {}
     after = divergence(model, config, held, teacher) if finished else math.nan
     finished &= all(map(math.isfinite, [after, *(e["loss_nats"] for e in evaluation.values())]))
     return {

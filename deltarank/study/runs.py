@@ -60,12 +60,12 @@ def stored(config: RunConfig) -> Result | None:
     return Result(config, *entry) if entry else None
 
 
-def run(config: RunConfig, *, label: str = "") -> Result:
+def run(config: RunConfig) -> Result:
     """The result of `config`: loaded when it is stored, otherwise trained, measured and stored."""
     folder = entry_folder(config, "runs")
     if not folder.exists():
         require_disk(folder.parent, 0.1)
-    return Result(config, *cached(folder, lambda: measure(config, label or config.key)))
+    return Result(config, *cached(folder, lambda: measure(config, config.key)))
 
 
 def sweep(configs: Sequence[RunConfig]) -> list[Result]:

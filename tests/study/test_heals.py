@@ -211,7 +211,7 @@ def graded(monkeypatch, store):
     """Heals whose held-out loss is lowest at the middle rate; what was asked for, in order."""
     asked = []
 
-    def result(heal, *, label=""):
+    def result(heal):
         asked.append(heal)
         middle = dict(profile().heal_lrs)[heal.start][1]
         loss = {"loss_nats": 1 + abs(heal.lr - middle), "score": 50.0}
