@@ -138,13 +138,18 @@ class HeadCrossEntropy(torch.autograd.Function):
         return dh, dW, None, db, None, None
 
 
+def autocast(place: torch.device, dtype: torch.dtype) -> torch.autocast:
+    """A context of forward passes in `dtype`; of float32 one that changes nothing."""
+    return torch.autocast(place.type, dtype, enabled=dtype != torch.float32)
+
+
 def answer_loss(model: nn.Module, head: Tensor, batch: dict, *, dtype: torch.dtype) -> Tensor:
     """Mean cross-entropy of the answer tokens in nats; the head sees only their rows.
 
     head: (vocabulary, width).  A frozen head comes in the autocast type, so that the 262 k
     rows are not converted at every step.
     """
-    with torch.autocast(head.device.type, dtype, enabled=dtype != torch.float32):
+    with autocast(head.device, dtype):
         hidden, target = answer_hidden(model, **batch)
     rule = logit_rule(model)
     return HeadCrossEntropy.apply(hidden.to(dtype), head, target, rule.bias, rule.scale, rule.cap)

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from deltarank.checks import require
 from deltarank.runtime import progress
 from deltarank.study.distillation import Head, head_of
-from deltarank.study.losses import HIDDEN_TOLERANCE, scoring
+from deltarank.study.losses import HIDDEN_TOLERANCE, autocast, scoring
 
 ROWS = 64  # rows that pass through the model at once where none is trained on
 
@@ -48,8 +48,7 @@ class Upper:
 
     def hidden(self, **given: Tensor) -> Tensor:
         """Last hidden states (rows, length, width) from inputs_embeds=, some of the states."""
-        device = self.states.device.type
-        with torch.autocast(device, self.dtype, enabled=self.dtype != torch.float32):
+        with autocast(self.states.device, self.dtype):
             return self.model.get_decoder()(**given, use_cache=False).last_hidden_state
 
     def logits(self, picked: Tensor | slice) -> Tensor:
@@ -136,10 +135,13 @@ def _states(
     def keep(layer: nn.Module, given: tuple, named: dict) -> None:
         states.append(given[0] if given else named["hidden_states"])
 
-    autocast = torch.autocast(input_ids.device.type, dtype, enabled=dtype != torch.float32)
     handle = decoder_layers(model)[first].register_forward_pre_hook(keep, with_kwargs=True)
     try:
-        with scoring(model), autocast, progress(len(input_ids), label) as bar:
+        with (
+            scoring(model),
+            autocast(input_ids.device, dtype),
+            progress(len(input_ids), label) as bar,
+        ):
             for rows in input_ids.split(ROWS):
                 model.get_decoder()(input_ids=rows, use_cache=False)
                 bar.update(len(rows))
