@@ -31,8 +31,8 @@ class Lessons:
 
     The path is the teacher's own greedy answer, not a label: nobody has to write one, and it is
     the text that the student is to write when it serves.  Of the likelihoods the hidden state is
-    kept that makes them (width numbers a token, not one for each word), so that the teacher need
-    not stay in memory.
+    kept that makes them (width numbers a token, not one for each token of the vocabulary), so that
+    the teacher need not stay in memory.
     """
 
     rows: list[dict[str, list[int]]]  # input_ids, labels; places: the line of `hidden` of a token
