@@ -1,12 +1,8 @@
 """The notebooks' door: what they use of the package deltarank, by name, and nothing else."""
 
-from deltarank.adapters import AdapterPlan, extract_adapter
-from deltarank.alignment import open_pair
-from deltarank.checkpoints import layer_and_module, open_checkpoint
-from deltarank.compare import compare_checkpoints
-from deltarank.gram import leading_eigenvectors, leading_factors
+from deltarank.checkpoints import layer_and_module
 from deltarank.ranks import rank_of, recommend_ranks, verdict
-from deltarank.runtime import ROOT, build_folder, cache_folder, device, interactive, progress
+from deltarank.runtime import ROOT, build_folder, interactive
 from deltarank.spectra import (
     above_edge,
     common_energy,
@@ -15,28 +11,17 @@ from deltarank.spectra import (
     entropy_rank,
     factor_singular_values,
     null_energy,
-    rank_measures,
     singular_values,
     spectrum_measures,
     stable_rank,
     subspace_overlap,
     truncate,
 )
-from deltarank.store import load_entry, save_entry
+from deltarank.store import load_entry
 from deltarank.study import taskdata
 from deltarank.study.claims import assert_claims, assert_table
-from deltarank.study.configs import GROWTH_ROWS, MEASUREMENT, RunConfig
-from deltarank.study.convert import GEMMA
-from deltarank.study.cuts import (
-    CUT_PARTS,
-    LENGTH_PARTS,
-    cut,
-    cut_by_matrix,
-    score_pair,
-    stored_cuts,
-)
-from deltarank.study.directions import directions, input_moments
-from deltarank.study.evaluation import evaluate, generate, score_rows
+from deltarank.study.configs import RunConfig
+from deltarank.study.cuts import CUT_PARTS, LENGTH_PARTS, cut, cut_by_matrix, stored_cuts
 from deltarank.study.figures import (
     VENUE_WIDTHS,
     figure_width,
@@ -63,7 +48,7 @@ from deltarank.study.gains import (
     needed_rank,
 )
 from deltarank.study.measuring import measure
-from deltarank.study.models import TINY, load_model, load_tokenizer, matrices, model_sha256
+from deltarank.study.models import load_model, load_tokenizer, matrices
 from deltarank.study.overlaps import OVERLAP_RANKS, overlaps
 from deltarank.study.pairs import FolderPair, RunPair
 from deltarank.study.plan import (
@@ -81,16 +66,7 @@ from deltarank.study.plan import (
     warmup_configs,
 )
 from deltarank.study.profiles import PAIR_TIMES, PLANTED_RANKS, PROFILES, profile
-from deltarank.study.runs import (
-    Result,
-    example_update,
-    run,
-    save_model,
-    spectral_gap,
-    stored,
-    sweep,
-    updates,
-)
+from deltarank.study.runs import Result, example_update, run, spectral_gap, stored, sweep
 from deltarank.study.search import coarse_search, coarsely_tuned, lr_between, lr_search, tuned
 from deltarank.study.tables import (
     bootstrap_interval,
@@ -106,14 +82,4 @@ from deltarank.study.tables import (
     spearman,
     spectra_table,
 )
-from deltarank.study.tasks import (
-    TASK_FOLDER,
-    TASKS,
-    Task,
-    collate,
-    encode,
-    load_task,
-    pack,
-    task_sha256,
-)
-from deltarank.study.training import has_compiler, lora_layers, prepare, train
+from deltarank.study.tasks import TASKS, load_task

@@ -7,6 +7,7 @@ import re
 import warnings
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TypeVar
 
 import pandas as pd
 from torch import Tensor
@@ -25,6 +26,8 @@ from deltarank.compare import require_float32
 from deltarank.peft_format import CONFIG, WEIGHTS
 from deltarank.runtime import by_core, device, progress
 from deltarank.spectra import factor_singular_values, spectrum_measures
+
+Number = TypeVar("Number", int, float)
 
 PICKLE = "adapter_model.bin"
 FACTOR = re.compile(r"(?:base_model\.model\.)?(.+)\.lora_(embedding_)?([AB])(?:\.(weight|bias))?")
@@ -229,19 +232,20 @@ def _matrix(checkpoint: Checkpoint, module: str, parts: dict[str, str]) -> LoraM
 
 
 def _rank_and_scale(config: dict, module: str) -> tuple[int, float]:
-    """r and alpha / r, or alpha / sqrt(r) of rsLoRA, as PEFT has them for a module.
-
-    A key of a pattern is a regular expression that the whole name or its end after a dot matches;
-    the first that does counts.
-
-    >>> _rank_and_scale({"r": 8, "lora_alpha": 16, "rank_pattern": {"[qk]_proj": 4}}, "h.0.q_proj")
-    (4, 4.0)
-    """
-
-    def of(field: str, pattern: str) -> float:
-        given = config.get(pattern) or {}
-        keys = (key for key in given if re.match(rf"(.*\.)?({key})$", module))
-        return given.get(next(keys, None), config.get(field, 8))
-
-    r, alpha = int(of("r", "rank_pattern")), of("lora_alpha", "alpha_pattern")
+    """r and alpha / r, or alpha / sqrt(r) of rsLoRA, as PEFT has them for a module."""
+    r = int(pattern_value(config.get("rank_pattern") or {}, module, config.get("r", 8)))
+    alpha = pattern_value(config.get("alpha_pattern") or {}, module, config.get("lora_alpha", 8))
     return r, alpha / (math.sqrt(r) if config.get("use_rslora") else r) if r else 0.0
+
+
+def pattern_value(pattern: dict[str, Number], module: str, default: Number) -> Number:
+    """What PEFT reads of a rank_pattern or alpha_pattern for a module.
+
+    A key is a regular expression that the whole name or its end after a dot matches; the first
+    that does counts, and without one the default.
+
+    >>> pattern_value({"[qk]_proj": 4, "q_proj": 2}, "h.0.q_proj", 8)
+    4
+    """
+    keys = (key for key in pattern if re.match(rf"(.*\.)?({key})$", module))
+    return pattern.get(next(keys, module), default)

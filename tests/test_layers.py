@@ -153,6 +153,16 @@ def test_the_notebooks_door_only_passes_names_on():
     assert [n.module for n in rest if n.module not in SOURCES] == []
 
 
+def test_the_notebooks_door_passes_on_only_what_is_asked_for():
+    root = DOOR.parent
+    readers = [*root.glob("*.md"), *root.glob("notebooks/*.ipynb"), *root.glob("tests/**/*.py")]
+    text = "\n".join(path.read_text("utf8") for path in readers)
+    asked = set(re.findall(r"\b(?:utils\.|from utils import )(\w+)", text))
+    nodes = [n for n in ast.parse(DOOR.read_text("utf8")).body if isinstance(n, ast.ImportFrom)]
+    names = {alias.name for node in nodes for alias in node.names}
+    assert names - asked - {"RunConfig"} == set()  # by which the README says what a run is
+
+
 def test_no_parameter_or_local_hides_a_name_of_its_module():
     offenders = {}
     for name, tree in TREES.items():

@@ -40,9 +40,10 @@ def test_the_list_of_figures_is_that_of_the_committed_notebooks():
     assert {line[3:] for line in committed.splitlines() if line.startswith("## ")} == files
 
 
-def test_a_figure_without_a_caption_is_named(tmp_path):
+@pytest.mark.parametrize("below", [["No caption."], []], ids=["other text", "last cell"])
+def test_a_figure_without_a_caption_is_named(tmp_path, below):
     figure = code_cell("f", {"text/plain": "<03_lone>", "image/png": "x"})
-    write_notebook(tmp_path, figure, nbformat.v4.new_markdown_cell("No caption."))
+    write_notebook(tmp_path, figure, *map(nbformat.v4.new_markdown_cell, below))
     with pytest.raises(SystemExit, match="03_some.ipynb.*03_lone"):
         figure_list(tmp_path)
 

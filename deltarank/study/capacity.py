@@ -131,7 +131,7 @@ def code_upper(config: CodeRun, label: str = "") -> Upper:
         code_model(config),
         config.layers[0],
         batch,
-        words=digit_tokens(tokenizer),
+        ids=digit_tokens(tokenizer),
         targets=digits,
         dtype=getattr(torch, config.dtype),
         label=f"{label}: states",

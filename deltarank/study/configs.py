@@ -32,9 +32,9 @@ KNOWN_VALUES = {
 class RunConfig:
     """Everything that determines one run, its `key` in the store, and whose store that is.
 
-    method "base" is the untuned model (steps 0), "full" trains every parameter (the tied
-    embedding only with `train_embedding`), "lora" trains rank-`rank` factors of every linear
-    layer, scaled by alpha / rank, or by alpha / sqrt(rank) with `rslora`.  "tinylora" trains
+    method "base" is the untuned model (steps 0), "full" trains every parameter (the embedding, and
+    a head tied to it, only with `train_embedding`), "lora" trains rank-`rank` factors of every
+    linear layer, scaled by alpha / rank, or by alpha / sqrt(rank) with `rslora`.  "tinylora" trains
     `vector` numbers in all (arXiv 2602.04118, as in PEFT): it adds B R A to a matrix, where B A is
     the base weight cut to rank `rank`, and R (rank, rank) the sum of fixed random matrices, each
     times its number.  `layers` and `modules` say which linear layers have the adapter.  `dtype` is

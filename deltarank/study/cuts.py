@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Iterator, Sequence
 
 import pandas as pd
@@ -25,9 +24,7 @@ CUT_PARTS = ("head", "tail", "rotated", "sign")  # which directions?
 LENGTH_PARTS = ("shrunk", "stretched", "tail-scaled")  # or only how long an update?
 
 
-def cut(
-    config: RunConfig, ranks: Sequence[int], *, part: str = "head", label: str = ""
-) -> pd.DataFrame:
+def cut(config: RunConfig, ranks: Sequence[int], *, part: str = "head") -> pd.DataFrame:
     """What is left of a run when the update of every matrix is cut to rank r.
 
     part "head" keeps the r leading directions.  Controls of direction: "tail" keeps all but these,
@@ -46,7 +43,7 @@ def cut(
     # Random directions are drawn for each rank alone, whatever other ranks are asked for.
     groups = [[r] for r in missing] if part == "rotated" else [missing] if missing else []
     for group in groups:
-        cuts = _evaluate_cuts(config, updates(config), group, part, label or f"cuts of {stem}")
+        cuts = _evaluate_cuts(config, updates(config), group, part, f"cuts of {stem}")
         for r, evaluation in zip(group, cuts, strict=True):
             record = {"run": config.key, "part": part, "rank": r, "device": device_name()}
             save_entry(folders[r], record | {"test": evaluation})
@@ -133,21 +130,13 @@ def score_pair(base: str, tuned: str, task: str, ranks: Sequence[int]) -> pd.Dat
     """What a task loses when tuned - base is cut: base, tuned, and the cut at every rank.
 
     task: as load_task takes it; its test rows are scored.  As in `cut`, what is outside the
-    matrices keeps its full update.  Both models are held in memory.
+    matrices keeps its full update.  Both models are held in memory until the cuts begin.
     Returns one line a model: model ("base", "cut" or "tuned"), rank of the cut, loss_nats, score.
     """
     rows, tokenizer = load_split(task, "test"), load_tokenizer(base)
-    length = max(len(encode(row, tokenizer, sys.maxsize)["input_ids"]) for row in rows)
+    length = max(len(encode(row, tokenizer)["input_ids"]) for row in rows)
     config = RunConfig(task=task, method="base", model=base, seq_len=length, eval_rows=len(rows))
-    models = {"base": load_model(base), "tuned": load_model(tuned)}
-    for model in models.values():
-        require_own_loss(model)
-    W0, W1 = (dict(model.named_parameters()) for model in models.values())
-    strange = [n for n in W0 if n not in W1 or W0[n].shape != W1[n].shape]
-    require(not strange, f"{base} and {tuned} differ in {strange[:1]}: they cannot be scored")
-    dW = {name: (W1[name] - W0[name]).detach().cpu() for name in W0}
-    ends = {name: evaluate(model, config, "test") for name, model in models.items()}
-    del models, W0, W1
+    dW, ends = _update_and_ends(config, tuned)
     cuts = _evaluate_cuts(config, dW, ranks, "head", "score cuts")
     found: list[tuple] = [("base", 0, ends["base"])]
     found += [("cut", r, scored) for r, scored in zip(ranks, cuts, strict=True)]
@@ -157,3 +146,16 @@ def score_pair(base: str, tuned: str, task: str, ranks: Sequence[int]) -> pd.Dat
         {"model": model, "rank": r} | {column: scored[column] for column in columns}
         for model, r, scored in found
     )
+
+
+def _update_and_ends(config: RunConfig, tuned: str) -> tuple[dict[str, Tensor], dict[str, dict]]:
+    """dW of every parameter and the evaluations of "base" and "tuned"; both models are let go."""
+    models = {"base": load_model(config.model), "tuned": load_model(tuned)}
+    for model in models.values():
+        require_own_loss(model)
+    W0, W1 = (dict(model.named_parameters()) for model in models.values())
+    strange = [n for n in W0 if n not in W1 or W0[n].shape != W1[n].shape]
+    told = f"{config.model} and {tuned} differ in {strange[:1]}: they cannot be scored"
+    require(not strange, told)
+    dW = {name: (W1[name] - W0[name]).detach().cpu() for name in W0}
+    return dW, {name: evaluate(model, config, "test") for name, model in models.items()}

@@ -15,11 +15,11 @@ from deltarank.checks import require
 from deltarank.gram import gram_matrix, leading_factors
 from deltarank.store import cached
 from deltarank.study.configs import RunConfig
-from deltarank.study.losses import answer_hidden, scoring
+from deltarank.study.losses import answer_hidden, autocast, scoring
 from deltarank.study.models import load_model, load_tokenizer, matrices
 from deltarank.study.profiles import entry_folder
 from deltarank.study.runs import updates
-from deltarank.study.tasks import a_line_each, encode, load_split
+from deltarank.study.tasks import a_line_each, batches, encode, load_split
 from deltarank.study.training import lora_layers, prepare
 
 DIRECTION_RANKS = (1, 8, 128)
@@ -59,14 +59,13 @@ def _layer_inputs(
     """
     tokenizer = load_tokenizer(config.model)
     encoded = [encode(row, tokenizer, config.seq_len) for row in rows]
-    encoded.sort(key=lambda row: len(row["labels"]))
     dtype, place = getattr(torch, config.dtype), model.get_input_embeddings().weight.device
     with scoring(model), _watched(model) as inputs:
-        for start in range(0, len(encoded), 32):
-            picked = encoded[start : start + 32]
-            batch = {key: value.to(place) for key, value in a_line_each(picked).items()}
-            lengths = torch.tensor([len(row["labels"]) for row in picked], device=place)
-            with torch.autocast(place.type, dtype, enabled=dtype != torch.float32):
+        for picked in batches([len(row["labels"]) for row in encoded]):
+            part = [encoded[i] for i in picked]
+            batch = {key: value.to(place) for key, value in a_line_each(part).items()}
+            lengths = torch.tensor([len(row["labels"]) for row in part], device=place)
+            with autocast(place, dtype):
                 answer_hidden(model, **batch)
             place_of = torch.arange(int(lengths.max()), device=place)
             yield inputs, (place_of > 0) & (place_of < lengths[:, None])

@@ -12,12 +12,17 @@ from torch import Tensor, nn
 from deltarank.runtime import progress
 from deltarank.study.configs import RunConfig
 from deltarank.study.evaluation import continuations, newline
-from deltarank.study.losses import AnswerModel, LogitRule, answer_hidden, logit_rule, scoring
+from deltarank.study.losses import (
+    AnswerModel,
+    LogitRule,
+    answer_hidden,
+    autocast,
+    logit_rule,
+    scoring,
+)
 from deltarank.study.models import load_tokenizer
-from deltarank.study.tasks import a_line_each, encode_prompt
+from deltarank.study.tasks import a_line_each, batches, encode_prompt
 from deltarank.study.training import fit
-
-BATCH = 32  # rows that are answered or scored at once
 
 
 @dataclass(frozen=True)
@@ -26,8 +31,8 @@ class Lessons:
 
     The path is the teacher's own greedy answer, not a label: nobody has to write one, and it is
     the text that the student is to write when it serves.  Of the likelihoods the hidden state is
-    kept that makes them (width numbers a token, not one for each word), so that the teacher need
-    not stay in memory.
+    kept that makes them (width numbers a token, not one for each token of the vocabulary), so that
+    the teacher need not stay in memory.
     """
 
     rows: list[dict[str, list[int]]]  # input_ids, labels; places: the line of `hidden` of a token
@@ -68,7 +73,7 @@ def lessons(
     encoded = [encode_prompt(prompt, tokenizer) for prompt in prompts]
     line_end, answers = newline(tokenizer), [[0]] * len(prompts)
     with scoring(model), progress(len(prompts), "answers of the tuned model") as bar:
-        for picked in _batches([len(prompt) for prompt in encoded]):
+        for picked in batches([len(prompt) for prompt in encoded]):
             asked = [encoded[i] for i in picked]
             found = continuations(model, config, asked, max_new_tokens=room, ends=ends)
             for i, tokens in zip(picked, found, strict=True):
@@ -87,23 +92,16 @@ def lessons(
     return Lessons(rows, hidden)
 
 
-def _batches(lengths: Sequence[int]) -> Iterator[list[int]]:
-    """Yield the numbers of rows in batches of alike lengths."""
-    order = sorted(range(len(lengths)), key=lengths.__getitem__)
-    for start in range(0, len(order), BATCH):
-        yield order[start : start + BATCH]
-
-
 def _hidden_states(
     model: nn.Module, config: RunConfig, rows: Sequence[dict[str, list[int]]]
 ) -> Iterator[tuple[Tensor, Tensor]]:
     """Yield, batch by batch, places (n,) and hidden states (n, width) of the answers' tokens."""
     dtype, place = getattr(torch, config.dtype), model.get_output_embeddings().weight.device
-    for picked in _batches([len(row["labels"]) for row in rows]):
+    for picked in batches([len(row["labels"]) for row in rows]):
         batch = a_line_each([rows[i] for i in picked])
         places = batch["places"][batch["labels"] != -100]  # row by row, as answer_hidden has them
         seen = {key: batch[key].to(place) for key in ("input_ids", "labels")}
-        with scoring(model), torch.autocast(place.type, dtype, enabled=dtype != torch.float32):
+        with scoring(model), autocast(place, dtype):
             states = answer_hidden(model, **seen)[0]
         yield places, states
 
@@ -158,7 +156,7 @@ class Student(AnswerModel):
         self, input_ids: Tensor, labels: Tensor, places: Tensor, position_ids: Tensor | None = None
     ) -> dict[str, Tensor]:
         """{"loss": mean KL of the answers' tokens}; the arguments as pack() gives them."""
-        with torch.autocast(self.head.device.type, self.dtype, enabled=self.dtype != torch.float32):
+        with autocast(self.head.device, self.dtype):
             hidden, _ = answer_hidden(self.model, input_ids, labels, position_ids)
         told = self.hidden[places[:, 1:][labels[:, 1:] != -100]]
         loss = HeadDivergence.apply(hidden.to(self.dtype), self.own, told, self.teacher)

@@ -11,9 +11,9 @@ import torch.nn.functional as F
 from torch import nn
 
 from deltarank.study.configs import RunConfig
-from deltarank.study.losses import answer_hidden, logit_rule, scoring
+from deltarank.study.losses import answer_hidden, autocast, logit_rule, scoring
 from deltarank.study.models import load_tokenizer
-from deltarank.study.tasks import collate, encode, encode_prompt, load_split
+from deltarank.study.tasks import a_line_each, batches, encode, encode_prompt, load_split
 
 
 @torch.no_grad()
@@ -25,17 +25,13 @@ def score_rows(model: nn.Module, config: RunConfig, rows: Sequence[dict]) -> pd.
     """
     tokenizer = load_tokenizer(config.model)
     encoded = [encode(row, tokenizer, config.seq_len) for row in rows]
-    order = sorted(range(len(rows)), key=lambda i: len(encoded[i]["input_ids"]))
     head, rule = model.get_output_embeddings().weight.float(), logit_rule(model)
     dtype = getattr(torch, config.dtype)
     scores: list[dict] = [{}] * len(rows)
-    for start in range(0, len(rows), 32):
-        picked = order[start : start + 32]
-        batch = collate(
-            [encoded[i] for i in picked], max(len(encoded[i]["input_ids"]) for i in picked)
-        )
+    for picked in batches([len(row["labels"]) for row in encoded]):
+        batch = a_line_each([encoded[i] for i in picked])
         batch = {key: value.to(head.device) for key, value in batch.items()}
-        with torch.autocast(head.device.type, dtype, enabled=dtype != torch.float32):
+        with autocast(head.device, dtype):
             hidden, target = answer_hidden(model, **batch)
         logits = rule.logits(F.linear(hidden.float(), head))  # (answer tokens, vocabulary)
         nats = F.cross_entropy(logits, target, reduction="none")
@@ -65,7 +61,7 @@ def continuations(
     mask = [[0] * n + [1] * (length - n) for n in missing]
     ids, seen = (torch.tensor(part, device=place) for part in (padded, mask))
     dtype = getattr(torch, config.dtype)
-    with torch.autocast(place.type, dtype, enabled=dtype != torch.float32):
+    with autocast(place, dtype):
         tokens = model.generate(
             input_ids=ids,
             attention_mask=seen,

@@ -64,7 +64,7 @@ def extract_healed(
     folder, form = Path(out).expanduser().resolve(), Form(dtype, patterns)
     learned, held = _parted(load_prompts(rows), steps * BATCH)
     require_replaceable(folder)
-    _require_same_words(open_pair(base, tuned))
+    _require_same_vocabulary(open_pair(base, tuned))
     load_tokenizer(base)
     plan = plan_adapter(base, tuned, form, rule=rule)
     config = _recipe(base, rows, plan, steps=steps, lr=lr, batch_size=min(BATCH, len(learned)))
@@ -92,16 +92,13 @@ def _parted(prompts: dict[str, list[str]], most: int) -> tuple[list[str], list[s
     return random.Random(0).sample(given, min(most, len(given))), held[:HELD_OUT]
 
 
-def _require_same_words(pair: Pair) -> None:
-    """Raise ValueError, before any work, for pairs that do not answer in the same words."""
+def _require_same_vocabulary(pair: Pair) -> None:
+    """Raise ValueError, before any work, for pairs that do not share their vocabulary."""
     base, tuned = pair.base, pair.tuned
     require(pair.is_causal(), f"{base.source} does not continue text: extract without healing")
     grown = [n for n, same in pair.names.items() if tuned.shapes[n] != base.shapes[same]]
-    require(
-        not grown,
-        f"{grown[:1]} has more words in one of {base.source} and {tuned.source}: extract without "
-        "healing",
-    )
+    differ = f"{base.source} and {tuned.source} differ in vocabulary, by {grown[:1]}"
+    require(not grown, f"{differ}: extract without healing")
 
 
 def _recipe(base: str, rows: str, plan: AdapterPlan, **sizes) -> RunConfig:

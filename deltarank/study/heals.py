@@ -27,7 +27,7 @@ from deltarank.study.configs import GROWTH_ROWS, RunConfig
 from deltarank.study.distillation import Lessons, distil, divergence, head_of, lessons
 from deltarank.study.evaluation import newline
 from deltarank.study.measuring import evaluate_splits, lora_factors, provenance
-from deltarank.study.models import load_tokenizer
+from deltarank.study.models import load_tokenizer, skeleton
 from deltarank.study.profiles import LORA_ALPHA, entry_folder, middle, profile
 from deltarank.study.runs import Result, run_model, updates
 from deltarank.study.search import best_lr, tuned
@@ -97,13 +97,13 @@ class Heal:
         return "-".join([*parts, f"s{self.full.seed}", digest(self.identity)[:12]])
 
 
-def heal_run(heal: Heal, *, label: str = "") -> Result:
+def heal_run(heal: Heal) -> Result:
     """The result of a heal: loaded when it is stored, otherwise trained, scored and stored.
 
     Its config is the heal's recipe; it holds no spectra.
     """
     folder = entry_folder(heal.full, "heals", heal.key)
-    record, _ = cached(folder, lambda: (measure_heal(heal, label or heal.key), None))
+    record, _ = cached(folder, lambda: (measure_heal(heal), None))
     return Result(heal.recipe, record, {})
 
 
@@ -116,25 +116,27 @@ def heal_sweep(heals: Sequence[Heal]) -> list[Result]:
     return [found[heal] for heal in heals]
 
 
-def measure_heal(heal: Heal, label: str = "") -> dict:
+def measure_heal(heal: Heal) -> dict:
     """Train and score one heal; its record.
 
     divergence_nats is of the full run on held-out prompts of the split "valid", in nats a token;
     "before" that of the start (of "squeezed" before it was trained and squeezed).
+    Raises ValueError for a model whose head is not its embedding.
     """
     started, config = time.time(), heal.recipe
+    _require_tied(config.model)
     taught, held = _told(heal)
     model = prepare(config)
     if heal.start == "cut":
         dW = updates(heal.full)
         _plant(model, lambda name: leading_factors(dW[name], min(heal.rank, *dW[name].shape))[:2])
-    teacher = head_of(model)  # of both: full runs keep it
+    teacher = head_of(model)  # of both: it is the embedding, which the full run left as it was
     before = divergence(model, config, held, teacher)
-    losses = distil(config, model, taught, teacher, label=label) if heal.steps else []
+    losses = distil(config, model, taught, teacher, label=heal.key) if heal.steps else []
     finished = all(map(math.isfinite, losses))
     if heal.start == "squeezed" and finished:
         _squeeze(model, heal.rank)
-    evaluation = evaluate_splits(config, model, label) if finished else {}
+    evaluation = evaluate_splits(config, model, heal.key) if finished else {}
     after = divergence(model, config, held, teacher) if finished else math.nan
     finished &= all(map(math.isfinite, [after, *(e["loss_nats"] for e in evaluation.values())]))
     return {
@@ -146,6 +148,14 @@ def measure_heal(heal: Heal, label: str = "") -> dict:
         "evaluation": evaluation if finished else {},
         "provenance": provenance(time.time() - started),
     }
+
+
+def _require_tied(name: str) -> None:
+    """Raise ValueError for a model whose head is not its embedding: full runs train such a head."""
+    model = skeleton(name)
+    tied = model.get_output_embeddings().weight is model.get_input_embeddings().weight
+    told = f"{name} has a head of its own, which a full run trains and a heal cannot follow"
+    require(tied, f"{told}: choose a model whose head is its embedding")
 
 
 def _told(heal: Heal) -> tuple[Lessons, Lessons]:

@@ -45,11 +45,11 @@ class LogitRule:
     scale: float = 1.0
     cap: float | None = None
 
-    def logits(self, z: Tensor, words: slice = slice(None)) -> Tensor:
-        """y in float32 of the z (n, words) of those words; z itself where nothing is to do."""
+    def logits(self, z: Tensor, ids: slice = slice(None)) -> Tensor:
+        """y in float32 of the z (n, ids) of those token ids; z itself where nothing is to do."""
         y = z.float()
         if self.bias is not None:
-            y = y + self.bias[words].float()
+            y = y + self.bias[ids].float()
         if self.scale != 1:
             y = y * self.scale
         return y if self.cap is None else self.cap * torch.tanh(y / self.cap)
@@ -82,11 +82,11 @@ class HeadCrossEntropy(torch.autograd.Function):
     are kept between the two: with few answer tokens they are small).  Products in hidden's type.
     """
 
-    SLICE = 4096  # words
+    SLICE = 4096  # token ids
 
     @staticmethod
     def slices(hidden: Tensor, head: Tensor, target: Tensor) -> Iterator[tuple]:
-        """Yield each slice of words, its weights, hidden @ weights.T, the targets in it."""
+        """Yield each slice of token ids, its weights, hidden @ weights.T, the targets in it."""
         for start in range(0, len(head), HeadCrossEntropy.SLICE):
             W = head[start : start + HeadCrossEntropy.SLICE].to(hidden.dtype)
             here = ((target >= start) & (target < start + len(W))).nonzero()[:, 0]
@@ -107,26 +107,26 @@ class HeadCrossEntropy(torch.autograd.Function):
         slices = list(HeadCrossEntropy.slices(hidden, head, target))
         picked = torch.empty(len(hidden), device=hidden.device)  # logits of the targets
         sums = []
-        for words, _, z, right in slices:
-            y = rule.logits(z, words)
+        for ids, _, z, right in slices:
+            y = rule.logits(z, ids)
             picked[right[0]] = y[right]
             sums.append(y.logsumexp(-1))
         log_sum = torch.stack(sums).logsumexp(0)  # (n,)
         dh = torch.zeros_like(hidden, dtype=torch.float32)
         dW = torch.empty_like(head) if ctx.needs_input_grad[1] else None
         db = torch.empty_like(bias) if bias is not None and ctx.needs_input_grad[3] else None
-        for words, W, z, right in slices:
-            y = rule.logits(z, words)
+        for ids, W, z, right in slices:
+            y = rule.logits(z, ids)
             slope = rule.slope(y)
             p = y.sub_(log_sum[:, None]).exp_()
             p[right] -= 1
             p = p.div_(len(hidden) / slope)
             if db is not None:
-                db[words] = p.sum(0)
+                db[ids] = p.sum(0)
             p = p.to(hidden.dtype)
             dh += p @ W
             if dW is not None:
-                dW[words] = p.T @ hidden
+                dW[ids] = p.T @ hidden
         ctx.save_for_backward(dh.to(hidden.dtype), dW, db)
         return (log_sum - picked).mean()
 
@@ -138,13 +138,18 @@ class HeadCrossEntropy(torch.autograd.Function):
         return dh, dW, None, db, None, None
 
 
+def autocast(place: torch.device, dtype: torch.dtype) -> torch.autocast:
+    """A context of forward passes in `dtype`; of float32 one that changes nothing."""
+    return torch.autocast(place.type, dtype, enabled=dtype != torch.float32)
+
+
 def answer_loss(model: nn.Module, head: Tensor, batch: dict, *, dtype: torch.dtype) -> Tensor:
     """Mean cross-entropy of the answer tokens in nats; the head sees only their rows.
 
     head: (vocabulary, width).  A frozen head comes in the autocast type, so that the 262 k
     rows are not converted at every step.
     """
-    with torch.autocast(head.device.type, dtype, enabled=dtype != torch.float32):
+    with autocast(head.device, dtype):
         hidden, target = answer_hidden(model, **batch)
     rule = logit_rule(model)
     return HeadCrossEntropy.apply(hidden.to(dtype), head, target, rule.bias, rule.scale, rule.cap)

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from deltarank.checkpoints import layer_and_module, model_source
+from deltarank.checkpoints import download, layer_and_module, model_source
 from deltarank.checks import all_finite, first_line, require
 from deltarank.runtime import device
 from deltarank.store import digest, file_sha256
@@ -34,19 +34,10 @@ def model_sha256(name: str) -> str:
         return digest({"name": name})
     source = Path(model_source(name))
     if not source.is_dir():
-        return digest({"name": name, "revision": _revision(name)})
+        folder = download(name, ["config.json"])  # named by the commit; without a network, the last
+        return digest({"name": name, "revision": folder.name})
     files = sorted(source.glob("*.safetensors"))
     return digest({file.name: file_sha256(file) for file in files})
-
-
-def _revision(name: str) -> str:
-    """The commit of a hub model, as it is now or, without a network, as it was downloaded."""
-    from huggingface_hub import snapshot_download
-
-    try:
-        return Path(snapshot_download(name, allow_patterns=["config.json"])).name
-    except Exception as error:
-        raise ValueError(f"{name!r} cannot be downloaded: {first_line(error)}") from error
 
 
 def _source(name: str) -> str:

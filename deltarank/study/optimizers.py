@@ -10,8 +10,6 @@ from torch.optim import SGD, AdamW, Muon, Optimizer
 
 from deltarank.study.configs import OWN_OPTIMIZERS, RunConfig
 
-TINY = 1e-30  # in the place of AdamW's epsilon, so that the smallest gradient has a sign
-
 
 class Joint(Optimizer):
     """Optimizers of different parameters as one, whose learning rates are set together."""
@@ -40,10 +38,16 @@ def _muon(config: RunConfig, parameters: list[nn.Parameter]) -> Optimizer:
 
 
 def _sign(config: RunConfig, parameters: list[nn.Parameter]) -> Optimizer:
-    """AdamW without memory: every entry moves by the rate, against the sign of its gradient."""
-    return AdamW(
-        parameters, lr=config.lr, betas=(0.0, 0.0), eps=TINY, weight_decay=config.weight_decay
-    )
+    """Gradient descent in which every entry moves by the rate, against the sign of its gradient."""
+    descent = SGD(parameters, lr=config.lr, weight_decay=config.weight_decay)
+
+    def signs(*_) -> None:
+        for parameter in parameters:
+            if parameter.grad is not None:
+                parameter.grad.sign_()
+
+    descent.register_step_pre_hook(signs)
+    return descent
 
 
 def _momentum(config: RunConfig, parameters: list[nn.Parameter]) -> Optimizer:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
-import math
 
 import pandas as pd
 
@@ -143,13 +142,13 @@ def cut_until(config: RunConfig, share: float) -> pd.DataFrame:
     """
     sizes = profile(config.profile)
     base, full = run(sizes.config(config.task, "base")), run(config)
-    ranks, limit = [*sizes.cut_ranks], max(min(full.shape(name)) for name in full.spectra)
+    ranks = [*sizes.cut_ranks]
     while True:
-        cuts = cut(config, ranks)
+        cuts, doubled = cut(config, ranks), 2 * ranks[-1]
         kept = gain_kept(cuts["loss_nats"].iloc[-1], base.loss(), full.loss())
-        if kept >= share or 2 * ranks[-1] > limit:
+        if kept >= share or all(doubled > min(full.shape(name)) for name in full.spectra):
             return cuts
-        ranks.append(2 * ranks[-1])
+        ranks.append(doubled)
 
 
 def lora_until(full: RunConfig, share: float) -> list[Result]:
@@ -161,13 +160,13 @@ def lora_until(full: RunConfig, share: float) -> list[Result]:
     """
     sizes = profile(full.profile)
     ends = run(sizes.config(full.task, "base")), run(full)
-    rank, kept, found = min(sizes.lora_ranks), -math.inf, []
-    while rank <= max(sizes.lora_ranks) and kept < share:
+    rank, reached, found = min(sizes.lora_ranks), False, []
+    while rank <= max(sizes.lora_ranks) and not reached:
         lora = run(tuned(full.task, "lora", rank=rank, seed=full.seed))
-        by_split = (
-            gain_kept(lora.loss(s), *(end.loss(s) for end in ends)) for s in ("valid", "test")
+        reached = all(  # not by a run that diverged, whose loss is NaN
+            gain_kept(lora.loss(split), *(end.loss(split) for end in ends)) >= share
+            for split in ("valid", "test")
         )
-        kept = min(by_split)
         found.append(lora)
         rank *= 2
     return found

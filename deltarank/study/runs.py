@@ -60,12 +60,12 @@ def stored(config: RunConfig) -> Result | None:
     return Result(config, *entry) if entry else None
 
 
-def run(config: RunConfig, *, label: str = "") -> Result:
+def run(config: RunConfig) -> Result:
     """The result of `config`: loaded when it is stored, otherwise trained, measured and stored."""
     folder = entry_folder(config, "runs")
     if not folder.exists():
         require_disk(folder.parent, 0.1)
-    return Result(config, *cached(folder, lambda: measure(config, label or config.key)))
+    return Result(config, *cached(folder, lambda: measure(config, config.key)))
 
 
 def sweep(configs: Sequence[RunConfig]) -> list[Result]:
@@ -109,14 +109,16 @@ def updates(config: RunConfig) -> dict[str, Tensor]:
 
     Of an adapter that is scale * B @ A of every matrix that it is on, and no entry of the others.
     Another processor rounds otherwise, and training amplifies it: warns where what was trained
-    again is not the update that was stored.
+    again is not the update that was stored.  Raises ValueError for a run that has none.
     """
     from safetensors.torch import load_file
 
     require(config.method != "base", f"{config.key}: a base run has no update")
+    before, told = stored(config), f"{config.key} diverged: it has no update; lower its rate"
+    require(before is None or before.status == "finished", told)
     if not delta_file(config).exists():
-        _train_again(config)
-    require(delta_file(config).exists(), f"{config.key} diverged: it has no deltas")
+        _train_again(config, before)
+    require(delta_file(config).exists(), told)
     kept = load_file(delta_file(config))
     if config.method != "full":
         return {
@@ -125,15 +127,14 @@ def updates(config: RunConfig) -> dict[str, Tensor]:
     return kept
 
 
-def _train_again(config: RunConfig) -> None:
-    """Put the update of a run into the cache; nothing else of it is measured."""
+def _train_again(config: RunConfig, before: Result | None) -> None:
+    """Put the update of a run into the cache, unless it diverges; before: what is stored of it."""
     label = f"deltas of {config.key}"
     model, W0 = prepared(config)
     if not all(map(math.isfinite, train(config, model, label=label))):
         return
     spectra, _, _ = measure_update(config, model, W0)
     spectra = {name: S.float().cpu() for name, S in spectra.items()}
-    before = stored(config)
     gap = spectral_gap(spectra, before.spectra) if before else 0
     if gap > 0:
         warnings.warn(

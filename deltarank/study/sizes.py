@@ -8,6 +8,7 @@ import pandas as pd
 
 from deltarank.checkpoints import layer_and_module
 from deltarank.checks import require
+from deltarank.lora import pattern_value
 from deltarank.study.configs import RunConfig
 from deltarank.study.floors import skill_gain
 from deltarank.study.gains import needed_bracket
@@ -32,18 +33,11 @@ def trained_parameters(config: RunConfig) -> int:
     if config.method != "lora":
         adapted_matrices(config, model)  # or it could not be trained
         return config.vector
+    own = dict(config.rank_pattern)
     return sum(
-        _rank(config, name) * sum(weight.shape)
+        pattern_value(own, name.removesuffix(".weight"), config.rank) * sum(weight.shape)
         for name, weight in adapted_matrices(config, model).items()
     )
-
-
-def _rank(config: RunConfig, name: str) -> int:
-    """The rank of a LoRA on one matrix, as PEFT reads rank_pattern."""
-    from peft.utils.other import get_pattern_key
-
-    own, module = dict(config.rank_pattern), name.removesuffix(".weight")
-    return own.get(get_pattern_key([*own], module), config.rank)
 
 
 def place_layers(where: str, count: int, depth: int) -> tuple[int, ...]:

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from deltarank.checks import require
 from deltarank.runtime import progress
 from deltarank.study.distillation import Head, head_of
-from deltarank.study.losses import HIDDEN_TOLERANCE, scoring
+from deltarank.study.losses import HIDDEN_TOLERANCE, autocast, scoring
 
 ROWS = 64  # rows that pass through the model at once where none is trained on
 
@@ -27,11 +27,11 @@ class Skip(nn.Module):
 
 @dataclass(frozen=True)
 class Upper:
-    """The upper layers of a model, a head over some words, and rows with n answer tokens each.
+    """The upper layers of a model, a head over some token ids, and rows with n answer tokens each.
 
     states: (rows, length, width), what the lowest of these layers is given; answers: (rows,
     length), True where the next token is one of the answer; targets: (rows, n), the answer tokens
-    as numbers of the head's words; dtype: the autocast type.
+    as their places among the head's ids; dtype: the autocast type.
     """
 
     model: nn.Module
@@ -48,27 +48,26 @@ class Upper:
 
     def hidden(self, **given: Tensor) -> Tensor:
         """Last hidden states (rows, length, width) from inputs_embeds=, some of the states."""
-        device = self.states.device.type
-        with torch.autocast(device, self.dtype, enabled=self.dtype != torch.float32):
+        with autocast(self.states.device, self.dtype):
             return self.model.get_decoder()(**given, use_cache=False).last_hidden_state
 
     def logits(self, picked: Tensor | slice) -> Tensor:
-        """Logits (rows, n, words) of the picked rows, in float32."""
+        """Logits (rows, n, ids) of the picked rows, in float32."""
         hidden = self.hidden(inputs_embeds=self.states[picked])
-        y = self.head.logits(hidden[self.answers[picked]].float())  # (rows * n, words)
+        y = self.head.logits(hidden[self.answers[picked]].float())  # (rows * n, ids)
         return y.view(*self.targets[picked].shape, -1)
 
     def nats(self, picked: Tensor | slice) -> Tensor:
-        """Cross-entropy (rows, n) of the picked rows' targets in nats, among the head's words.
+        """Cross-entropy (rows, n) of the picked rows' targets in nats, among the head's ids.
 
         The loss over the whole vocabulary is this plus -ln of the probability that the next token
-        is one of these words at all.
+        is one of these ids at all.
         """
         return _cross_entropy(self.logits(picked), self.targets[picked])
 
     @torch.no_grad()
     def scores(self) -> tuple[Tensor, Tensor]:
-        """nats of all rows, and whether each target is the likeliest word; both (rows, n)."""
+        """nats of all rows, and whether each target is the likeliest id; both (rows, n)."""
         with scoring(self.model):
             parts = [self.logits(slice(i, i + ROWS)) for i in range(0, len(self.targets), ROWS)]
         y = torch.cat(parts)
@@ -76,7 +75,7 @@ class Upper:
 
 
 def _cross_entropy(logits: Tensor, targets: Tensor) -> Tensor:
-    """Cross-entropy in nats, of the targets' shape; logits have one dimension more, the words."""
+    """Cross-entropy in nats, of the targets' shape; logits have one dimension more, the ids."""
     return F.cross_entropy(logits.movedim(-1, 1), targets, reduction="none")
 
 
@@ -85,22 +84,22 @@ def upper_part(
     first: int,
     batch: dict[str, Tensor],
     *,
-    words: list[int],
+    ids: list[int],
     targets: Tensor,
     dtype: torch.dtype,
     label: str = "",
 ) -> Upper:
     """`model` from its layer `first` on, with the rows of `batch`; takes the layers below it out.
 
-    batch: input_ids and labels (rows, length + 1), as collate gives them; words: the tokens that
-    the head is to choose among; targets: (rows, n), the place in `words` of each answer token.
+    batch: input_ids and labels (rows, length + 1), as collate gives them; ids: the tokens that the
+    head is to choose among; targets: (rows, n), the place in `ids` of each answer token.
     The layers below must not be trained.  With 640 numbers a token, the states of 1,000 codes take
     23 MB of memory.  Raises ValueError, naming the architecture, where the layers do not go on from
     what they were given: a family that does more to embeddings than its layers do.
     """
     whole, layers = head_of(model), decoder_layers(model)
-    bias = None if whole.rule.bias is None else whole.rule.bias[words]
-    head = Head(whole.weight[words].float(), dataclasses.replace(whole.rule, bias=bias))
+    bias = None if whole.rule.bias is None else whole.rule.bias[ids]
+    head = Head(whole.weight[ids].float(), dataclasses.replace(whole.rule, bias=bias))
     place = whole.weight.device
     tokens, answers = batch["input_ids"][:, :-1].to(place), batch["labels"][:, 1:] != -100
     states = _states(model, first, tokens, dtype, label)
@@ -136,10 +135,13 @@ def _states(
     def keep(layer: nn.Module, given: tuple, named: dict) -> None:
         states.append(given[0] if given else named["hidden_states"])
 
-    autocast = torch.autocast(input_ids.device.type, dtype, enabled=dtype != torch.float32)
     handle = decoder_layers(model)[first].register_forward_pre_hook(keep, with_kwargs=True)
     try:
-        with scoring(model), autocast, progress(len(input_ids), label) as bar:
+        with (
+            scoring(model),
+            autocast(input_ids.device, dtype),
+            progress(len(input_ids), label) as bar,
+        ):
             for rows in input_ids.split(ROWS):
                 model.get_decoder()(input_ids=rows, use_cache=False)
                 bar.update(len(rows))

@@ -3,6 +3,7 @@
 Markdown, one section a figure with caption, alt text, notebook and data.
 """
 
+import itertools
 import re
 import sys
 from pathlib import Path
@@ -20,7 +21,7 @@ def figure_list(folder: Path) -> str:
     """One section a figure; the caption is the cell below it, up to the end of its emphasis."""
     lines = ["# Figures", "", "Each as PDF, SVG and PNG, with the plotted data as CSV.", ""]
     for file, cells in notebooks(folder).items():
-        for cell, below in zip(cells, cells[1:], strict=False):
+        for cell, below in itertools.zip_longest(cells, cells[1:], fillvalue={"source": ""}):
             for output in cell.get("outputs", []):
                 found = re.fullmatch(r"<(\d\d_\w+)>", output.get("data", {}).get("text/plain", ""))
                 caption = re.search(r"^\*(Figure .+?)\*", below["source"], re.DOTALL | re.MULTILINE)

@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import weakref
 from pathlib import Path
 
 import pytest
@@ -135,6 +136,25 @@ def test_scores_of_a_pair_are_those_of_the_run(tiny_pair):
     one, all_of_it = scores.loc["cut", "loss_nats"]
     assert all_of_it == pytest.approx(tuned_loss, rel=1e-3)
     assert one == pytest.approx(cut(config, [1])["loss_nats"][0], rel=1e-3)
+
+
+def test_both_models_of_a_pair_are_let_go_before_the_cuts(tiny_pair, monkeypatch):
+    base, tuned, _ = tiny_pair
+    loaded = []
+
+    def noted(name):
+        model = load_model(name)
+        loaded.append(weakref.ref(model))
+        return model
+
+    def scored(*arguments):
+        alive = [model() is not None for model in loaded]
+        assert alive == [False, False]
+        yield {"loss_nats": 1.0, "score": 50.0}
+
+    monkeypatch.setattr(cuts, "load_model", noted)
+    monkeypatch.setattr(cuts, "_evaluate_cuts", scored)
+    assert score_pair(base, tuned, "facts", [1])["model"].tolist() == ["base", "cut", "tuned"]
 
 
 def test_a_cut_by_matrix_is_the_cut_where_all_ranks_are_one(tiny_pair):

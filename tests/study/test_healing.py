@@ -187,12 +187,12 @@ def test_what_cannot_be_healed_is_refused_before_any_work(planted, rows, tmp_pat
 
 
 @pytest.mark.parametrize("which", ["base", "tuned"])
-def test_a_pair_that_does_not_share_its_words_is_refused(planted, rows, tmp_path, which):
+def test_a_pair_that_does_not_share_its_vocabulary_is_refused(planted, rows, tmp_path, which):
     folder = dict(zip(("base", "tuned"), planted, strict=True))[which]
     model = load_model(folder)
     model.resize_token_embeddings(390)
     model.save_pretrained(folder)
-    with pytest.raises(ValueError, match="more words"):
+    with pytest.raises(ValueError, match="differ in vocabulary"):
         extract_healed(*planted, str(tmp_path / "out"), rows=rows, rule={"rank": 1})
 
 

@@ -199,12 +199,19 @@ def test_only_a_full_run_can_be_healed(full):
             heal_from(other)
 
 
+def test_a_model_with_a_head_of_its_own_is_refused_before_any_work(full, save, monkeypatch):
+    monkeypatch.setattr(heals, "run_model", lambda config: pytest.fail("answered"))
+    base, _ = save("llama")
+    with pytest.raises(ValueError, match="base has a head of its own"):
+        measure_heal(heal_from(dataclasses.replace(full, model=base)))
+
+
 @pytest.fixture
 def graded(monkeypatch, store):
     """Heals whose held-out loss is lowest at the middle rate; what was asked for, in order."""
     asked = []
 
-    def result(heal, *, label=""):
+    def result(heal):
         asked.append(heal)
         middle = dict(profile().heal_lrs)[heal.start][1]
         loss = {"loss_nats": 1 + abs(heal.lr - middle), "score": 50.0}

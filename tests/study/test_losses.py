@@ -19,10 +19,10 @@ from deltarank.study.losses import (
 from deltarank.study.models import TINY, load_tokenizer
 from deltarank.study.tasks import a_line_each, encode, pack
 
-WORDS = {"vocab_size": 384, "bos_token_id": 1, "eos_token_id": 1, "pad_token_id": 0}
-SIZES = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2} | WORDS
+VOCABULARY = {"vocab_size": 384, "bos_token_id": 1, "eos_token_id": 1, "pad_token_id": 0}
+SIZES = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2} | VOCABULARY
 LLAMA_LIKE = SIZES | {"intermediate_size": 64, "num_key_value_heads": 1, "head_dim": 16}
-GPT_LIKE = {"n_embd": 32, "n_layer": 2, "n_head": 2, "n_positions": 64} | WORDS
+GPT_LIKE = {"n_embd": 32, "n_layer": 2, "n_head": 2, "n_positions": 64} | VOCABULARY
 FAMILIES = {  # a causal model of transformers: sizes, and what its head does beside a product
     "Llama": LLAMA_LIKE,
     "Qwen2": SIZES | {"intermediate_size": 64, "num_key_value_heads": 1},
@@ -35,7 +35,7 @@ FAMILIES = {  # a causal model of transformers: sizes, and what its head does be
     "Olmo2": SIZES | {"intermediate_size": 64, "num_key_value_heads": 1},
     "GPT2": GPT_LIKE,
     "GPTJ": GPT_LIKE | {"rotary_dim": 8},
-    "Bloom": {"hidden_size": 32, "n_layer": 2, "n_head": 2} | WORDS,
+    "Bloom": {"hidden_size": 32, "n_layer": 2, "n_head": 2} | VOCABULARY,
     "OPT": SIZES | {"ffn_dim": 64, "max_position_embeddings": 64, "word_embed_proj_dim": 32},
 }
 LEAKING = {"Bloom", "OPT"}  # a row of a packed line sees those before it

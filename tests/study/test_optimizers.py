@@ -1,5 +1,7 @@
 """Optimizers, against what a step of each is known to do."""
 
+import math
+
 import pytest
 import torch
 from torch import nn
@@ -14,12 +16,12 @@ from deltarank.study.training import prepare, train
 class Two(nn.Module):
     """A matrix and a vector, with gradients of very different sizes."""
 
-    def __init__(self):
+    def __init__(self, smallest=1e-12):
         super().__init__()
         generator = torch.Generator().manual_seed(0)
         self.W = nn.Parameter(torch.randn(12, 8, generator=generator))
         self.b = nn.Parameter(torch.randn(8, generator=generator))
-        sizes = torch.logspace(-12, 1, 8)
+        sizes = torch.logspace(math.log10(smallest), 1, 8)
         self.W.grad = torch.randn(12, 8, generator=generator) * sizes
         self.b.grad = torch.randn(8, generator=generator) * sizes
 
@@ -28,23 +30,31 @@ def config(optimizer, **changes):
     return profile().config("sentiment", optimizer=optimizer, lr=1e-2, steps=4, **changes)
 
 
-def moved(optimizer, steps=1):
-    """By how much W and b are moved."""
-    model = Two()
+def moved(optimizer, model, steps=1, **changes):
+    """By how much the parameters of a model are moved."""
     before = [p.detach().clone() for p in model.parameters()]
-    made = own_optimizer(config(optimizer), model)
+    made = own_optimizer(config(optimizer, **changes), model)
     for _ in range(steps):
         made.step()
     return [p.detach() - old for p, old in zip(model.parameters(), before, strict=True)]
 
 
-def test_sign_moves_every_entry_by_the_rate_against_its_gradient():
-    for step, parameter in zip(moved("sign"), Two().parameters(), strict=True):
+@pytest.mark.parametrize("smallest", [1e-12, 1e-30])  # whose square no float32 holds
+def test_sign_moves_every_entry_by_the_rate_against_its_gradient(smallest):
+    steps = moved("sign", Two(smallest))
+    for step, parameter in zip(steps, Two(smallest).parameters(), strict=True):
         assert torch.allclose(step, -1e-2 * parameter.grad.sign(), rtol=1e-4)
 
 
+def test_sign_decays_weights_by_the_rate_apart_from_their_gradient():
+    steps = moved("sign", Two(), weight_decay=0.5)
+    for step, parameter in zip(steps, Two().parameters(), strict=True):
+        expected = -1e-2 * (parameter.grad.sign() + 0.5 * parameter.detach())
+        assert torch.allclose(step, expected, atol=1e-6)
+
+
 def test_momentum_adds_nine_tenths_of_the_step_before():
-    once, twice = moved("sgd_momentum"), moved("sgd_momentum", steps=2)
+    once, twice = moved("sgd_momentum", Two()), moved("sgd_momentum", Two(), steps=2)
     for first, both, parameter in zip(once, twice, Two().parameters(), strict=True):
         assert torch.allclose(first, -1e-2 * parameter.grad, atol=1e-6)
         assert torch.allclose(both, 2.9 * first, atol=1e-5)

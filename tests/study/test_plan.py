@@ -30,16 +30,19 @@ def test_a_format_floor_is_the_tuned_recipe_on_permuted_answers(losses):
 def ladder(monkeypatch):
     """Runs whose loss falls from 5 (base) over LoRA's ranks towards 1.
 
-    On the rows of each split; a test may change a rank's.
+    On the rows of each split; a test may change a rank's, None: it diverges.
     """
     lora = {split: {1: 2.0, 2: 1.5, 4: 1.2, 8: 1.1} for split in ("valid", "test")}
 
     def result(config):
         others = {"base": 5.0, "full": 1.0}
-        evaluation = {
-            split: {"loss_nats": by_rank.get(config.rank) or others[config.method]}
+        losses = {
+            split: by_rank[config.rank] if config.rank else others[config.method]
             for split, by_rank in lora.items()
         }
+        if None in losses.values():
+            return Result(config, {"status": "diverged", "evaluation": {}}, {})
+        evaluation = {split: {"loss_nats": loss} for split, loss in losses.items()}
         return Result(config, {"status": "finished", "evaluation": evaluation}, {})
 
     monkeypatch.setattr(plan, "run", result)
@@ -52,6 +55,13 @@ def test_luck_with_some_rows_ends_no_ladder(ladder, split):
     ladder[split][1] = 1.0
     found = lora_until(profile().config("sentiment"), 0.9)
     assert [run.config.rank for run in found] == [1, 2, 4]
+
+
+def test_a_run_that_diverged_ends_no_ladder(ladder):
+    ladder["valid"][2] = ladder["test"][2] = None
+    found = lora_until(profile().config("sentiment"), 0.9)
+    assert [run.config.rank for run in found] == [1, 2, 4]
+    assert [run.status for run in found] == ["finished", "diverged", "finished"]
 
 
 @pytest.mark.parametrize(
@@ -101,3 +111,9 @@ def test_cuts_go_on_until_enough_is_kept(config, monkeypatch, nats, ranks):
     monkeypatch.setattr(plan, "run", result)
     monkeypatch.setattr(plan, "cut", fake_cut)
     assert cut_until(config, 0.95)["rank"].tolist() == ranks
+
+
+def test_cuts_of_a_run_that_diverged_are_refused_by_name(config):
+    diverged = dataclasses.replace(config, lr=1e30)
+    with pytest.raises(ValueError, match=f"^{diverged.key} diverged: it has no update"):
+        cut_until(diverged, 0.95)

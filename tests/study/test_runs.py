@@ -153,8 +153,16 @@ def test_an_update_trained_again_elsewhere_is_told_from_the_stored_one(config, m
 def test_a_run_without_an_update_says_why(config):
     with pytest.raises(ValueError, match="a base run has no update"):
         updates(profile().config("sentiment", "base"))
-    with pytest.raises(ValueError, match="diverged: it has no deltas"):
+    with pytest.raises(ValueError, match="diverged: it has no update"):
         updates(dataclasses.replace(config, lr=1e30))
+
+
+def test_a_run_that_is_stored_as_diverged_is_not_trained_again(config, monkeypatch):
+    diverged = dataclasses.replace(config, lr=1e30)
+    assert run(diverged).status == "diverged"
+    monkeypatch.setattr(runs, "train", lambda *a, **k: pytest.fail("trained again"))
+    with pytest.raises(ValueError, match=f"^{diverged.key} diverged: it has no update"):
+        updates(diverged)
 
 
 def test_a_saved_lora_is_its_run(store, tmp_path):

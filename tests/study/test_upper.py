@@ -23,7 +23,7 @@ def plain_logits(config, model, rows):
     return logits[:, :-1][batch["labels"][:, 1:] != -100].view(*digits.shape, -1), digits
 
 
-WORDS = digit_tokens(load_tokenizer(TINY))
+IDS = digit_tokens(load_tokenizer(TINY))
 CODES = draw_codes(8, 2, seed=0)
 RUNS = {
     "LoRA on the upper layer": {},
@@ -39,7 +39,7 @@ def small_upper(config, rows):
     batch, digits = encode_codes(rows, load_tokenizer(config.model))
     dtype = getattr(torch, config.dtype)
     model, first = code_model(config), config.layers[0]
-    upper = upper_part(model, first, batch, words=WORDS, targets=digits, dtype=dtype)
+    upper = upper_part(model, first, batch, ids=IDS, targets=digits, dtype=dtype)
     stir(upper.model)
     return upper
 
@@ -64,9 +64,9 @@ def test_the_logits_are_those_of_the_whole_model_at_the_ten_digits(changes):
     upper, whole = small_upper(config, CODES), stir(code_model(config))
     plain, digits = plain_logits(config, whole, CODES)
     assert torch.equal(upper.targets, digits)
-    assert torch.allclose(upper.logits(slice(None)), plain[..., WORDS], atol=1e-5)
+    assert torch.allclose(upper.logits(slice(None)), plain[..., IDS], atol=1e-5)
     untrained, _ = plain_logits(config, code_model(config), CODES)
-    assert not torch.allclose(plain[..., WORDS], untrained[..., WORDS], atol=1e-2)
+    assert not torch.allclose(plain[..., IDS], untrained[..., IDS], atol=1e-2)
 
 
 @pytest.mark.parametrize("changes", RUNS.values(), ids=RUNS)
@@ -75,7 +75,7 @@ def test_a_step_has_the_gradient_of_the_whole_model(changes):
     upper, whole = small_upper(config, CODES), stir(code_model(config))
     upper.nats(torch.tensor(picked)).mean().backward()
     logits, digits = plain_logits(config, whole, [CODES[i] for i in picked])
-    F.cross_entropy(logits[..., WORDS].flatten(0, 1), digits.flatten()).backward()
+    F.cross_entropy(logits[..., IDS].flatten(0, 1), digits.flatten()).backward()
     ours = {n: p.grad for n, p in upper.model.named_parameters() if p.requires_grad}
     theirs = {n: p.grad for n, p in whole.named_parameters() if p.requires_grad}
     assert ours.keys() == theirs.keys() and len(ours) >= 2
@@ -85,10 +85,10 @@ def test_a_step_has_the_gradient_of_the_whole_model(changes):
 
 
 def test_the_loss_over_the_vocabulary_is_that_of_the_digits_and_that_there_is_one():
-    config, words = small_codes(), torch.tensor(WORDS)
+    config, ids = small_codes(), torch.tensor(IDS)
     logits, digits = plain_logits(config, stir(code_model(config)), CODES)
-    whole = F.cross_entropy(logits.movedim(-1, 1), words[digits], reduction="none")
-    form = logits.logsumexp(-1) - logits[..., words].logsumexp(-1)
+    whole = F.cross_entropy(logits.movedim(-1, 1), ids[digits], reduction="none")
+    form = logits.logsumexp(-1) - logits[..., ids].logsumexp(-1)
     ours = small_upper(config, CODES).nats(slice(None))
     assert torch.allclose(ours + form, whole, atol=1e-5) and form.mean() > 1
 
@@ -109,17 +109,17 @@ def test_prompts_of_several_lengths_are_told_apart_from_their_padding():
     upper, whole = small_upper(config, rows), stir(code_model(config))
     for i, row in enumerate(rows):
         alone, _ = plain_logits(config, whole, [row])
-        assert torch.allclose(upper.logits(slice(i, i + 1)), alone[..., WORDS], atol=1e-5)
+        assert torch.allclose(upper.logits(slice(i, i + 1)), alone[..., IDS], atol=1e-5)
 
 
 def family_upper(family):
     """The last layer of a tiny model of a family, on two rows, and the whole model's logits."""
     rows = [{"input_ids": [3, 9, 4, 7], "labels": [-100, -100, 4, 7]}] * 2
-    batch, words = collate(rows, 4), [4, 7, 11]
+    batch, ids = collate(rows, 4), [4, 7, 11]
     with torch.no_grad():
-        plain = families.build(family)(input_ids=batch["input_ids"]).logits[:, 1:3][..., words]
+        plain = families.build(family)(input_ids=batch["input_ids"]).logits[:, 1:3][..., ids]
     upper = upper_part(
-        families.build(family), 2, batch, words=words,
+        families.build(family), 2, batch, ids=ids,
         targets=torch.tensor([[0, 1]] * 2), dtype=torch.float32,
     )  # fmt: skip
     return upper, plain
