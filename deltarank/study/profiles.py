@@ -267,7 +267,7 @@ def entry_folder(config: RunConfig, kind: str, name: str = "") -> Path:
 def profile(name: str = "") -> Profile:
     """The profile of this name, or the one that the environment variable PROFILE names, or paper.
 
-    With MODEL it is of that model, and as many tokens long as the tasks' rows are in its words.
+    With MODEL it is of that model, and as long as the tasks' longest row is by its tokenizer.
     Raises ValueError for an unknown name, and as load_tokenizer does.
     """
     name = name or profile_name()
@@ -282,7 +282,7 @@ def profile(name: str = "") -> Profile:
 
 @functools.lru_cache
 def longest_row(model: str, tasks: tuple[str, ...]) -> int:
-    """The tokens of the longest row of these tasks in the words of a model, to a multiple of 8."""
+    """The tokens of these tasks' longest row by a model's tokenizer, up to a multiple of 8."""
     tokenizer = load_tokenizer(model)
     rows = (row for task in tasks for split in load_task(task).values() for row in split)
     longest = max(len(encode(row, tokenizer)["input_ids"]) for row in rows)

@@ -21,6 +21,8 @@ from deltarank.study.runs import Result, run, sweep
 from deltarank.study.search import lr_search, tuned
 from deltarank.study.tasks import load_split
 
+DRAWS = 2000  # of a bootstrap
+
 
 def keep_table(name: str, compute: Callable[[], pd.DataFrame]) -> pd.DataFrame:
     """The table `name` of the store, computed when it is missing.
@@ -77,9 +79,9 @@ def cut_gains(config: RunConfig, cuts: pd.DataFrame) -> pd.DataFrame:
     return table
 
 
-def by_part(result: Result, split: str = "test") -> pd.DataFrame:
-    """What a run on a mix makes of its parts: rows, loss_nats and score, one line a part."""
-    scored, rows = result.record["evaluation"][split], load_split(result.config.task, split)
+def by_part(result: Result) -> pd.DataFrame:
+    """What a run makes of the parts of a mix's test rows: rows, loss_nats, score, one line each."""
+    scored, rows = result.record["evaluation"]["test"], load_split(result.config.task, "test")
     table = pd.DataFrame({name: scored[f"row_{name}"] for name in ("nats", "tokens", "score")})
     table["part"] = [row["task"] for row in rows[: len(table)]]
     parts = table.astype({"score": float}).groupby("part")
@@ -153,7 +155,7 @@ def spectra_table(results: Sequence[Result]) -> pd.DataFrame:
     return pd.DataFrame(rows)
 
 
-def spearman(x: pd.Series, y: pd.Series, *, draws: int = 2000) -> dict[str, float]:
+def spearman(x: pd.Series, y: pd.Series) -> dict[str, float]:
     """Spearman's rank correlation of two measures of the same tasks, with an interval over these.
 
     Infinite values are tied as the highest.  95 % percentile bootstrap over the tasks (Efron
@@ -164,20 +166,20 @@ def spearman(x: pd.Series, y: pd.Series, *, draws: int = 2000) -> dict[str, floa
     0.866
     """
 
-    picks = np.random.default_rng(0).integers(0, len(x), (draws, len(x)))
+    picks = np.random.default_rng(0).integers(0, len(x), (DRAWS, len(x)))
     one, other = (pd.DataFrame(z.to_numpy()[picks]).rank(axis=1) for z in (x, y))
     low, high = one.corrwith(other, axis=1).quantile([0.025, 0.975])
     whole = x.rank().corr(y.rank())  # corr itself drops what is infinite
     return {"spearman": float(whole), "low": float(low), "high": float(high)}
 
 
-def bootstrap_interval(values: Sequence[float], *, draws: int = 2000) -> tuple[float, float]:
+def bootstrap_interval(values: Sequence[float]) -> tuple[float, float]:
     """95 % percentile bootstrap interval of the mean over rows (Efron 1979), seed 0.
 
     >>> bootstrap_interval([1.0, 1.0, 1.0])
     (1.0, 1.0)
     """
     x = np.array([v for v in values if v is not None], dtype=float)
-    picks = np.random.default_rng(0).integers(0, len(x), (draws, len(x)))
+    picks = np.random.default_rng(0).integers(0, len(x), (DRAWS, len(x)))
     low, high = np.percentile(x[picks].mean(1), [2.5, 97.5])
     return float(low), float(high)
