@@ -22,6 +22,7 @@ from deltarank.study import taskdata
 from deltarank.study.claims import assert_claims, assert_table
 from deltarank.study.configs import RunConfig
 from deltarank.study.cuts import CUT_PARTS, LENGTH_PARTS, cut, cut_by_matrix, stored_cuts
+from deltarank.study.directions import directions
 from deltarank.study.figures import (
     VENUE_WIDTHS,
     figure_width,

@@ -49,6 +49,7 @@ class Profile:
     lora_ranks: tuple[int, ...] = (1, 8, 64)  # of every task, first seed; lora_until has others
     # Tasks in which the directions of LoRA are compared with those of full fine-tuning.
     direction_tasks: tuple[str, ...] = ("kjv", "sentiment", "facts", "arithmetic", "sorbian")
+    reading_tasks: tuple[str, ...] = ("facts", "sorbian")  # ... on real inputs, with tuned rates
     # A task, and of LoRA each of its lora_ranks, takes the rate of the lowest held-out loss.
     full_lrs: tuple[float, ...] = (3e-6, 1e-5, 3e-5, 1e-4, 3e-4, 1e-3, 3e-3)
     lora_lrs: tuple[float, ...] = (3e-5, 1e-4, 3e-4, 1e-3, 3e-3, 1e-2)
@@ -187,6 +188,7 @@ PROFILES = {
         lora_tasks=("sentiment", "facts"),
         lora_ranks=(1, 4, 8),
         direction_tasks=("sentiment", "facts"),
+        reading_tasks=("facts",),
         length_tasks=("sentiment", "facts"),
         full_lrs=(1e-4, 1e-3),
         seeds=(0, 1),
@@ -233,6 +235,7 @@ PROFILES = {
         lora_tasks=("facts",),
         lora_ranks=(8,),
         direction_tasks=(),
+        reading_tasks=(),
         full_lrs=(1e-4,),
         lora_lrs=(1e-3,),
         tiny_vectors=(128,),

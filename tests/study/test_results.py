@@ -6,7 +6,7 @@ import itertools
 import pytest
 
 from deltarank import store
-from deltarank.study import cuts, floors, overlaps, plan, runs, search
+from deltarank.study import cuts, directions, floors, overlaps, plan, runs, search
 from deltarank.study.capacity import code_folder
 from deltarank.study.code_runs import CodeRun
 from deltarank.study.configs import RunConfig
@@ -15,7 +15,7 @@ from deltarank.study.profiles import PROFILES, entry_folder, profile
 STORE = PROFILES["paper"].store
 ENTRIES = sorted(path.parent for path in STORE.rglob("result.json"))
 RUNS = [folder for folder in ENTRIES if folder.is_relative_to(STORE / "runs")]
-OVERLAPS = [folder for folder in ENTRIES if folder.is_relative_to(STORE / "overlaps")]
+PAIRS = [folder for folder in ENTRIES if folder.parents[1].name in ("overlaps", "directions")]
 CUTS = [folder for folder in ENTRIES if folder.is_relative_to(STORE / "cuts")]
 CODES = [folder for folder in ENTRIES if folder.is_relative_to(STORE / "capacity")]
 
@@ -28,7 +28,7 @@ def records():
 
 
 def test_every_entry_is_whole(records):
-    assert len(RUNS) > 200 and len(CUTS) > 150 and len(OVERLAPS) > 60
+    assert len(RUNS) > 200 and len(CUTS) > 150 and len(PAIRS) > 60
     assert [folder.name for folder in ENTRIES if records[folder] is None] == []
 
 
@@ -62,7 +62,7 @@ def test_every_code_run_is_of_the_present_code(records):
 def test_every_cut_and_overlap_is_of_a_stored_run(records):
     names = {folder.name for folder in RUNS}
     of_runs = {folder: [records[folder]["run"]] for folder in CUTS}
-    of_runs |= {folder: records[folder]["runs"] for folder in OVERLAPS}
+    of_runs |= {folder: records[folder]["runs"] for folder in PAIRS}
     assert [folder.name for folder, found in of_runs.items() if not names.issuperset(found)] == []
 
 
@@ -89,7 +89,7 @@ def no_training(monkeypatch):
         raise AssertionError(f"{config.key} is not stored")
 
     for module, name in [(runs, "measure"), (runs, "updates"), (cuts, "updates"),
-                         (overlaps, "updates")]:  # fmt: skip
+                         (overlaps, "updates"), (directions, "updates")]:  # fmt: skip
         monkeypatch.setattr(module, name, refuse)
 
 
@@ -99,6 +99,9 @@ ASKED = {
     "cut": lambda config: cuts.cut(config, [1]),
     "cut by matrix": lambda config: cuts.cut_by_matrix(config, {"some.weight": 1}),
     "overlaps": lambda config: overlaps.overlaps(config, dataclasses.replace(config, seed=9)),
+    "directions": lambda config: directions.directions(
+        dataclasses.replace(config, method="lora", rank=1, alpha=32.0), config, config
+    ),
     "cut until": lambda config: plan.cut_until(config, 0.95),
     "lora until": lambda config: plan.lora_until(config, 0.95),
     "search": lambda config: search.lr_search(config.task),
@@ -209,8 +212,11 @@ def test_the_paper_is_rendered_without_training(monkeypatch, no_training, record
     assert len(full) == 30 and len(pairs) > 60
     for pair in pairs:
         overlaps.overlaps(*pair)
-    asked_for = [folder for folder in RUNS + OVERLAPS if folder in asked]
+    for task in profile().reading_tasks:
+        full, other = (search.tuned(task, seed=seed) for seed in profile().seeds[:2])
+        directions.directions(search.tuned(task, "lora", rank=1), full, other)
+    asked_for = [folder for folder in RUNS + PAIRS if folder in asked]
     assert len(asked_for) > 300
-    others = [folder for folder in RUNS + OVERLAPS if folder not in asked]
+    others = [folder for folder in RUNS + PAIRS if folder not in asked]
     by_matrix = [folder for folder in others if records[folder]["config"]["rank_pattern"]]
     assert others == by_matrix, "no notebook reads these"  # notebook 8 has ranks by matrix
