@@ -156,6 +156,30 @@ def test_no_four_cells_of_code_follow_each_other_without_a_word():
     assert [name for name, cells in kinds.items() if "cccc" in cells] == []
 
 
+def uneven_rows(text):
+    """The lines of tables in Markdown with more or fewer cells than their heading."""
+    tables = re.findall(r"(?:^\|.*\n?){2,}", text, re.MULTILINE)
+    rows = [(table.splitlines()[0], row) for table in tables for row in table.splitlines()]
+    return [row for head, row in rows if cells(row) != cells(head)]
+
+
+def cells(row):
+    """How many bars a line has; those in code and in mathematics are none, nor are escaped ones."""
+    return re.sub(r"`[^`]*`|\$[^$]*\$|\\\|", "", row).count("|")
+
+
+def test_every_row_of_a_table_has_the_cells_of_its_heading():
+    assert uneven_rows("| a | b |\n|---|---|\n| 1 | `|` |\n| 1 2 |\n") == ["| 1 2 |"]
+    texts = [
+        "".join(cell["source"])
+        for notebook in NOTEBOOKS.values()
+        for cell in notebook["cells"]
+        if cell["cell_type"] == "markdown"
+    ]
+    texts += [path.read_text("utf8") for path in [*ROOT.glob("*.md"), *ROOT.glob("*/README.md")]]
+    assert [row for text in texts for row in uneven_rows(text)] == []
+
+
 def test_no_notebook_touches_the_path_or_the_environment():
     assert mentions(r"\bsys\.path\b") == {}
     assert mentions(r"\bos\.(environ|getenv|putenv)\b") == {}
