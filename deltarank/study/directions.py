@@ -99,7 +99,8 @@ def directions(adapter: RunConfig, full: RunConfig, other: RunConfig) -> pd.Data
     where R R^T = E[x x^T] of the base model on the first MOMENT_ROWS training rows.  With x = R z
     and E[z z^T] = I the LoRA answers to R^T a alone: it is the share of its response to real inputs
     that lies along the full update's leading responses.  right_inputs_chance: the mean of DRAWS
-    Gaussian directions, as PEFT draws a0.
+    Gaussian directions, as PEFT draws a0; right_inputs_other_chance: of the leading response of a
+    Gaussian matrix in `other`'s place, which shares nothing with dW but the inputs.
     moved: squared cosine of a and a0, 1 where training left it; moved_inputs: of R^T a and R^T a0;
     moved_inputs_chance: of R^T a0 and Gaussian directions (1 / n is moved's chance).
     """
@@ -115,7 +116,8 @@ def directions(adapter: RunConfig, full: RunConfig, other: RunConfig) -> pd.Data
             M = moments[name]
             random = torch.randn(len(M), DRAWS, generator=generator)
             lines = torch.cat([torch.stack([_one_direction(lora[name]), a0[name]], 1), random], 1)
-            found = _compare(lines, dW[name], dW_other[name], M)
+            noise = torch.randn(dW[name].shape, generator=generator)
+            found = _compare(lines, dW[name], dW_other[name], noise, M)
             tables.append(pd.DataFrame({"name": name} | found))
         return {"runs": keys, "columns": pd.concat(tables).round(6).to_dict("list")}, None
 
@@ -146,17 +148,20 @@ def _one_direction(dW: Tensor) -> Tensor:
     return dW[dW.norm(dim=1).argmax()]
 
 
-def _compare(lines: Tensor, dW: Tensor, other: Tensor, M: Tensor) -> dict[str, list[float] | float]:
+def _compare(
+    lines: Tensor, dW: Tensor, other: Tensor, noise: Tensor, M: Tensor
+) -> dict[str, list[float] | float]:
     """The columns of `directions` for one matrix; those that no rank changes are one number.
 
-    lines: (n, 2 + DRAWS), a, a0 and random directions; dW, other: (m, n); M: (n, n).  In float64
-    where M is: what it makes large hides what it makes small from a Gram matrix in float32.
+    lines: (n, 2 + DRAWS), a, a0 and random directions; dW, other, noise: (m, n); M: (n, n).  In
+    float64 where M is: what it makes large hides what it makes small from a Gram matrix in float32.
     """
     ranks = torch.tensor([r for r in DIRECTION_RANKS if r <= min(dW.shape)])
     R = _root(M)
     plain, felt = (F.normalize(Z, dim=0) for Z in (lines, R.T @ lines.double()))
-    right = _shares(plain, dW, other, ranks)  # (ranks, 1 + 2 + DRAWS)
-    inputs = _shares(felt, dW.double() @ R, other.double() @ R, ranks)
+    first = [_leading_right(other.double() @ R, 1), _leading_right(noise.double() @ R, 1)]
+    right = _shares(torch.cat([_leading_right(other, 1), plain], 1), dW, ranks)
+    inputs = _shares(torch.cat([*first, felt], 1), dW.double() @ R, ranks)
     turned = (felt[:, 1] @ felt).square()  # of a0 with a, itself and random directions
     columns = {
         "rank": ranks,
@@ -164,10 +169,11 @@ def _compare(lines: Tensor, dW: Tensor, other: Tensor, M: Tensor) -> dict[str, l
         "right_initial": right[:, 2],
         "right_other": right[:, 0],
         "right_chance": ranks / len(M),
-        "right_inputs": inputs[:, 1],
-        "right_inputs_initial": inputs[:, 2],
+        "right_inputs": inputs[:, 2],
+        "right_inputs_initial": inputs[:, 3],
         "right_inputs_other": inputs[:, 0],
-        "right_inputs_chance": inputs[:, 3:].mean(1),
+        "right_inputs_other_chance": inputs[:, 1],
+        "right_inputs_chance": inputs[:, 4:].mean(1),
         "moved": (plain[:, 0] @ plain[:, 1]).square(),
         "moved_inputs": turned[0],
         "moved_inputs_chance": turned[2:].mean(),
@@ -184,13 +190,10 @@ def _root(M: Tensor) -> Tensor:
     return torch.linalg.cholesky(M + JITTER * M.trace() * torch.eye(len(M)).to(M))
 
 
-def _shares(lines: Tensor, dW: Tensor, other: Tensor, ranks: Tensor) -> Tensor:
-    """Squared cosines with dW's r leading right singular vectors, (ranks, 1 + k).
-
-    First of other's leading one, then of the k directions in lines (n, k), each of length 1.
-    """
-    V, first = _leading_right(dW, int(ranks[-1])), _leading_right(other, 1)
-    return (V.T @ torch.cat([first, lines], dim=1)).square().cumsum(0)[ranks - 1]
+def _shares(lines: Tensor, dW: Tensor, ranks: Tensor) -> Tensor:
+    """Squared cosines of lines (n, k), each of length 1, with dW's r leading rows, (ranks, k)."""
+    V = _leading_right(dW, int(ranks[-1]))
+    return (V.T @ lines).square().cumsum(0)[ranks - 1]
 
 
 def _leading_right(dW: Tensor, r: int) -> Tensor:

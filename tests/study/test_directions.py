@@ -23,9 +23,10 @@ SIDES = ("", "_initial", "_other")
 
 
 def compared(a, a0, dW, other, M):
-    """The columns of one matrix; the random directions are seeded."""
+    """The columns of one matrix; the random directions and the random matrix are seeded."""
     lines = torch.cat([torch.stack([a, a0], 1), gaussian(len(a), DRAWS, seed=7)], 1)
-    return pd.DataFrame(directions._compare(lines, dW, other, M)).set_index("rank")
+    noise = gaussian(*dW.shape, seed=8)
+    return pd.DataFrame(directions._compare(lines, dW, other, noise, M)).set_index("rank")
 
 
 def share(answer, answers, r):
@@ -56,6 +57,9 @@ def test_shares_are_those_of_the_responses_to_inputs(shape, spread):
         chance = [share(X @ g, X @ dW.T, r) for g in random]
         assert line["right_inputs_chance"] == pytest.approx(sum(chance) / DRAWS, abs=1e-8)
         assert line["right_chance"] == pytest.approx(r / 30)
+    noise = torch.linalg.svd(X @ gaussian(*shape, seed=8).T).U[:, 0]
+    expected = [share(noise, X @ dW.T, r) for r in (1, 8)]
+    assert found["right_inputs_other_chance"].tolist() == pytest.approx(expected, abs=1e-8)
     turned = [share(X @ g, (X @ a0)[:, None], 1) for g in random]
     moved = share(a, a0[:, None], 1), share(X @ a, (X @ a0)[:, None], 1), sum(turned) / DRAWS
     columns = ["moved", "moved_inputs", "moved_inputs_chance"]
@@ -80,6 +84,15 @@ def test_directions_that_look_random_may_answer_alike_to_the_inputs_there_are():
     assert found["right"] == pytest.approx(0.01, abs=2e-3) and found["right_inputs"] > 0.999
     assert found["moved"] == pytest.approx(0.01) and found["moved_inputs"] > 0.999
     assert found["right_inputs_chance"] > 0.9 > 0.1 > found["right_chance"]
+
+
+def test_matrices_that_share_nothing_but_the_inputs_may_answer_alike_to_them():
+    u, v, w = torch.linalg.qr(gaussian(30, 3)).Q.T
+    M = torch.outer(u, u) + 1e-6 * torch.eye(30, dtype=torch.float64)
+    dW, other = gaussian(2, 40, 30, seed=1)
+    found = compared(v, w, dW, other, M).loc[1]
+    assert found["right_other"] < 0.5
+    assert found["right_inputs_other"] > 0.999 and found["right_inputs_other_chance"] > 0.999
 
 
 def test_inputs_along_few_directions_are_enough():
