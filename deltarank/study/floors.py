@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import pandas as pd
 
-from deltarank.study.configs import RunConfig
 from deltarank.study.gains import Measured, gain_kept
 from deltarank.study.plan import floor_configs
 from deltarank.study.profiles import profile
@@ -46,21 +45,23 @@ def floors(task: str) -> pd.DataFrame:
     return pd.DataFrame(rows, index=["loss_nats", "score"]).T
 
 
-def skill_kept(value: Measured, config: RunConfig, *, by: str = "loss") -> Measured:
-    """How far `value`, a loss or score or a series of them, goes from the floor to the full tune.
+def skill_kept(value: Measured, full: Result, *, by: str = "loss") -> Measured:
+    """How far `value`, a loss or score or a series of them, goes from the floor to a full run.
 
     The floor is the best of floors(task): the lowest loss or the highest score without the skill.
-    The full fine-tune has the task and the seed of `config` and the task's best learning rate.
     NaN for a task that has no floor, since LoRA is not trained on it.
     """
-    if config.task not in profile().lora_tasks:
+    if full.config.task not in profile().lora_tasks:
         return value * float("nan")
-    without = floors(config.task)
+    without = floors(full.config.task)
     floor = without["loss_nats"].min() if by == "loss" else without["score"].max()
-    full = run(tuned(config.task, seed=config.seed))
     return gain_kept(value, floor, getattr(full, by)())
 
 
 def skill_gain(result: Result, *, by: str = "loss") -> float:
-    """The share of its full fine-tune's gain over the floor that a run reaches on test rows."""
-    return skill_kept(getattr(result, by)(), result.config, by=by)
+    """The share of its full fine-tune's gain over the floor that a run reaches on test rows.
+
+    The full fine-tune has the run's task and seed and the task's best learning rate.
+    """
+    full = run(tuned(result.config.task, seed=result.config.seed))
+    return skill_kept(getattr(result, by)(), full, by=by)

@@ -74,8 +74,8 @@ def cut_gains(config: RunConfig, cuts: pd.DataFrame) -> pd.DataFrame:
     table["energy"] = [captured_energy(full, rank) for rank in table["rank"]]
     table["kept_loss"] = [gain_kept(x, base.loss(), full.loss()) for x in table["loss_nats"]]
     table["kept_score"] = [gain_kept(x, base.score(), full.score()) for x in table["score"]]
-    table["skill_loss"] = skill_kept(table["loss_nats"], config)
-    table["skill_score"] = skill_kept(table["score"], config, by="score")
+    table["skill_loss"] = skill_kept(table["loss_nats"], full)
+    table["skill_score"] = skill_kept(table["score"], full, by="score")
     return table
 
 

@@ -20,7 +20,7 @@ def result(loss, score, config=None):
 def without_skill(monkeypatch):
     """Base 5 nats and 1 %, trained on permuted answers 2 and 20 or 3 and 10; full: 1 and 100."""
     known = {0.0: result(5.0, 1.0), 1.0: result(2.0, 20.0), 1.5: result(3.0, 10.0)}
-    known[2.0] = result(1.0, 100.0)
+    known[2.0] = result(1.0, 100.0, profile().config("facts"))
     monkeypatch.setattr(floors, "run", lambda config: known[config.lr])
     permuted = [RunConfig(task="facts", steps=1, lr=1.0)]
     permuted += [RunConfig(task="facts", method="lora", rank=1, alpha=1.0, steps=1, lr=1.5)]
@@ -34,10 +34,12 @@ def test_the_floor_is_the_best_without_skill(without_skill):
     assert table["loss_nats"].to_dict() == pytest.approx(
         {"base": 5, "full": 2, "lora": 3, "copy": float("nan")}, nan_ok=True
     )
-    config = profile().config("facts")
-    assert skill_kept(2.0, config) == 0 and skill_kept(1.0, config) == 1
-    assert skill_kept(5.0, config) == -3  # below the floor
-    assert skill_kept(60.0, config, by="score") == 0.5
+    full = result(1.0, 100.0, profile().config("facts"))
+    assert skill_kept(2.0, full) == 0 and skill_kept(1.0, full) == 1
+    assert skill_kept(5.0, full) == -3  # below the floor
+    assert skill_kept(60.0, full, by="score") == 0.5
+    lower = result(0.0, 180.0, profile().config("facts"))
+    assert skill_kept(1.0, lower) == 0.5 and skill_kept(100.0, lower, by="score") == 0.5
 
 
 def test_the_gain_of_a_run_is_read_from_the_floor(without_skill):
@@ -58,5 +60,5 @@ def test_only_a_rewriting_can_be_copied():
 
 
 def test_a_task_without_lora_has_no_floor(without_skill):
-    kept = skill_kept(pd.Series([1.0, 2.0]), profile().config("shuffled"))
+    kept = skill_kept(pd.Series([1.0, 2.0]), result(1.0, 50.0, profile().config("shuffled")))
     assert kept.isna().all()
