@@ -18,6 +18,9 @@ from deltarank.study.codes import code_scores
 from deltarank.study.upper import Upper
 
 RISE = 0.02  # of the learned bits over the last quarter of the steps: below it is a plateau
+# Learning may start late, and the flat curve before it is no plateau: learned bits count from this
+# share on, of what the codes hold or of one bit a trained parameter, whichever is less.
+BEGUN = 0.1
 PASSES = 16  # over the codes before a plateau counts, for the first ones teach next to nothing
 SPACING = 1.15  # from one step after which all codes are scored to the next
 FALL = 0.25  # steps of the falling rate, as a share of those before
@@ -29,6 +32,7 @@ class Learned:
     """What a model had learned on the way: scores (see code_scores) by step, and how it ended."""
 
     notes: list[dict[str, float]] = field(default_factory=list)  # step, learned_bits, recall, ...
+    begun: float = 0.0  # learned bits at or below which there is no plateau
     plateau: int | None = None  # the step at which the rate began to fall, if a plateau was found
     diverged: bool = False
 
@@ -40,7 +44,7 @@ class Learned:
         """Whether the learned bits rose by less than RISE over the last quarter of the steps.
 
         The most so far counts, or a relapse would be a plateau; between notes it is read off
-        linearly.  Bits at or below 0 are no plateau.
+        linearly.
 
         >>> notes = [{"step": 30, "learned_bits": 100}, {"step": 40, "learned_bits": 101}]
         >>> Learned(notes).levelled()
@@ -50,7 +54,7 @@ class Learned:
             return False
         steps, bits = self.curve("step"), np.maximum.accumulate(self.curve("learned_bits"))
         before = float(np.interp(0.75 * steps[-1], steps, bits))
-        return 0 < float(bits[-1]) < (1 + RISE) * before
+        return self.begun < float(bits[-1]) < (1 + RISE) * before
 
 
 def memorize(config: CodeRun, upper: Upper, *, label: str = "") -> Learned:
@@ -81,8 +85,10 @@ class Learner:
 
     def __init__(self, config: CodeRun, upper: Upper, bar: tqdm) -> None:
         self.config, self.upper, self.bar = config, upper, bar
-        self.learned, self.step, self.batches = Learned(), 0, _batches(config)
+        self.step, self.batches = 0, _batches(config)
         self.parameters = [p for p in upper.model.parameters() if p.requires_grad]
+        most = min(config.bits, float(sum(p.numel() for p in self.parameters)))
+        self.learned = Learned(begun=BEGUN * most)
         self.optimizer = torch.optim.AdamW(
             self.parameters, lr=config.lr, weight_decay=0.0, fused=True
         )

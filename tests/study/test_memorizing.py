@@ -44,6 +44,19 @@ def test_nothing_learned_is_no_plateau():
     assert not stopped.levelled()
 
 
+def test_a_flat_curve_before_learning_has_begun_is_no_plateau():
+    flat = learned(s0=0, s75=9, s100=9)
+    assert flat.levelled()
+    flat.begun = 10.0
+    assert not flat.levelled()
+    few, many = small_codes(codes=4), small_codes(codes=400)
+    size = code_runs.code_parameters(few)
+    assert few.bits < size < many.bits
+    for config, most in ((few, few.bits), (many, size)):
+        learner = memorizing.Learner(config, code_upper(config), bar=None)
+        assert learner.learned.begun == pytest.approx(memorizing.BEGUN * most)
+
+
 def test_every_code_is_seen_as_often_as_the_others():
     config = small_codes(codes=10, batch_size=4)
     seen = [*itertools.islice(_batches(config), 10)]  # four epochs
