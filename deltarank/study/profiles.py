@@ -255,7 +255,9 @@ PROFILES = {
         code_sizes=(),
         compile=False,  # takes longer than it saves on so few steps
     ),
-    "paper": Profile("paper", fine_tasks=("facts", "sorbian"), alpha_tasks=("facts", "sorbian")),
+    "paper": Profile(
+        "paper", fine_tasks=("facts", "sorbian", "sentiment"), alpha_tasks=("facts", "sorbian")
+    ),
 }
 
 
