@@ -20,8 +20,13 @@ from deltarank.study.tasks import TASKS, task_sha256
 MEASUREMENT = 2
 GROWTH_ROWS = 64  # held-out rows scored in the midst of training
 OWN_OPTIMIZERS = ("muon", "sign", "sgd_momentum")  # beside those of transformers
+# Other adapters of PEFT's (see variants), those of them that have a scale, and those with a knob.
+VARIANTS = ("dora", "hira", "loraplus", "miss", "oft", "pissa", "randlora", "shira", "vera")
+SCALED = ("lora", "dora", "loraplus", "pissa", "randlora")
+FACTORED = ("lora", "loraplus", "tinylora")  # whose update is a product B A of low rank
+KNOBS = {"loraplus": "its ratio of rates, such as 16", "vera": "the first values of d, such as 0.1"}
 KNOWN_VALUES = {
-    "method": ("base", "full", "lora", "tinylora"),
+    "method": ("base", "full", "lora", "tinylora", *VARIANTS),
     "schedule": ("linear", "cosine", "constant"),
     "optimizer": ("adamw_torch_fused", "adamw_torch", "sgd", *OWN_OPTIMIZERS),
     "dtype": ("bfloat16", "float32"),
@@ -37,8 +42,9 @@ class RunConfig:
     linear layer, scaled by alpha / rank, or by alpha / sqrt(rank) with `rslora`.  "tinylora" trains
     `vector` numbers in all (arXiv 2602.04118, as in PEFT): it adds B R A to a matrix, where B A is
     the base weight cut to rank `rank`, and R (rank, rank) the sum of fixed random matrices, each
-    times its number.  `layers` and `modules` say which linear layers have the adapter.  `dtype` is
-    the autocast type of forward and backward passes; master weights and deltas are float32.
+    times its number.  VARIANTS are other adapters, whose `rank` is what their size goes by.
+    `layers` and `modules` say which linear layers have the adapter.  `dtype` is the autocast type
+    of forward and backward passes; master weights and deltas are float32.
     `profile` says in whose store results go, and is no part of what is run.
     Raises ValueError, naming field and cure, for values that cannot run.
     """
@@ -53,6 +59,7 @@ class RunConfig:
     layers: tuple[int, ...] = ()  # that carry the adapter, from 0 on; (): all of them
     modules: tuple[str, ...] = ()  # that carry it, such as ("q_proj",); (): every linear layer
     vector: int = 0  # how many numbers a TinyLoRA trains; its matrices share them
+    knob: float = 0.0  # of the methods in KNOBS
     lr: float = 0.0
     schedule: str = "linear"  # decay to zero
     warmup: float = 0.0  # share of the steps in which the rate first rises from zero
@@ -99,16 +106,20 @@ class RunConfig:
 
     def _adapter_rules(self) -> dict[str, tuple[bool, str]]:
         """Of each field of an adapter whether its value can run, and the cure."""
-        lora, tiny = self.method == "lora", self.method == "tinylora"
-        adapter = lora or tiny
+        lora, tiny, adapter = self.method == "lora", self.method == "tinylora", self.adapter
+        scaled, knob = self.method in SCALED, KNOBS.get(self.method, "")
         return {
             "rank": (
                 self.rank >= 1 if adapter else self.rank == 0,
                 f"a {self.method} run needs {'1 or more' if adapter else '0'}",
             ),
             "alpha": (
-                0 < self.alpha < math.inf if lora else self.alpha == 0,
-                "must be above 0, such as 32" if lora else "only in lora",
+                0 < self.alpha < math.inf if scaled else self.alpha == 0,
+                "must be above 0, such as 32" if scaled else f"only in {', '.join(SCALED)}",
+            ),
+            "knob": (
+                0 < self.knob < math.inf if knob else self.knob == 0,
+                f"must be above 0: {knob}" if knob else f"only in {', '.join(KNOBS)}",
             ),
             "rslora": (lora or not self.rslora, "only in lora"),
             "rank_pattern": (lora or not self.rank_pattern, "only in lora"),
@@ -127,6 +138,11 @@ class RunConfig:
                 f"a {self.method} run needs {'1 or more' if tiny else '0'}",
             ),
         }
+
+    @property
+    def adapter(self) -> bool:
+        """Whether a run trains an adapter on frozen weights."""
+        return self.method not in ("base", "full")
 
     @property
     def recipe(self) -> dict:

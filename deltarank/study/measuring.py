@@ -17,10 +17,10 @@ from torch import Tensor, nn
 from deltarank.checks import require_disk
 from deltarank.runtime import cache_folder, commit, device_name, processor, progress
 from deltarank.spectra import factor_singular_values, rank_measures, singular_values
-from deltarank.study.configs import GROWTH_ROWS, RunConfig
+from deltarank.study.configs import FACTORED, GROWTH_ROWS, RunConfig
 from deltarank.study.evaluation import evaluate, score_rows
 from deltarank.study.losses import scoring
-from deltarank.study.models import TINY, matrices
+from deltarank.study.models import TINY, load_model, matrices
 from deltarank.study.tasks import load_split, load_task
 from deltarank.study.training import has_compiler, lora_layers, prepare, train
 
@@ -162,16 +162,38 @@ def measure_update(
     """
     if config.method == "base":
         return {}, {}, {}
-    if config.method != "full":
+    if config.method in FACTORED:
         factors = {name: lora_factors(layer) for name, layer in lora_layers(model).items()}
         scaled = {f"{n}.B": scale * B for n, (B, _, scale) in factors.items()}
         _keep_update(config, scaled | {f"{n}.A": A for n, (_, A, _) in factors.items()})
         spectra = {n: scale * factor_singular_values(B, A) for n, (B, A, scale) in factors.items()}
         return spectra, {n: [len(B), A.shape[1]] for n, (B, A, _) in factors.items()}, {}
+    if config.adapter:
+        dW = _merged_update(config, model)
+        _keep_update(config, dW)
+        spectra = {name: singular_values(update) for name, update in dW.items()}
+        return spectra, {name: list(update.shape) for name, update in dW.items()}, {}
     dW = {n: p.detach().cpu() - W0[n] for n, p in model.named_parameters() if n in W0}
     _keep_update(config, dW)
     spectra = {name: singular_values(dW[name]) for name in matrices(model)}
     return spectra, {n: list(dW[n].shape) for n in spectra}, _squared_norms(dW, spectra)
+
+
+@torch.no_grad()
+def _merged_update(config: RunConfig, model: nn.Module) -> dict[str, Tensor]:
+    """dW (m, n) of every matrix that has an adapter: what PEFT merges, minus the base model's.
+
+    The model's own weights before training will not do: PiSSA takes its factors out of them.
+    """
+    from peft.tuners.tuners_utils import BaseTunerLayer
+
+    W0, dW = matrices(load_model(config.model)), {}
+    for name, layer in model.get_base_model().named_modules():
+        if isinstance(layer, BaseTunerLayer):
+            layer.merge()
+            merged = layer.get_base_layer().weight.detach()
+            dW[f"{name}.weight"] = (merged - W0[f"{name}.weight"]).cpu()
+    return dW
 
 
 def _keep_update(config: RunConfig, update: dict[str, Tensor]) -> None:
@@ -187,5 +209,5 @@ def estimated_seconds(config: RunConfig) -> float:
     """A rough cost on two cores, to plan by: seconds a step by method, and the evaluation."""
     if config.model == TINY:
         return 1.0 + 0.05 * config.steps
-    step = {"base": 0.0, "full": 1.2, "lora": 1.0, "tinylora": 1.0}[config.method]
+    step = {"base": 0.0, "full": 1.2}.get(config.method, 1.0)
     return 15 + 0.1 * config.eval_rows + step * config.steps * config.batch_size / 16

@@ -63,9 +63,21 @@ MAKERS: dict[str, Callable[[RunConfig, list[nn.Parameter]], Optimizer]] = dict(
 def own_optimizer(config: RunConfig, model: nn.Module) -> Optimizer | None:
     """The optimizer of what `model` trains where it is one of OWN_OPTIMIZERS; else transformers'.
 
+    LoRA+ (arXiv 2402.12354) is AdamW whose rate is `knob` times as high for B as for A.
+
     "muon" (https://kellerjordan.github.io/posts/muon, as in torch): a matrix moves along the
     nearest orthogonal matrix to its momentum, so that all directions move alike.
     """
+    if config.method == "loraplus":
+        from peft.optimizers import create_loraplus_optimizer
+
+        return create_loraplus_optimizer(
+            model,  # type: ignore[arg-type]  # PEFT says its own model, any other will do
+            AdamW,
+            lr=config.lr,
+            loraplus_lr_ratio=config.knob,
+            fused=True,
+        )
     if config.optimizer not in MAKERS:
         return None
     return MAKERS[config.optimizer](config, [p for p in model.parameters() if p.requires_grad])

@@ -154,7 +154,8 @@ class Profile:
     def config(self, task: str, method: str = "full", **changes) -> RunConfig:
         """The configuration of one run of this profile; `changes` override single fields.
 
-        The learning rate is the middle one of the method's, common to all tasks.
+        The learning rate is the middle one of the method's, common to all tasks.  Of a variant all
+        is to be given.
         """
         fields = ["model", "steps", "batch_size", "seq_len", "eval_rows", "generate_rows"]
         sizes = {field: getattr(self, field) for field in [*fields, "compile"]}
@@ -166,7 +167,7 @@ class Profile:
             "lora": {"lr": middle(self.lora_lrs), "alpha": LORA_ALPHA},
             "tinylora": {"lr": middle(self.tiny_lrs)},
         }
-        return RunConfig(task=task, method=method, **(sizes | recipes[method] | changes))
+        return RunConfig(task=task, method=method, **(sizes | recipes.get(method, {}) | changes))
 
 
 def middle(values: Sequence[Number]) -> Number:

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from deltarank.checks import require, require_disk
 from deltarank.store import cached, load_entry
-from deltarank.study.configs import RunConfig
+from deltarank.study.configs import FACTORED, RunConfig
 from deltarank.study.measuring import (
     delta_file,
     estimated_seconds,
@@ -107,7 +107,8 @@ def _measure_one(config: RunConfig, label: str) -> tuple[RunConfig, tuple]:
 def updates(config: RunConfig) -> dict[str, Tensor]:
     """dW of every trained parameter, float32; trained again when it is not in the cache.
 
-    Of an adapter that is scale * B @ A of every matrix that it is on, and no entry of the others.
+    Of an adapter that is the update of every matrix that it is on, and no entry of the others: of
+    FACTORED ones scale * B @ A.
     Another processor rounds otherwise, and training amplifies it: warns where what was trained
     again is not the update that was stored.  Raises ValueError for a run that has none.
     """
@@ -120,7 +121,7 @@ def updates(config: RunConfig) -> dict[str, Tensor]:
         _train_again(config, before)
     require(delta_file(config).exists(), told)
     kept = load_file(delta_file(config))
-    if config.method != "full":
+    if config.method in FACTORED:
         return {
             n.removesuffix(".B"): B @ kept[f"{n[:-1]}A"] for n, B in kept.items() if n[-1] == "B"
         }

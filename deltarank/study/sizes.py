@@ -9,7 +9,7 @@ import pandas as pd
 from deltarank.checkpoints import layer_and_module
 from deltarank.checks import require
 from deltarank.lora import pattern_value
-from deltarank.study.configs import RunConfig
+from deltarank.study.configs import VARIANTS, RunConfig
 from deltarank.study.floors import skill_gain
 from deltarank.study.gains import needed_bracket
 from deltarank.study.models import matrices, skeleton
@@ -17,6 +17,7 @@ from deltarank.study.profiles import profile
 from deltarank.study.runs import sweep
 from deltarank.study.search import best_alpha, best_lr, coarse_search
 from deltarank.study.training import adapted_matrices
+from deltarank.study.variants import PARAMETERS
 
 PLACES = ("spread", "first", "middle", "last")  # where the layers of a sparse LoRA lie
 
@@ -30,13 +31,16 @@ def trained_parameters(config: RunConfig) -> int:
     if config.method == "full":
         frozen = 0 if config.train_embedding else model.get_input_embeddings().weight.numel()
         return sum(parameter.numel() for parameter in model.parameters()) - frozen
-    if config.method != "lora":
-        adapted_matrices(config, model)  # or it could not be trained
+    adapted = adapted_matrices(config, model)
+    if config.method == "tinylora":
         return config.vector
+    if config.method in VARIANTS:
+        count = PARAMETERS[config.method]
+        return sum(count(len(W), W.shape[1], config.rank) for W in adapted.values())
     own = dict(config.rank_pattern)
     return sum(
         pattern_value(own, name.removesuffix(".weight"), config.rank) * sum(weight.shape)
-        for name, weight in adapted_matrices(config, model).items()
+        for name, weight in adapted.items()
     )
 
 

@@ -17,11 +17,12 @@ from torch import Tensor, nn
 
 from deltarank.checks import require
 from deltarank.runtime import device, progress
-from deltarank.study.configs import OWN_OPTIMIZERS, RunConfig
+from deltarank.study.configs import OWN_OPTIMIZERS, VARIANTS, RunConfig
 from deltarank.study.losses import AnswerModel, packs, require_own_loss
 from deltarank.study.models import load_model, load_tokenizer, matrices
 from deltarank.study.optimizers import own_optimizer
 from deltarank.study.tasks import a_line_each, encode, load_split, pack, permute_answers
+from deltarank.study.variants import variant_adapter
 
 if TYPE_CHECKING:  # PEFT is imported where it trains
     from peft import PeftConfig
@@ -48,12 +49,12 @@ def prepare(config: RunConfig) -> nn.Module:
     require_own_loss(model)
     model.get_input_embeddings().weight.requires_grad_(config.train_embedding)
     layers = next(m for m in model.modules() if isinstance(m, nn.ModuleList))
-    if config.method in ("lora", "tinylora"):
+    if config.adapter:
         torch.manual_seed(config.seed)
         with quiet_peft():
             model = get_peft_model(model, _adapter(config, model))
     # What is told apart by more than its weights would be compiled layer by layer.
-    alike = not config.rank_pattern and config.method != "tinylora"
+    alike = not config.rank_pattern and config.method in ("full", "lora", "loraplus", "pissa")
     if config.compile and has_compiler() and alike:
         for layer in layers:  # one small graph, shared by all layers and lengths of a batch
             layer.compile(dynamic=True, recompile_limit=GRAPHS)
@@ -63,11 +64,17 @@ def prepare(config: RunConfig) -> nn.Module:
 def adapted_matrices(config: RunConfig, model: nn.Module) -> dict[str, Tensor]:
     """The matrices that an adapter is on, by parameter name.
 
-    Raises ValueError as `matrices` does, for a rank above the smallest of them, and for more
-    numbers of a TinyLoRA than they tell apart.
+    Raises ValueError as `matrices` does, for a rank above the smallest of them where that is a
+    bound, for an OFT whose blocks do not fill their inputs, and for more numbers of a TinyLoRA than
+    they tell apart.
     """
     found = matrices(model, layers=config.layers, modules=config.modules)
-    require_rank(config.rank, found)
+    if config.method == "oft":
+        inputs = math.gcd(*(weight.shape[1] for weight in found.values()))
+        cure = f"choose 2 or more that divide {inputs}"
+        require(config.rank > 1 and inputs % config.rank == 0, f"rank={config.rank}: {cure}")
+    elif config.method not in ("randlora", "vera"):
+        require_rank(config.rank, found)
     most = len(found) * config.rank**2
     told = f"{len(found)} matrices at rank {config.rank} tell {most} numbers apart"
     require(config.vector <= most, f"vector={config.vector}: {told}; choose at most {most}")
@@ -92,6 +99,8 @@ def _adapter(config: RunConfig, model: nn.Module) -> PeftConfig:
     from peft import LoraConfig, TinyLoraConfig
 
     names = [name.removesuffix(".weight") for name in adapted_matrices(config, model)]
+    if config.method in VARIANTS:
+        return variant_adapter(config, names)
     if config.method == "tinylora":
         return TinyLoraConfig(
             r=config.rank,

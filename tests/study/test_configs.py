@@ -19,6 +19,7 @@ from deltarank.study.training import lora_layers, prepare
 FULL = {"task": "sentiment", "model": TINY, "lr": 1e-4, "steps": 6}
 LORA = FULL | {"method": "lora", "rank": 4, "alpha": 8.0}
 TINY_LORA = FULL | {"method": "tinylora", "rank": 2, "vector": 8}
+LORA_PLUS = LORA | {"method": "loraplus", "knob": 16.0}
 
 
 @pytest.mark.parametrize(
@@ -86,6 +87,7 @@ CHANGES = {
     "layers": (1,),
     "modules": ("q_proj",),
     "vector": 9,
+    "knob": 9.0,
     "lr": 2e-4,
     "schedule": "constant",
     "steps": 7,
@@ -122,7 +124,7 @@ def test_the_profile_that_asks_for_a_run_is_no_part_of_its_key(record):
 
 @pytest.mark.parametrize("field", CHANGES)
 def test_the_key_changes_with_every_field(field):
-    start = {"train_embedding": FULL, "vector": TINY_LORA}.get(field, LORA)
+    start = {"train_embedding": FULL, "vector": TINY_LORA, "knob": LORA_PLUS}.get(field, LORA)
     assert RunConfig(**start).key != RunConfig(**(start | {field: CHANGES[field]})).key
 
 

@@ -101,6 +101,18 @@ def defaults():
     return {f.name: repr(f.default) for f in fields if f.default is not dataclasses.MISSING}
 
 
+def numbers_of_variants():
+    """Of every adapter of PEFT's beside LoRA and TinyLoRA."""
+    ranks = {"miss": 4, "oft": 8, "randlora": 8, "vera": 16}
+    found = {}
+    for method in configs.VARIANTS:
+        fields = {"rank": ranks.get(method, 2)}
+        fields |= {"alpha": 8.0} if method in configs.SCALED else {}
+        fields |= {"knob": 0.5} if method in configs.KNOBS else {}
+        found[method] = numbers_of(config(method, **fields))
+    return found
+
+
 SECTIONS = {
     "defaults": defaults,
     "base": lambda: numbers_of(config("base")),
@@ -109,6 +121,7 @@ SECTIONS = {
     "sparse": lambda: numbers_of(config("lora", rank=4, alpha=8.0, layers=(1,), modules=SOME)),
     # At rank 1 the signs of singular vectors, which another machine may turn, change no update.
     "tinylora": lambda: numbers_of(config("tinylora", rank=1, vector=8, lr=0.3)),
+    "variants": numbers_of_variants,
     "cuts": numbers_of_cuts,
     "overlaps": numbers_of_overlaps,
 }
