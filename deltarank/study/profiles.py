@@ -62,6 +62,7 @@ class Profile:
     sparse_modules: tuple[str, ...] = ("q_proj",)
     # Tasks with a LoRA of rank 1 on so many layers, in turn at each of sizes.PLACES.
     place_runs: tuple[tuple[str, int], ...] = (("kjv", 3), ("arithmetic", 3))
+    trials: int = 6  # settings of a method that are tried on a task (see trials)
     fine_tasks: tuple[str, ...] = ()  # whose rates are searched finer, once those runs are stored
     # Tasks in which a low rank falls short: their LoRAs take the best of these alphas.
     alpha_tasks: tuple[str, ...] = ()
@@ -199,6 +200,7 @@ PROFILES = {
         tiny_lrs=(1e-2, 1e-1),
         sparse_layers=(1,),
         place_runs=(("facts", 1),),
+        trials=3,
         own_sizes=(),
         production_lrs=(),
         warmup_lrs=(("facts", (1e-4, 1e-3, 1e-2)),),
