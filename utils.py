@@ -76,6 +76,7 @@ from deltarank.study.tables import (
     ends,
     finer_table,
     gain,
+    joint_agreement,
     keep_table,
     runs_table,
     scaling_table,

@@ -259,7 +259,9 @@ PROFILES = {
         compile=False,  # takes longer than it saves on so few steps
     ),
     "paper": Profile(
-        "paper", fine_tasks=("facts", "sorbian", "sentiment"), alpha_tasks=("facts", "sorbian")
+        "paper",
+        fine_tasks=("facts", "sorbian", "sentiment", "json"),
+        alpha_tasks=("facts", "sorbian"),
     ),
 }
 

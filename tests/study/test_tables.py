@@ -8,7 +8,7 @@ from matrices import gaussian
 
 from deltarank.study.profiles import PROFILES
 from deltarank.study.runs import Result
-from deltarank.study.tables import bootstrap_interval, by_part, spearman
+from deltarank.study.tables import bootstrap_interval, by_part, joint_agreement, spearman
 from deltarank.study.tasks import load_split
 
 
@@ -37,6 +37,25 @@ def test_the_interval_of_spearman_covers_what_normal_data_have():
 def test_spearman_leaves_out_draws_without_an_order():
     found = spearman(pd.Series([1, 2]), pd.Series([3, math.inf]))
     assert [*found.values()] == pytest.approx([1, 1, 1])
+
+
+def test_the_joint_agreement_is_the_mean_of_all_pairs():
+    x, y = (pd.DataFrame(gaussian(9, k).numpy()) for k in (3, 2))
+    y.iloc[0, 0] = math.inf
+    pairs = [spearman(x[i], y[j])["spearman"] for i in x for j in y]
+    assert joint_agreement(x, y)["spearman"] == pytest.approx(sum(pairs) / 6)
+
+
+def test_measures_that_are_copies_of_each_other_agree_no_more_surely_than_one():
+    x, y = (pd.DataFrame(gaussian(9, 1, seed=s).numpy()) for s in (0, 1))
+    copies = pd.concat([x] * 5, axis=1)
+    assert joint_agreement(copies, y) == pytest.approx(joint_agreement(x, y))
+
+
+def test_random_tables_agree_by_chance_as_often_as_p_says():
+    tables = [pd.DataFrame(gaussian(7, 2, seed=s).numpy()) for s in range(200)]
+    found = [joint_agreement(x, y)["p"] for x, y in zip(tables[::2], tables[1::2], strict=True)]
+    assert 0.1 < sum(p <= 0.25 for p in found) / len(found) < 0.4
 
 
 def test_a_mix_is_scored_part_by_part():
