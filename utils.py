@@ -83,5 +83,6 @@ from deltarank.study.tables import (
     show_row,
     spearman,
     spectra_table,
+    without_spectrum,
 )
 from deltarank.study.tasks import TASKS, load_task

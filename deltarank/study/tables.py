@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import math
 from collections.abc import Callable, Sequence
 
 import numpy as np
@@ -14,7 +15,7 @@ from deltarank.spectra import spectrum_measures
 from deltarank.store import cached
 from deltarank.study.configs import RunConfig
 from deltarank.study.floors import skill_kept
-from deltarank.study.gains import captured_energy, gain_kept
+from deltarank.study.gains import captured_energy, first_epoch_kbit, gain_kept
 from deltarank.study.plan import scaling_configs
 from deltarank.study.profiles import profile
 from deltarank.study.runs import Result, run, sweep
@@ -153,6 +154,23 @@ def spectra_table(results: Sequence[Result]) -> pd.DataFrame:
             row |= {"layer": layer, "module": module, "shape": shape, "S": S}
             rows.append(row | spectrum_measures(S, shape))
     return pd.DataFrame(rows)
+
+
+def without_spectrum(results: Sequence[Result]) -> pd.DataFrame:
+    """What orders tasks without an SVD, a line a task: medians over these full runs of it.
+
+    learning rate; norm, that of the update of all matrices (Frobenius); bits, first_epoch_kbit.
+    """
+    found = pd.DataFrame(
+        {
+            "task": result.config.task,
+            "learning rate": result.config.lr,
+            "norm": math.sqrt(sum(float(S @ S) for S in result.spectra.values())),
+            "bits": first_epoch_kbit(result),
+        }
+        for result in results
+    )
+    return found.groupby("task", sort=False).median()
 
 
 def spearman(x: pd.Series, y: pd.Series) -> dict[str, float]:

@@ -4,11 +4,19 @@ import math
 
 import pandas as pd
 import pytest
+import torch
 from matrices import gaussian
 
+from deltarank.study.gains import first_epoch_kbit
 from deltarank.study.profiles import PROFILES
 from deltarank.study.runs import Result
-from deltarank.study.tables import bootstrap_interval, by_part, joint_agreement, spearman
+from deltarank.study.tables import (
+    bootstrap_interval,
+    by_part,
+    joint_agreement,
+    spearman,
+    without_spectrum,
+)
 from deltarank.study.tasks import load_split
 
 
@@ -70,3 +78,25 @@ def test_a_mix_is_scored_part_by_part():
         assert line["loss_nats"] == pytest.approx(sum(nats[i] for i in mine) / (2 * len(mine)))
         scored = [scores[i] for i in mine if scores[i] is not None]
         assert line["score"] == pytest.approx(sum(scored) / len(scored))
+
+
+def test_what_orders_tasks_without_an_svd_is_the_median_of_their_runs():
+    sizes = PROFILES["smoke"]
+    results = [
+        Result(
+            sizes.config(task, lr=lr),
+            {"train_loss_nats": [nats] * sizes.steps},
+            {"a": norm * torch.tensor([0.6, 0.0]), "b": norm * torch.tensor([0.8])},
+        )
+        for task, lr, nats, norm in [
+            ("facts", 1e-4, 1.0, 2.0),
+            ("code", 1e-5, 0.0, 1.0),
+            ("facts", 3e-4, 3.0, 4.0),
+            ("facts", 1e-3, 2.0, 8.0),
+        ]
+    ]
+    found = without_spectrum(results)
+    assert [*found.index] == ["facts", "code"]
+    assert [*found["learning rate"]] == [3e-4, 1e-5]
+    assert [*found["norm"]] == pytest.approx([4.0, 1.0])
+    assert found["bits"]["facts"] == first_epoch_kbit(results[3]) > found["bits"]["code"] == 0
