@@ -42,9 +42,8 @@ class Profile:
     eval_rows: int = 256  # held-out rows scored
     generate_rows: int = 64  # of those, rows answered by free generation where the metric needs it
     cut_ranks: tuple[int, ...] = (0, 1, 8, 64)  # 0 keeps only what is outside the matrices
-    control_ranks: tuple[int, ...] = (8,)  # each part of CUT_PARTS is cut to these, first seed ...
-    # ... and each of LENGTH_PARTS in these tasks.
-    length_tasks: tuple[str, ...] = ("json", "kjv", "sentiment", "facts", "arithmetic", "sorbian")
+    # Each part of CUT_PARTS, and in the lora_tasks of LENGTH_PARTS, is cut to these, first seed.
+    control_ranks: tuple[int, ...] = (8,)
     lora_tasks: tuple[str, ...] = ALL_TASKS
     lora_ranks: tuple[int, ...] = (1, 8, 64)  # of every task, first seed; lora_until has others
     # Tasks in which the directions of LoRA are compared with those of full fine-tuning.
@@ -191,7 +190,6 @@ PROFILES = {
         lora_ranks=(1, 4, 8),
         direction_tasks=("sentiment", "facts"),
         reading_tasks=("facts",),
-        length_tasks=("sentiment", "facts"),
         full_lrs=(1e-4, 1e-3),
         seeds=(0, 1),
         lora_lrs=(1e-3, 1e-2),

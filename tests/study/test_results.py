@@ -203,7 +203,7 @@ def test_the_paper_is_rendered_without_training(monkeypatch, no_training, record
     for config in full[: len(profile().tasks)]:
         for part in cuts.CUT_PARTS:
             cuts.cut(config, profile().control_ranks, part=part)
-        for part in cuts.LENGTH_PARTS if config.task in profile().length_tasks else ():
+        for part in cuts.LENGTH_PARTS if config.task in profile().lora_tasks else ():
             cuts.cut(config, profile().control_ranks, part=part)
     ask_for_the_rate_between()
     ask_for_controls()
