@@ -260,7 +260,8 @@ def label_points(ax, x: pd.Series, y: pd.Series) -> None:
         boxes = [(px + dx, py + dy, px + dx + width, py + dy + height) for dx, dy in sides]
         covered = [sum(_common_area(box, other) for other in taken) for box in boxes]
         covered = [  # rounded, so that of sides that are as free the first is taken
-            round(area - _common_area(box, frame)) for area, box in zip(covered, boxes, strict=True)
+            round(area - _common_area(box, frame), 3)
+            for area, box in zip(covered, boxes, strict=True)
         ]
         best = covered.index(min(covered))
         taken.append(boxes[best])

@@ -15,6 +15,7 @@ from deltarank.runtime import ROOT, build_folder
 from deltarank.study.figures import (
     VENUE_WIDTHS,
     figure_width,
+    label_points,
     plot_by_task,
     save_figure,
     save_table,
@@ -198,3 +199,14 @@ def test_numbers_of_a_table_are_shown_as_asked():
 def test_a_table_has_the_same_bytes_again():
     table = pd.DataFrame({"gain": [0.5, 0.25]})
     assert latex_of(table)[0] == latex_of(table)[0]
+
+
+def test_points_are_named_on_the_first_free_side_and_where_a_value_is_missing():
+    fig, ax = pyplot.subplots()
+    ax.set(xlim=(0, 1), ylim=(0, 1))
+    y = pd.Series({"json": 0.5, "facts": math.nan})
+    label_points(ax, pd.Series({"json": 0.3, "facts": 0.6}), y)
+    first, missing = ax.texts
+    assert (first.get_text(), missing.get_text()) == ("JSON", "facts")
+    assert first.xyann == (6, -4)  # to the right
+    pyplot.close(fig)
