@@ -200,7 +200,7 @@ def _squeeze(model: nn.Module, rank: int) -> None:
 
 def heal_of(task: str, start: str, rank: int, steps: int, *, seed: int, **fields) -> Heal:
     """A heal of the task's full run, by the profile's sizes; fields: lr, wide."""
-    full, rows = tuned(task, seed=seed), profile().heal_rows
+    full, rows = tuned(task, seed=seed), profile().heals.rows
     return Heal(full=full, start=start, rank=rank, steps=steps, rows=rows, **fields)
 
 
@@ -210,11 +210,11 @@ def heal_lr(task: str, start: str) -> float:
     Of heals with the first seed, the middle rank and the middle number of steps; the squeezed LoRA
     at its first pair of ranks.
     """
-    sizes = profile()
-    fields = {"rank": middle(sizes.heal_ranks), "steps": middle(sizes.heal_steps)}
+    grid, first = profile().heals, profile().seeds[0]
+    fields = {"rank": middle(grid.ranks), "steps": middle(grid.steps)}
     if start == "squeezed":
-        fields |= dict(zip(("wide", "rank"), sizes.heal_squeezes[0], strict=True))
-    rates, first = dict(sizes.heal_lrs)[start], sizes.seeds[0]
+        fields |= dict(zip(("wide", "rank"), grid.squeezes[0], strict=True))
+    rates = dict(grid.lrs)[start]
     return best_lr(heal_sweep([heal_of(task, start, seed=first, lr=lr, **fields) for lr in rates]))
 
 
@@ -223,17 +223,17 @@ def heal_configs() -> list[Heal]:
 
     Those that take steps at the rate of heal_lr; runs what of its search is not stored.
     """
-    sizes, found = profile(), []
-    starts = [(start, 0, rank) for start in ("cut", "nothing") for rank in sizes.heal_ranks]
-    starts += [("squeezed", *pair) for pair in sizes.heal_squeezes]
-    for task in sizes.heal_tasks:
-        cuts = itertools.product(sizes.heal_ranks, sizes.seeds)
+    grid, seeds, found = profile().heals, profile().seeds, []
+    starts = [(start, 0, rank) for start in ("cut", "nothing") for rank in grid.ranks]
+    starts += [("squeezed", *pair) for pair in grid.squeezes]
+    for task in grid.tasks:
+        cuts = itertools.product(grid.ranks, seeds)
         found += [heal_of(task, "cut", rank, 0, seed=seed) for rank, seed in cuts]
         best = {start: heal_lr(task, start) for start in STARTS}
-        grid = itertools.product(starts, sizes.heal_steps, sizes.seeds)
+        points = itertools.product(starts, grid.steps, seeds)
         found += [
             heal_of(task, start, rank, steps, seed=seed, lr=best[start], wide=wide)
-            for (start, wide, rank), steps, seed in grid
+            for (start, wide, rank), steps, seed in points
         ]
     return found
 

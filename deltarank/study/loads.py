@@ -13,10 +13,10 @@ from deltarank.checks import require
 from deltarank.study.capacity import CodeResult, code_sweep
 from deltarank.study.code_runs import CodeRun, code_parameters
 from deltarank.study.codes import DIGIT_BITS
+from deltarank.study.grids import Size
 from deltarank.study.profiles import LORA_ALPHA, profile
 
 RATE_LOAD = 1.0  # bits a parameter: a size tries its rates at the load nearest to this
-Size = tuple[tuple[int, ...], tuple[str, ...], int]  # layers, modules, rank, as in a profile
 
 
 def sized_codes(size: Size, load: float, *, lr: float, seed: int) -> CodeRun:
@@ -32,9 +32,9 @@ def _smallest(size: Size, lr: float, seed: int) -> CodeRun:
     """The run of a size by the profile, with the fewest codes."""
     sizes, (layers, modules, rank) = profile(), size
     scale: dict[str, Any] = {"rank": rank, "alpha": LORA_ALPHA} if rank else {"method": "full"}
-    budget: dict[str, Any] = {"lr": lr, "steps": sizes.code_steps, "seed": seed}
+    budget: dict[str, Any] = {"lr": lr, "steps": sizes.codes.steps, "seed": seed}
     trained = scale | {"model": sizes.model, "layers": layers, "modules": modules}
-    return CodeRun(codes=2, digits=sizes.code_digits, **trained | budget)
+    return CodeRun(codes=2, digits=sizes.codes.digits, **trained | budget)
 
 
 def _codes_a_bit(config: CodeRun) -> float:
@@ -43,14 +43,14 @@ def _codes_a_bit(config: CodeRun) -> float:
 
 
 def loads_of(size: Size) -> list[float]:
-    """The profile's loads at which a size has at least 2 codes, and at most code_most.
+    """The profile's loads of codes at which a size has at least 2 codes, and no more than its most.
 
     Raises ValueError where there are none.
     """
-    sizes, each = profile(), _codes_a_bit(_smallest(size, 1.0, 0))
-    given = sizes.code_loads if size[-1] else sizes.code_full_loads
-    found = [load for load in given if 2 <= round(load * each) <= sizes.code_most]
-    cure = f"none of {given} makes 2 to {sizes.code_most} codes"
+    grid, each = profile().codes, _codes_a_bit(_smallest(size, 1.0, 0))
+    given = grid.loads if size[-1] else grid.full_loads
+    found = [load for load in given if 2 <= round(load * each) <= grid.most]
+    cure = f"none of {given} makes 2 to {grid.most} codes"
     require(bool(found), f"the loads of {size}: {cure}")
     return found
 
@@ -58,7 +58,7 @@ def loads_of(size: Size) -> list[float]:
 def best_code_lr(size: Size) -> float:
     """The rate of the profile at which a size learns most, at one load with the first seed."""
     sizes, load = profile(), min(loads_of(size), key=lambda load: abs(load - RATE_LOAD))
-    rates = sizes.code_lrs if size[-1] else sizes.code_full_lrs
+    rates = sizes.codes.lrs if size[-1] else sizes.codes.full_lrs
     tried = code_sweep([sized_codes(size, load, lr=lr, seed=sizes.seeds[0]) for lr in rates])
     finished = [result for result in tried if result.status == "finished"]
     require(bool(finished), f"{size}: diverged at every rate of {rates}; lower them")
@@ -68,15 +68,13 @@ def best_code_lr(size: Size) -> float:
 def code_configs() -> list[CodeRun]:
     """The profile's code runs, each size at its best rate; runs what of their search is not stored.
 
-    Every size at each of its loads with the first seed; code_seed_size at code_seed_loads with the
-    others too.
+    Every size at each of its loads with the first seed; the grid's seed_size at its seed_loads with
+    the others too.
     """
-    sizes = profile()
-    first, *others = sizes.seeds
-    points = [(size, load, first) for size in sizes.code_sizes for load in loads_of(size)]
-    if sizes.code_sizes:
-        grid = itertools.product([sizes.code_seed_size], sizes.code_seed_loads, others)
-        points += list(grid)
+    grid, (first, *others) = profile().codes, profile().seeds
+    points = [(size, load, first) for size in grid.sizes for load in loads_of(size)]
+    if grid.sizes:
+        points += list(itertools.product([grid.seed_size], grid.seed_loads, others))
     rates = {size: best_code_lr(size) for size in dict.fromkeys(size for size, _, _ in points)}
     return [sized_codes(size, load, lr=rates[size], seed=seed) for size, load, seed in points]
 

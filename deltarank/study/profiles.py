@@ -14,6 +14,7 @@ from deltarank.checks import require
 from deltarank.runtime import ROOT, build_folder, own_model, profile_name, venue
 from deltarank.study.configs import RunConfig
 from deltarank.study.convert import GEMMA
+from deltarank.study.grids import CodeGrid, HealGrid, LadderGrid
 from deltarank.study.models import TINY, load_tokenizer
 from deltarank.study.tasks import encode, load_task
 
@@ -52,15 +53,7 @@ class Profile:
     # A task, and of LoRA each of its lora_ranks, takes the rate of the lowest held-out loss.
     full_lrs: tuple[float, ...] = (3e-6, 1e-5, 3e-5, 1e-4, 3e-4, 1e-3, 3e-3)
     lora_lrs: tuple[float, ...] = (3e-5, 1e-4, 3e-4, 1e-3, 3e-3, 1e-2)
-    # Adapters below rank 1 on all layers (see sizes.ladder): TinyLoRA of these many numbers, and
-    # LoRA of rank 1 on so many layers, evenly spaced, and on one module of every layer.
-    tiny_rank: int = 4
-    tiny_vectors: tuple[int, ...] = (16, 128, 1024)
-    tiny_lrs: tuple[float, ...] = (1e-3, 3e-3, 1e-2, 3e-2, 1e-1)
-    sparse_layers: tuple[int, ...] = (1, 3, 6, 9)
-    sparse_modules: tuple[str, ...] = ("q_proj",)
-    # Tasks with a LoRA of rank 1 on so many layers, in turn at each of sizes.PLACES.
-    place_runs: tuple[tuple[str, int], ...] = (("kjv", 3), ("arithmetic", 3))
+    ladder: LadderGrid = LadderGrid()
     trials: int = 6  # settings of a method that are tried on a task (see trials)
     fine_tasks: tuple[str, ...] = ()  # whose rates are searched finer, once those runs are stored
     # Tasks in which a low rank falls short: their LoRAs take the best of these alphas.
@@ -95,40 +88,8 @@ class Profile:
         ("sorbian", 1),
     )
     budgets: tuple[int, ...] = (1, 2)  # ... with so many times the steps
-    # Tasks whose cuts at these ranks are healed for these steps on so many training rows, beside
-    # LoRA from nothing and LoRA trained at a wide rank and squeezed to a narrow one; each start
-    # takes the best of three rates.
-    heal_tasks: tuple[str, ...] = ("facts", "sorbian", "json")
-    heal_ranks: tuple[int, ...] = (4, 8, 16)
-    heal_steps: tuple[int, ...] = (15, 30, 60)
-    heal_rows: int = 960
-    heal_squeezes: tuple[tuple[int, int], ...] = ((64, 8),)
-    heal_lrs: tuple[tuple[str, tuple[float, float, float]], ...] = (
-        ("cut", (3e-4, 1e-3, 3e-3)),
-        ("nothing", (1e-4, 3e-4, 1e-3)),
-        ("squeezed", (1e-4, 3e-4, 1e-3)),
-    )
-    # Codes learned by a few layers (see loads): what is trained, as (layers, modules, rank), no
-    # modules being all linear ones and rank 0 all parameters of the layers; bits of codes a trained
-    # parameter, as far as codes are not too many; steps at most.  A size takes the best of these
-    # rates; rank 0 has rates and loads of its own.  One size has all seeds at some loads.
-    code_sizes: tuple[tuple[tuple[int, ...], tuple[str, ...], int], ...] = (
-        ((14,), ("down_proj",), 1),
-        ((14,), (), 1),
-        ((14,), (), 4),
-        ((14, 15, 16, 17), (), 1),
-        ((14, 15, 16, 17), (), 8),
-        ((14,), (), 0),
-    )
-    code_digits: int = 6
-    code_loads: tuple[float, ...] = (0.05, 0.2, 0.5, 1.0, 2.0, 5.0, 20.0)
-    code_full_loads: tuple[float, ...] = (0.001, 0.01)
-    code_most: int = 5000  # codes
-    code_steps: int = 4000
-    code_lrs: tuple[float, ...] = (1e-3, 3e-3, 1e-2)
-    code_full_lrs: tuple[float, ...] = (3e-5, 1e-4, 3e-4)
-    code_seed_size: tuple[tuple[int, ...], tuple[str, ...], int] = ((14,), (), 1)
-    code_seed_loads: tuple[float, ...] = (0.2, 1.0, 2.0, 5.0)
+    heals: HealGrid = HealGrid()
+    codes: CodeGrid = CodeGrid()
     compile: bool = True
 
     @property
@@ -165,7 +126,7 @@ class Profile:
             "base": {"steps": 0},
             "full": {"lr": middle(self.full_lrs)},
             "lora": {"lr": middle(self.lora_lrs), "alpha": LORA_ALPHA},
-            "tinylora": {"lr": middle(self.tiny_lrs)},
+            "tinylora": {"lr": middle(self.ladder.tiny_lrs)},
         }
         return RunConfig(task=task, method=method, **(sizes | recipes.get(method, {}) | changes))
 
@@ -193,11 +154,13 @@ PROFILES = {
         full_lrs=(1e-4, 1e-3),
         seeds=(0, 1),
         lora_lrs=(1e-3, 1e-2),
-        tiny_rank=2,
-        tiny_vectors=(8, 32),
-        tiny_lrs=(1e-2, 1e-1),
-        sparse_layers=(1,),
-        place_runs=(("facts", 1),),
+        ladder=LadderGrid(
+            tiny_rank=2,
+            tiny_vectors=(8, 32),
+            tiny_lrs=(1e-2, 1e-1),
+            layers=(1,),
+            place_runs=(("facts", 1),),
+        ),
         trials=3,
         own_sizes=(),
         production_lrs=(),
@@ -207,21 +170,21 @@ PROFILES = {
         scaling_ranks=(1, 8),
         scaling_lrs=(1e-3, 1e-2),
         budget_runs=(("facts", 0), ("facts", 1)),
-        heal_tasks=("facts", "json"),
-        heal_ranks=(2, 4),
-        heal_steps=(2, 4),
-        heal_rows=16,
-        heal_squeezes=((8, 2),),
-        code_sizes=(((1,), (), 1), ((1,), ("down_proj",), 4), ((0, 1), (), 1), ((1,), (), 0)),
-        code_digits=4,
-        code_loads=(0.1, 1.0),
-        code_full_loads=(0.02,),
-        code_most=64,
-        code_steps=40,
-        code_lrs=(1e-2, 3e-2),
-        code_full_lrs=(1e-3, 1e-2),
-        code_seed_size=((1,), (), 1),
-        code_seed_loads=(0.1,),
+        heals=HealGrid(
+            tasks=("facts", "json"), ranks=(2, 4), steps=(2, 4), rows=16, squeezes=((8, 2),)
+        ),
+        codes=CodeGrid(
+            sizes=(((1,), (), 1), ((1,), ("down_proj",), 4), ((0, 1), (), 1), ((1,), (), 0)),
+            digits=4,
+            loads=(0.1, 1.0),
+            full_loads=(0.02,),
+            most=64,
+            steps=40,
+            lrs=(1e-2, 3e-2),
+            full_lrs=(1e-3, 1e-2),
+            seed_size=((1,), (), 1),
+            seed_loads=(0.1,),
+        ),
         compile=False,
     ),
     "quick": Profile(
@@ -239,11 +202,9 @@ PROFILES = {
         reading_tasks=(),
         full_lrs=(1e-4,),
         lora_lrs=(1e-3,),
-        tiny_vectors=(128,),
-        tiny_lrs=(1e-2,),
-        sparse_layers=(3,),
-        sparse_modules=(),
-        place_runs=(),
+        ladder=LadderGrid(
+            tiny_vectors=(128,), tiny_lrs=(1e-2,), layers=(3,), modules=(), place_runs=()
+        ),
         seeds=(0,),
         own_sizes=(),
         production_lrs=(),
@@ -252,8 +213,8 @@ PROFILES = {
         again_tasks=(),
         scaling_ranks=(),
         budgets=(),
-        heal_tasks=(),
-        code_sizes=(),
+        heals=HealGrid(tasks=()),
+        codes=CodeGrid(sizes=()),
         compile=False,  # takes longer than it saves on so few steps
     ),
     "paper": Profile(

@@ -59,7 +59,7 @@ def coarsely_tuned(task: str, *, rank: int = 0, alpha: float = LORA_ALPHA, **cha
 def _rates(method: str) -> list[float]:
     """The learning rates that the profile has for a method, ascending."""
     sizes = profile()
-    grids = {"full": sizes.full_lrs, "lora": sizes.lora_lrs, "tinylora": sizes.tiny_lrs}
+    grids = {"full": sizes.full_lrs, "lora": sizes.lora_lrs, "tinylora": sizes.ladder.tiny_lrs}
     return sorted(grids[method])
 
 

@@ -74,14 +74,12 @@ def ladder() -> dict[str, dict]:
 
     TinyLoRA, LoRA of rank 1 on some layers or on one module, and LoRA of the profile's ranks.
     """
-    sizes, one = profile(), {"method": "lora", "rank": 1}
-    tiny = {"method": "tinylora", "rank": sizes.tiny_rank}
-    found: dict[str, dict] = {
-        f"TinyLoRA of {n:,}": tiny | {"vector": n} for n in sizes.tiny_vectors
-    }
-    for count in sizes.sparse_layers:
+    sizes, grid, one = profile(), profile().ladder, {"method": "lora", "rank": 1}
+    tiny = {"method": "tinylora", "rank": grid.tiny_rank}
+    found: dict[str, dict] = {f"TinyLoRA of {n:,}": tiny | {"vector": n} for n in grid.tiny_vectors}
+    for count in grid.layers:
         found[f"rank 1 on {count} layer{'s' * (count > 1)}"] = sparse("spread", count)
-    found |= {f"rank 1 on {m}": one | {"modules": (m,)} for m in sizes.sparse_modules}
+    found |= {f"rank 1 on {m}": one | {"modules": (m,)} for m in grid.modules}
     found |= {f"rank {r}": one | {"rank": r} for r in sizes.lora_ranks}
 
     def parameters(name: str) -> int:
@@ -105,7 +103,7 @@ def place_configs() -> dict[tuple[str, str], RunConfig]:
     """A LoRA of rank 1 on as many layers at each of PLACES, {(task, place): configuration}."""
     return {
         (task, where): sized(task, sparse(where, count))
-        for task, count in profile().place_runs
+        for task, count in profile().ladder.place_runs
         for where in PLACES
     }
 

@@ -213,7 +213,7 @@ def graded(monkeypatch, store):
 
     def result(heal):
         asked.append(heal)
-        middle = dict(profile().heal_lrs)[heal.start][1]
+        middle = dict(profile().heals.lrs)[heal.start][1]
         loss = {"loss_nats": 1 + abs(heal.lr - middle), "score": 50.0}
         record = {"status": "finished", "evaluation": {"valid": loss, "test": loss}}
         return Result(heal.recipe, record | {"divergence_nats": {"after": 0.5}}, {})
@@ -226,13 +226,13 @@ def graded(monkeypatch, store):
 def test_the_grid_has_every_start_rank_and_step_at_the_best_of_three_rates(graded):
     sizes, found = profile(), heal_configs()
     counts = {start: sum(h.start == start and h.steps > 0 for h in found) for start in heals.STARTS}
-    each = len(sizes.heal_tasks) * len(sizes.heal_steps) * len(sizes.seeds)
+    each = len(sizes.heals.tasks) * len(sizes.heals.steps) * len(sizes.seeds)
     assert counts == {"cut": 2 * each, "nothing": 2 * each, "squeezed": each}
-    assert sum(h.steps == 0 for h in found) == 2 * len(sizes.heal_tasks) * len(sizes.seeds)
+    assert sum(h.steps == 0 for h in found) == 2 * len(sizes.heals.tasks) * len(sizes.seeds)
     assert len({h.key for h in found}) == len(found)
-    middle = {start: lrs[1] for start, lrs in sizes.heal_lrs}
+    middle = {start: lrs[1] for start, lrs in sizes.heals.lrs}
     assert all(h.lr == middle[h.start] for h in found if h.steps)
-    assert {h.rows for h in found} == {sizes.heal_rows}
+    assert {h.rows for h in found} == {sizes.heals.rows}
     assert {h.full.seed for h in graded} == {sizes.seeds[0]}, "the first seed chooses"
     tried = {(h.start, h.wide, h.rank, h.steps) for h in graded}
     assert tried == {("cut", 0, 4, 4), ("nothing", 0, 4, 4), ("squeezed", 8, 2, 4)}

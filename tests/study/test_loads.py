@@ -31,10 +31,13 @@ def test_codes_are_as_many_as_make_the_load(store):
 
 
 def test_a_size_has_the_loads_that_make_neither_too_few_codes_nor_too_many(store, monkeypatch):
-    sizes = dataclasses.replace(profile(), code_loads=(0.01, 0.1, 1.0, 2.0), code_most=64)
-    monkeypatch.setitem(PROFILES, "smoke", sizes)
+    def allow(most):
+        grid = dataclasses.replace(profile().codes, loads=(0.01, 0.1, 1.0, 2.0), most=most)
+        monkeypatch.setitem(PROFILES, "smoke", dataclasses.replace(profile(), codes=grid))
+
+    allow(64)
     assert loads_of(ONE_LAYER) == [0.1, 1.0], "0 codes, 4, 39, 77"
-    monkeypatch.setitem(PROFILES, "smoke", dataclasses.replace(sizes, code_most=3))
+    allow(3)
     with pytest.raises(ValueError, match="^the loads of .*: none of .* makes 2 to 3 codes$"):
         loads_of(ONE_LAYER)
 
@@ -46,7 +49,7 @@ def graded(monkeypatch, store):
 
     def sweep(configs):
         asked.extend(configs)
-        best = {profile().code_lrs[0], profile().code_full_lrs[1]}
+        best = {profile().codes.lrs[0], profile().codes.full_lrs[1]}
         return [result_of(c, 10.0 if c.lr in best else 5.0) for c in configs]
 
     monkeypatch.setattr(loads, "code_sweep", sweep)
@@ -54,8 +57,8 @@ def graded(monkeypatch, store):
 
 
 def test_a_size_takes_the_rate_at_which_it_learns_most(graded, monkeypatch):
-    assert best_code_lr(ONE_LAYER) == profile().code_lrs[0]
-    assert best_code_lr(((1,), (), 0)) == profile().code_full_lrs[1]
+    assert best_code_lr(ONE_LAYER) == profile().codes.lrs[0]
+    assert best_code_lr(((1,), (), 0)) == profile().codes.full_lrs[1]
     assert {(c.seed, c.codes) for c in graded if c.rank} == {(0, 39)}, "at a load of one"
     diverged = {"status": "diverged"}
     monkeypatch.setattr(loads, "code_sweep", lambda c: [result_of(x, **diverged) for x in c])
@@ -67,11 +70,11 @@ def test_the_grid_has_every_size_and_load_and_other_seeds_at_some(graded):
     sizes, found = profile(), code_configs()
     points = {(c.layers, c.modules, c.rank, c.codes, c.seed) for c in found}
     assert len(points) == len(found)
-    first = sum(len(loads_of(size)) for size in sizes.code_sizes)
-    others = (len(sizes.seeds) - 1) * len(sizes.code_seed_loads)
+    first = sum(len(loads_of(size)) for size in sizes.codes.sizes)
+    others = (len(sizes.seeds) - 1) * len(sizes.codes.seed_loads)
     assert len(found) == first + others
     assert sum(c.seed == sizes.seeds[0] for c in found) == first
-    assert {c.lr for c in found if c.rank} == {sizes.code_lrs[0]}
+    assert {c.lr for c in found if c.rank} == {sizes.codes.lrs[0]}
 
 
 def test_a_profile_without_codes_has_no_runs(monkeypatch):
@@ -84,7 +87,7 @@ def test_the_sizes_of_paper_have_the_parameters_that_are_compared():
     one = [(1024, 640), (256, 640), (256, 640), (640, 1024), *[(2048, 640)] * 2, (640, 2048)]
     each = sum(map(sum, one))
     lora = [(len(layers) * rank, modules) for layers, modules, rank in
-            PROFILES["paper"].code_sizes if rank]  # fmt: skip
+            PROFILES["paper"].codes.sizes if rank]  # fmt: skip
     counts = [2688 * n if modules == ("down_proj",) else each * n for n, modules in lora]
     assert counts == [2688, 13184, 52736, 52736, 421888]
 

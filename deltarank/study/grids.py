@@ -1,0 +1,73 @@
+"""Grids: the sizes of a profile's ladder of adapters, of its mixes, its heals and its codes."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+Size = tuple[tuple[int, ...], tuple[str, ...], int]  # layers, modules, rank
+
+
+@dataclass(frozen=True)
+class LadderGrid:
+    """Adapters below rank 1 on all layers, and rates of TinyLoRA (see sizes.ladder).
+
+    TinyLoRA of these many numbers, and LoRA of rank 1 on so many layers, evenly spaced, and on one
+    module of every layer.
+    """
+
+    tiny_rank: int = 4
+    tiny_vectors: tuple[int, ...] = (16, 128, 1024)
+    tiny_lrs: tuple[float, ...] = (1e-3, 3e-3, 1e-2, 3e-2, 1e-1)
+    layers: tuple[int, ...] = (1, 3, 6, 9)
+    modules: tuple[str, ...] = ("q_proj",)
+    # Tasks with a LoRA of rank 1 on so many layers, in turn at each of sizes.PLACES.
+    place_runs: tuple[tuple[str, int], ...] = (("kjv", 3), ("arithmetic", 3))
+
+
+@dataclass(frozen=True)
+class HealGrid:
+    """Cuts of full runs, and what heals them (see heals.heal_configs).
+
+    The tasks' cuts at these ranks are healed for these steps on so many training rows, beside LoRA
+    from nothing and LoRA trained at a wide rank and squeezed to a narrow one; each start takes the
+    best of three rates.
+    """
+
+    tasks: tuple[str, ...] = ("facts", "sorbian", "json")
+    ranks: tuple[int, ...] = (4, 8, 16)
+    steps: tuple[int, ...] = (15, 30, 60)
+    rows: int = 960
+    squeezes: tuple[tuple[int, int], ...] = ((64, 8),)
+    lrs: tuple[tuple[str, tuple[float, float, float]], ...] = (
+        ("cut", (3e-4, 1e-3, 3e-3)),
+        ("nothing", (1e-4, 3e-4, 1e-3)),
+        ("squeezed", (1e-4, 3e-4, 1e-3)),
+    )
+
+
+@dataclass(frozen=True)
+class CodeGrid:
+    """Codes learned by a few layers (see loads.code_configs).
+
+    What is trained: no modules are all linear ones, rank 0 all parameters of the layers.  The loads
+    are bits of codes a trained parameter, as far as codes are not more than `most`; `steps` are at
+    most.  A size takes the best of these rates; rank 0 has rates and loads of its own.
+    """
+
+    sizes: tuple[Size, ...] = (
+        ((14,), ("down_proj",), 1),
+        ((14,), (), 1),
+        ((14,), (), 4),
+        ((14, 15, 16, 17), (), 1),
+        ((14, 15, 16, 17), (), 8),
+        ((14,), (), 0),
+    )
+    digits: int = 6
+    loads: tuple[float, ...] = (0.05, 0.2, 0.5, 1.0, 2.0, 5.0, 20.0)
+    full_loads: tuple[float, ...] = (0.001, 0.01)
+    most: int = 5000
+    steps: int = 4000
+    lrs: tuple[float, ...] = (1e-3, 3e-3, 1e-2)
+    full_lrs: tuple[float, ...] = (3e-5, 1e-4, 3e-4)
+    seed_size: Size = ((14,), (), 1)  # that has all seeds ...
+    seed_loads: tuple[float, ...] = (0.2, 1.0, 2.0, 5.0)  # ... at these loads
