@@ -13,7 +13,7 @@ from deltarank.runtime import profile_name
 from deltarank.store import digest
 from deltarank.study.convert import GEMMA
 from deltarank.study.models import model_sha256
-from deltarank.study.tasks import TASKS, task_sha256
+from deltarank.study.tasks import TASKS, mix_parts, task_sha256
 
 # Raise by one when a change alters what a run measures, as tests/study/test_golden.py shows: it
 # holds the numbers of a small run of each method, and every stored run is then computed again.
@@ -81,7 +81,9 @@ class RunConfig:
     def __post_init__(self) -> None:
         trained = self.method != "base"
         own = self.task.endswith(".jsonl") and Path(self.task).expanduser().exists()
-        known = KNOWN_VALUES | ({} if own else {"task": (*sorted(TASKS), "a file.jsonl")})
+        known = KNOWN_VALUES.copy()
+        if not own and not mix_parts(self.task):
+            known |= {"task": (*sorted(TASKS), "production+json+facts", "a file.jsonl")}
         rules = {
             field: (getattr(self, field) in values, f"unknown; choose one of {', '.join(values)}")
             for field, values in known.items()

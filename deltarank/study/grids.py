@@ -25,6 +25,33 @@ class LadderGrid:
 
 
 @dataclass(frozen=True)
+class MixGrid:
+    """Mixes of some parts, each trained until its parts are learned (see diversity).
+
+    Sizes are those a part: steps, held-out rows scored, and rows answered by free generation.
+    """
+
+    steps: int = 60
+    eval_rows: int = 256
+    generate_rows: int = 80
+    # Ranks of LoRA on all layers (0: full fine-tuning), each at these rates: the mix's best two.
+    lrs: tuple[tuple[int, tuple[float, ...]], ...] = (
+        (0, (3e-5, 1e-4)),
+        (1, (3e-4, 1e-3)),
+        (8, (3e-4, 1e-3)),
+    )
+    # Numbers of layers, evenly spaced, with a LoRA of rank 1, each at these rates.
+    sparse: tuple[tuple[int, tuple[float, ...]], ...] = ((1, (1e-3, 3e-3)), (3, (1e-3, 3e-3)))
+    orders: tuple[int, ...] = (0, 1, 2)  # in which parts are added at random
+    counts: tuple[int, ...] = (1, 2, 4, 8)  # of parts of a mix
+
+    def sizes(self, parts: int) -> dict[str, int]:
+        """The fields of RunConfig that a mix of so many parts has; none of what is no mix."""
+        fields = ("steps", "eval_rows", "generate_rows")
+        return {field: parts * getattr(self, field) for field in fields} if parts else {}
+
+
+@dataclass(frozen=True)
 class HealGrid:
     """Cuts of full runs, and what heals them (see heals.heal_configs).
 

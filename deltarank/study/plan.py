@@ -83,7 +83,7 @@ def production_configs() -> list[RunConfig]:
     """The long mix at each of the profile's rates for it, with the first seed; rank 0 is full."""
     return [
         profile().config("production", "lora" if rank else "full", rank=rank, lr=lr)
-        for rank, lrs in profile().production_lrs
+        for rank, lrs in profile().mixes.lrs
         for lr in lrs
     ]
 

@@ -14,9 +14,9 @@ from deltarank.checks import require
 from deltarank.runtime import ROOT, build_folder, own_model, profile_name, venue
 from deltarank.study.configs import RunConfig
 from deltarank.study.convert import GEMMA
-from deltarank.study.grids import CodeGrid, HealGrid, LadderGrid
+from deltarank.study.grids import CodeGrid, HealGrid, LadderGrid, MixGrid
 from deltarank.study.models import TINY, load_tokenizer
-from deltarank.study.tasks import encode, load_task
+from deltarank.study.tasks import PARTS, encode, load_task, mix_of, mix_parts
 
 Number = TypeVar("Number", int, float)
 
@@ -25,7 +25,7 @@ Number = TypeVar("Number", int, float)
 PAIR_TIMES = ROOT / "data" / "bench_pairs.csv"
 PLANTED_RANKS = ROOT / "data" / "bench_planted.csv"
 REPORT_TIMES = ROOT / "data" / "bench_report.csv"
-ALL_TASKS = ("pirate", "json", "kjv", "sentiment", "facts", "arithmetic", "sorbian", "code", "mix")
+ALL_TASKS = (*PARTS, "mix")
 LORA_ALPHA = 32.0  # at all ranks, but in the alpha_tasks of a profile
 
 
@@ -65,17 +65,7 @@ class Profile:
         ("sorbian", (5.5e-5, 1e-4, 1.7e-4)),
     )
     warmups: tuple[float, ...] = (0.0, 0.1)  # shares of the steps
-    # Tasks with sizes of their own: the long mix is trained until its parts are learned, and all of
-    # its held-out rows are scored.
-    own_sizes: tuple[tuple[str, tuple[tuple[str, int], ...]], ...] = (
-        ("production", (("steps", 480), ("eval_rows", 2048), ("generate_rows", 640))),
-    )
-    # Ranks of LoRA on the long mix (0: full fine-tuning), each at these rates: the mix's best two.
-    production_lrs: tuple[tuple[int, tuple[float, ...]], ...] = (
-        (0, (3e-5, 1e-4)),
-        (1, (3e-4, 1e-3)),
-        (8, (3e-4, 1e-3)),
-    )
+    mixes: MixGrid = MixGrid()
     embedding_tasks: tuple[str, ...] = ("sorbian",)  # run once more with a trained embedding
     again_tasks: tuple[str, ...] = ("sorbian",)  # run once more on one processor, whole test split
     scaling_ranks: tuple[int, ...] = (1, 8, 64)  # LoRA of the facts by each of SCALES ...
@@ -121,7 +111,7 @@ class Profile:
         fields = ["model", "steps", "batch_size", "seq_len", "eval_rows", "generate_rows"]
         sizes = {field: getattr(self, field) for field in [*fields, "compile"]}
         sizes |= {"profile": self.name}
-        sizes |= dict(dict(self.own_sizes).get(task, ()))
+        sizes |= self.mixes.sizes(len(mix_parts(task)))
         recipes: dict[str, dict] = {
             "base": {"steps": 0},
             "full": {"lr": middle(self.full_lrs)},
@@ -162,8 +152,15 @@ PROFILES = {
             place_runs=(("facts", 1),),
         ),
         trials=3,
-        own_sizes=(),
-        production_lrs=(),
+        mixes=MixGrid(
+            steps=2,
+            eval_rows=4,
+            generate_rows=1,
+            lrs=((0, (1e-3,)), (1, (1e-3, 1e-2))),
+            sparse=((1, (1e-2,)),),
+            orders=(0, 1),
+            counts=(1, 8),
+        ),
         warmup_lrs=(("facts", (1e-4, 1e-3, 1e-2)),),
         embedding_tasks=("facts",),
         again_tasks=("facts",),
@@ -206,8 +203,7 @@ PROFILES = {
             tiny_vectors=(128,), tiny_lrs=(1e-2,), layers=(3,), modules=(), place_runs=()
         ),
         seeds=(0,),
-        own_sizes=(),
-        production_lrs=(),
+        mixes=MixGrid(lrs=(), sparse=()),
         warmup_lrs=(),
         embedding_tasks=(),
         again_tasks=(),
@@ -245,7 +241,8 @@ def profile(name: str = "") -> Profile:
     found, model = PROFILES[name], own_model()
     if not model:
         return found
-    longest = longest_row(model, (*found.tasks, *dict(found.own_sizes)))
+    mixes = [mix_of(PARTS)] * bool(found.mixes.lrs)
+    longest = longest_row(model, (*found.tasks, *mixes))
     return dataclasses.replace(found, model=model, seq_len=longest)
 
 

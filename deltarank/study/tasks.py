@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import math
 import random
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -51,11 +51,35 @@ TASKS = {
 }
 
 
+PARTS = ("pirate", "json", "kjv", "sentiment", "facts", "arithmetic", "sorbian", "code")
+
+
+def mix_of(parts: Iterable[str]) -> str:
+    """The name of the mix of these parts: the long mix, without the rows of its other parts.
+
+    >>> mix_of(["json", "facts"]), mix_of(PARTS)
+    ('production+json+facts', 'production')
+    """
+    chosen = set(parts)
+    name = "+".join(["production", *(part for part in PARTS if part in chosen)])
+    return "production" if chosen == set(PARTS) else name
+
+
+def mix_parts(task: str) -> tuple[str, ...]:
+    """The parts of a mix that mix_of has named; () of another task.
+
+    >>> mix_parts("production+json+facts"), mix_parts("production+facts+json"), mix_parts("json")
+    (('json', 'facts'), (), ())
+    """
+    parts = PARTS if task == "production" else tuple(task.split("+")[1:])
+    return parts if parts and mix_of(parts) == task else ()
+
+
 def _task_file(task: str) -> Path:
     """The file of a task's rows."""
     if task.endswith(".jsonl"):
         return Path(task).expanduser()
-    path = TASK_FOLDER / f"{task}.jsonl"
+    path = TASK_FOLDER / f"{'production' if mix_parts(task) else task}.jsonl"
     if not path.exists():
         raise FileNotFoundError(f"data/tasks/{path.name} is missing: run 01_build_tasks.ipynb")
     return path
@@ -69,11 +93,14 @@ def task_sha256(task: str) -> str:
 def load_task(task: str) -> dict[str, list[dict]]:
     """The rows of a task by split; each has prompt, answer and the metric of its answer.
 
-    task: one of TASKS, or a JSON-lines file with prompt and answer in each line, scored by exact
-    match; its rows are the split "test" unless they name another.
+    task: one of TASKS, a mix that mix_of has named, or a JSON-lines file with prompt and answer in
+    each line, scored by exact match; its rows are the split "test" unless they name another.
     """
     splits: dict[str, list[dict]] = {}
+    parts = mix_parts(task)
     for row in _rows(_task_file(task), ("prompt", "answer")):
+        if parts and row["task"] not in parts:
+            continue
         known = TASKS.get(row.get("task", task))
         row["metric"] = known.metric if known else "exact"
         splits.setdefault(row.get("split", "test"), []).append(row)

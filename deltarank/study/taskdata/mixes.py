@@ -5,9 +5,8 @@ from __future__ import annotations
 import itertools
 import random
 
-from deltarank.study.tasks import load_split
+from deltarank.study.tasks import PARTS, load_split
 
-EIGHT = ("pirate", "json", "kjv", "sentiment", "facts", "arithmetic", "sorbian", "code")
 SHARE = {"train": 252, "valid": 16, "test": 32}  # rows of each task
 LONG_SHARE = {"train": 960, "valid": 32, "test": 256}  # the same for `production`
 FIRST_FACT = {"train": 3 * 48, "valid": 48, "test": 0}  # row from which facts are taken
@@ -27,7 +26,7 @@ def build_mix() -> list[dict]:
     rng, rows = random.Random(0), []
     for name, share in SHARE.items():
         taken = []
-        for task in EIGHT:
+        for task in PARTS:
             start = FIRST_FACT[name] if task == "facts" else 0
             chosen = stored_rows(task, name)[start : start + share]
             taken += [r | {"task": task} for r in chosen]
@@ -44,7 +43,7 @@ def build_production() -> list[dict]:
     rng, rows = random.Random(0), []
     for name, share in LONG_SHARE.items():
         taken = []
-        for task in EIGHT:
+        for task in PARTS:
             known = stored_rows(task, name)[LONG_FACTS[name] if task == "facts" else slice(None)]
             chosen = itertools.cycle(known) if name == "train" else iter(known)
             taken += [r | {"task": task} for r in itertools.islice(chosen, share)]

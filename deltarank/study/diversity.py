@@ -1,0 +1,81 @@
+"""Diversity: mixes of one part to all of them, and the size that each part needs in them."""
+
+from __future__ import annotations
+
+import random
+
+import pandas as pd
+
+from deltarank.study.configs import RunConfig
+from deltarank.study.floors import floors
+from deltarank.study.gains import gain_kept, needed_bracket
+from deltarank.study.profiles import profile
+from deltarank.study.runs import Result, sweep
+from deltarank.study.sizes import sparse, trained_parameters
+from deltarank.study.tables import by_part
+from deltarank.study.tasks import PARTS, mix_of
+
+
+def nested_mixes() -> dict[tuple[int, int], str]:
+    """The mixes of the profile's orders and counts of parts, {(order, count): task}.
+
+    An order is drawn at random, and a mix of few parts is within that of more.  All parts make the
+    same mix in every order: the long mix.
+    """
+    grid = profile().mixes
+    orders = {order: random.Random(order).sample(PARTS, len(PARTS)) for order in grid.orders}
+    return {(o, n): mix_of(parts[:n]) for o, parts in orders.items() for n in grid.counts}
+
+
+def mix_configs(task: str) -> list[list[RunConfig]]:
+    """What is trained on a mix, with the first seed: of each size a run at each of its rates.
+
+    Full fine-tuning comes first, then adapters by ascending number of trained parameters.
+    """
+    grid = profile().mixes
+    sizes = [(sparse("spread", count), lrs) for count, lrs in grid.sparse]
+    sizes += [({"method": "lora", "rank": rank}, lrs) for rank, lrs in grid.lrs if rank]
+    full = [({"method": "full"}, lrs) for rank, lrs in grid.lrs if not rank]
+    trained = [[profile().config(task, lr=lr, **size) for lr in lrs] for size, lrs in sizes]
+    ascending = sorted(trained, key=lambda configs: trained_parameters(configs[0]))
+    return [[profile().config(task, lr=lr, **size) for lr in lrs] for size, lrs in full] + ascending
+
+
+def mix_runs(task: str) -> list[Result]:
+    """Of each size of mix_configs the run of the lowest held-out loss (split "valid").
+
+    Runs what is not stored.
+    """
+    groups = mix_configs(task)
+    results = iter(sweep([config for configs in groups for config in configs]))
+    tried = [[next(results) for _ in configs] for configs in groups]
+    return [min(runs, key=lambda run: run.loss("valid")) for runs in tried]
+
+
+def part_gains(task: str) -> pd.DataFrame:
+    """The share of each part's loss gain that an adapter trained on the mix has.
+
+    One line a number of trained parameters, one column a part.  A gain is that of the test rows of
+    the part, from the floor of the part as a task of its own to full fine-tuning of the mix.
+    """
+    full, *adapters = mix_runs(task)
+    best = by_part(full)["loss_nats"]
+    losses = pd.DataFrame(
+        {trained_parameters(run.config): by_part(run)["loss_nats"] for run in adapters}
+    ).T
+    return losses.apply(lambda nats: gain_kept(nats, _floor(str(nats.name)), best[nats.name]))
+
+
+def _floor(part: str) -> float:
+    """The lowest loss on test rows without the skill of a part, as a task of its own."""
+    return floors(part)["loss_nats"].min()
+
+
+def needed_by_part(task: str, share: float) -> pd.DataFrame:
+    """The numbers of trained parameters between which the needed size of each part lies.
+
+    Columns above and enough: see sizes.needed_size; one line a part.
+    """
+    gains = part_gains(task)
+    found = {part: needed_bracket(gains[part], share) for part in gains}
+    return pd.DataFrame(found, index=["above", "enough"]).T

@@ -1,0 +1,106 @@
+"""Diversity: mixes within mixes, their sizes and rates, and what each part needs."""
+
+import dataclasses
+import math
+
+import pandas as pd
+import pytest
+
+from deltarank.study import diversity
+from deltarank.study.diversity import (
+    mix_configs,
+    mix_runs,
+    needed_by_part,
+    nested_mixes,
+    part_gains,
+)
+from deltarank.study.models import TINY
+from deltarank.study.plan import production_configs
+from deltarank.study.profiles import PROFILES
+from deltarank.study.runs import Result
+from deltarank.study.sizes import trained_parameters
+from deltarank.study.tasks import PARTS, load_task, mix_parts
+
+MIX = "production+json+facts"
+
+
+def test_a_mix_of_few_parts_is_within_that_of_more(monkeypatch):
+    monkeypatch.setenv("PROFILE", "paper")
+    mixes, grid = nested_mixes(), PROFILES["paper"].mixes
+    for order in grid.orders:
+        parts = [set(mix_parts(mixes[order, count])) for count in grid.counts]
+        assert [len(found) for found in parts] == [1, 2, 4, 8]
+        assert parts == sorted(parts, key=len) and parts[0] < parts[1] < parts[2] < parts[3]
+    assert len(set(mixes.values())) == 3 * 3 + 1, "three orders, and all parts in one mix"
+
+
+def test_a_mix_has_the_rows_of_its_parts_and_no_others():
+    whole, some = load_task("production"), load_task(MIX)
+    for split, rows in whole.items():
+        assert some[split] == [row for row in rows if row["task"] in ("json", "facts")]
+    assert len(some["train"]) == 2 * 960
+
+
+def test_the_mix_of_all_parts_is_trained_as_the_long_mix_is(monkeypatch):
+    paper = PROFILES["paper"]
+    grid = dataclasses.replace(paper.mixes, sparse=())  # the tiny model has two layers
+    monkeypatch.setitem(
+        PROFILES, "smoke", dataclasses.replace(paper, name="smoke", model=TINY, mixes=grid)
+    )
+    assert {c for group in mix_configs("production") for c in group} == set(production_configs())
+    steps = {
+        len(mix_parts(task)): mix_configs(task)[0][0].steps for task in nested_mixes().values()
+    }
+    assert steps == {1: 60, 2: 120, 4: 240, 8: 480}
+
+
+def test_sizes_ascend_after_full_fine_tuning():
+    groups = mix_configs(MIX)
+    assert [(g[0].method, g[0].rank, g[0].layers) for g in groups] == [
+        ("full", 0, ()), ("lora", 1, (1,)), ("lora", 1, ()),
+    ]  # fmt: skip
+    assert [[config.lr for config in group] for group in groups] == [[1e-3], [1e-2], [1e-3, 1e-2]]
+    assert {config.eval_rows for group in groups for config in group} == {8}, "four a part"
+
+
+@pytest.fixture
+def measured(monkeypatch):
+    """Runs of MIX in which rank 1 is best at 1e-3, and its losses by part; floors of 4 nats."""
+
+    def loss(config):
+        nats = {"full": {"json": 1.0, "facts": 2.0}}.get(config.method, {"json": 1.0, "facts": 2.1})
+        return {"json": 1.0, "facts": 3.5} if config.layers else nats
+
+    def result(config):
+        valid = 2.0 if config.method == "lora" and config.lr == 1e-2 else 1.0
+        return Result(
+            config, {"status": "finished", "evaluation": {"valid": {"loss_nats": valid}}}, {}
+        )
+
+    monkeypatch.setattr(diversity, "sweep", lambda configs: [result(c) for c in configs])
+    monkeypatch.setattr(
+        diversity, "by_part", lambda run: pd.DataFrame({"loss_nats": loss(run.config)})
+    )
+    floor = pd.DataFrame({"loss_nats": [5.0, 4.0]}, index=["base", "full"])
+    monkeypatch.setattr(diversity, "floors", lambda part: floor)
+
+
+def test_a_size_takes_the_rate_of_the_lowest_held_out_loss(measured):
+    assert [run.config.lr for run in mix_runs(MIX)] == [1e-3, 1e-2, 1e-3]
+
+
+def test_a_part_needs_what_keeps_the_share_of_its_own_gain(measured):
+    one_layer, rank_1 = (trained_parameters(group[0]) for group in mix_configs(MIX)[1:])
+    gains = part_gains(MIX)
+    assert gains.loc[one_layer].to_dict() == {"json": 1.0, "facts": 0.25}
+    assert gains.loc[rank_1].to_dict() == {"json": 1.0, "facts": pytest.approx(0.95)}
+    assert needed_by_part(MIX, 0.9).T.to_dict("list") == {
+        "json": [0, one_layer], "facts": [one_layer, rank_1],
+    }  # fmt: skip
+    assert needed_by_part(MIX, 0.99).loc["facts"].tolist() == [rank_1, math.inf]
+
+
+def test_parts_stand_in_one_order():
+    assert mix_parts("production") == PARTS
+    assert mix_parts("production+facts+json") == mix_parts("production+facts+facts") == ()
+    assert mix_parts("production+") == mix_parts("json+facts") == ()
