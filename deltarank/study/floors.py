@@ -32,20 +32,20 @@ def copy_score(task: str) -> float:
     return sum(scores) / len(scores)
 
 
-def floors(task: str) -> pd.DataFrame:
-    """What of a task needs no skill: loss_nats and score on test rows, one line a way.
+def floors(task: str, split: str = "test") -> pd.DataFrame:
+    """What of a task needs no skill: loss_nats and score on rows of a split, one line a way.
 
     base: the untuned model; full and lora: trained on permuted answers, which have the form of
-    answers and not their sense (see plan.floor_configs); copy: the input given back.
+    answers and not their sense (see plan.floor_configs); copy: the input of test rows.
     """
     full, lora = (run(config) for config in floor_configs(task))
     ways = {"base": run(profile().config(task, "base")), "full": full, "lora": lora}
-    rows = {name: [result.loss(), result.score()] for name, result in ways.items()}
+    rows = {name: [result.loss(split), result.score(split)] for name, result in ways.items()}
     rows["copy"] = [float("nan"), copy_score(task)]
     return pd.DataFrame(rows, index=["loss_nats", "score"]).T
 
 
-def skill_kept(value: Measured, full: Result, *, by: str = "loss") -> Measured:
+def skill_kept(value: Measured, full: Result, *, by: str = "loss", split: str = "test") -> Measured:
     """How far `value`, a loss or score or a series of them, goes from the floor to a full run.
 
     The floor is the best of floors(task): the lowest loss or the highest score without the skill.
@@ -53,15 +53,15 @@ def skill_kept(value: Measured, full: Result, *, by: str = "loss") -> Measured:
     """
     if full.config.task not in profile().lora_tasks:
         return value * float("nan")
-    without = floors(full.config.task)
+    without = floors(full.config.task, split)
     floor = without["loss_nats"].min() if by == "loss" else without["score"].max()
-    return gain_kept(value, floor, getattr(full, by)())
+    return gain_kept(value, floor, getattr(full, by)(split))
 
 
-def skill_gain(result: Result, *, by: str = "loss") -> float:
-    """The share of its full fine-tune's gain over the floor that a run reaches on test rows.
+def skill_gain(result: Result, *, by: str = "loss", split: str = "test") -> float:
+    """The share of its full fine-tune's gain over the floor that a run reaches on rows of a split.
 
     The full fine-tune has the run's task and seed and the task's best learning rate.
     """
     full = run(tuned(result.config.task, seed=result.config.seed))
-    return skill_kept(getattr(result, by)(), full, by=by)
+    return skill_kept(getattr(result, by)(split), full, by=by, split=split)

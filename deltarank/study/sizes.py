@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import bisect
 import dataclasses
+import math
 
 import pandas as pd
 
@@ -14,11 +16,12 @@ from deltarank.study.floors import skill_gain
 from deltarank.study.gains import needed_bracket
 from deltarank.study.models import matrices, skeleton
 from deltarank.study.profiles import profile
-from deltarank.study.runs import sweep
+from deltarank.study.runs import run, sweep
 from deltarank.study.search import best_alpha, best_lr, coarse_search
 from deltarank.study.training import adapted_matrices
 from deltarank.study.variants import PARAMETERS
 
+SHARES = (0.9, 0.95, 0.99)  # of the skill gain, whose needed sizes are looked for
 PLACES = ("spread", "first", "middle", "last")  # where the layers of a sparse LoRA lie
 
 
@@ -108,12 +111,31 @@ def place_configs() -> dict[tuple[str, str], RunConfig]:
     }
 
 
+def tried_sizes(task: str) -> dict[str, dict]:
+    """The sizes of the ladder that a task is trained at, ascending: what halving needs for SHARES.
+
+    Each half of the ladder is kept or left by the skill gain in loss of its middle on the rows that
+    choose (split "valid"), with the first seed, as if a larger size never had less.
+    """
+    steps, tried = list(ladder().items()), {}
+
+    def kept(i: int) -> float:
+        if i not in tried:
+            gain = skill_gain(run(sized(task, steps[i][1])), split="valid")
+            tried[i] = -math.inf if math.isnan(gain) else gain  # a run that diverged falls short
+        return tried[i]
+
+    for share in SHARES:
+        bisect.bisect_left(range(len(steps)), share, key=kept)
+    return dict(steps[i] for i in sorted(tried))
+
+
 def size_gains(task: str, *, by: str = "loss", **changes) -> pd.Series:
-    """skill_gain of the run of every size of the ladder, by its number of trained parameters.
+    """skill_gain of the runs of tried_sizes on test rows, by their numbers of trained parameters.
 
     by: "loss" or "score"; changes: as of `sized`.  NaN where a run diverged.
     """
-    results = sweep([sized(task, size, **changes) for size in ladder().values()])
+    results = sweep([sized(task, size, **changes) for size in tried_sizes(task).values()])
     counts = [trained_parameters(result.config) for result in results]
     return pd.Series([skill_gain(result, by=by) for result in results], counts)
 
@@ -121,7 +143,7 @@ def size_gains(task: str, *, by: str = "loss", **changes) -> pd.Series:
 def needed_size(task: str, share: float, *, by: str = "loss", **changes) -> tuple[float, float]:
     """The numbers of trained parameters between which a task's needed size lies.
 
-    The second is the smallest of the ladder from which on a run keeps `share` of the skill gain,
+    The second is the smallest of those tried from which on a run keeps `share` of the skill gain,
     inf where the largest falls short; the first, the one before it, is 0 where none falls short.
     """
     return needed_bracket(size_gains(task, by=by, **changes), share)

@@ -125,7 +125,7 @@ def test_places_differ_in_their_layers_alone(losses):
         ([0.1, 0.5, 0.9, 0.9, 0.9, 0.9, 0.9], (8192, math.inf)),
     ],
 )
-def test_the_needed_size_lies_between_two_of_the_ladder(monkeypatch, gains, bracket):
+def test_the_needed_size_lies_between_two_that_were_tried(monkeypatch, gains, bracket):
     by_size = dict(zip((8, 32, 128, 512, 1024, 4096, 8192), gains, strict=True))
     asked = []
 
@@ -133,8 +133,34 @@ def test_the_needed_size_lies_between_two_of_the_ladder(monkeypatch, gains, brac
         asked.append(config.seed)
         return Result(config, {}, {})
 
+    monkeypatch.setattr(sizes, "tried_sizes", lambda task: ladder())
     monkeypatch.setattr(sizes, "sized", lambda task, size, **c: profile().config(task, **size, **c))
     monkeypatch.setattr(sizes, "sweep", lambda configs: [result(config) for config in configs])
     monkeypatch.setattr(sizes, "skill_gain", lambda r, by: by_size[trained_parameters(r.config)])
     assert needed_size("facts", 0.95, seed=1) == bracket
     assert asked == [1] * 7
+
+
+@pytest.mark.parametrize(
+    ("gains", "tried"),
+    [
+        ([0.1, 0.5, 0.9, 0.96, 1, 1, 1], [32, 128, 512, 1024, 4096]),  # 128, 512, 1,024
+        ([1, 1, 1, 1, 1, 1, 1], [8, 32, 512]),
+        ([0.1] * 7, [512, 4096, 8192]),
+        ([0.1, 0.5, 0.9, math.nan, 1, 1, 1], [512, 1024, 4096]),  # diverged: falls short
+    ],
+)
+def test_halving_tries_what_each_share_needs(monkeypatch, gains, tried):
+    by_size = dict(zip((8, 32, 128, 512, 1024, 4096, 8192), gains, strict=True))
+    asked = []
+
+    def gain(config, split):
+        asked.append((trained_parameters(config), split))
+        return by_size[asked[-1][0]]
+
+    monkeypatch.setattr(sizes, "sized", lambda task, size: profile().config(task, **size))
+    monkeypatch.setattr(sizes, "run", lambda config: config)
+    monkeypatch.setattr(sizes, "skill_gain", gain)
+    found = [profile().config("facts", **size) for size in sizes.tried_sizes("facts").values()]
+    assert [trained_parameters(config) for config in found] == tried
+    assert sorted(asked) == [(count, "valid") for count in tried], "each once"
