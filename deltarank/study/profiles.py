@@ -215,7 +215,7 @@ PROFILES = {
     ),
     "paper": Profile(
         "paper",
-        fine_tasks=("facts", "sorbian", "sentiment", "json"),
+        fine_tasks=("facts", "sorbian", "sentiment", "json", "code"),
         alpha_tasks=("facts", "sorbian"),
     ),
 }

@@ -154,7 +154,7 @@ def look_for_what_is_being_gathered():
     sizes = profile()
     for task, lr in itertools.product(sizes.lora_tasks, sizes.lora_lrs):
         runs.stored(sizes.config(task, "lora", rank=8, alpha=256.0, lr=lr))
-    for task, seed in itertools.product(("code", "mix"), sizes.seeds):
+    for task, seed in itertools.product(("mix",), sizes.seeds):
         for lr in search.finer(sizes.full_lrs):
             runs.stored(sizes.config(task, lr=lr, seed=seed))
         for rank, lr in itertools.product(sizes.lora_ranks, search.finer(sizes.lora_lrs)):
