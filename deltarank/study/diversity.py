@@ -11,6 +11,7 @@ from deltarank.study.floors import floors
 from deltarank.study.gains import gain_kept, needed_bracket
 from deltarank.study.profiles import profile
 from deltarank.study.runs import Result, sweep
+from deltarank.study.search import best_lr
 from deltarank.study.sizes import sparse, trained_parameters
 from deltarank.study.tables import by_part
 from deltarank.study.tasks import PARTS, mix_of
@@ -33,23 +34,20 @@ def mix_configs(task: str) -> list[list[RunConfig]]:
     Full fine-tuning comes first, then adapters by ascending number of trained parameters.
     """
     grid = profile().mixes
-    sizes = [(sparse("spread", count), lrs) for count, lrs in grid.sparse]
-    sizes += [({"method": "lora", "rank": rank}, lrs) for rank, lrs in grid.lrs if rank]
-    full = [({"method": "full"}, lrs) for rank, lrs in grid.lrs if not rank]
+    sizes: list[tuple[dict, tuple[float, ...]]] = [
+        ({"method": "lora" if rank else "full", "rank": rank}, lrs) for rank, lrs in grid.lrs
+    ]
+    sizes += [(sparse("spread", count), lrs) for count, lrs in grid.sparse]
     trained = [[profile().config(task, lr=lr, **size) for lr in lrs] for size, lrs in sizes]
-    ascending = sorted(trained, key=lambda configs: trained_parameters(configs[0]))
-    return [[profile().config(task, lr=lr, **size) for lr in lrs] for size, lrs in full] + ascending
+    return sorted(trained, key=lambda c: (c[0].adapter, trained_parameters(c[0])))
 
 
 def mix_runs(task: str) -> list[Result]:
-    """Of each size of mix_configs the run of the lowest held-out loss (split "valid").
-
-    Runs what is not stored.
-    """
+    """Of each size of mix_configs the run at its best_lr; runs what is not stored."""
     groups = mix_configs(task)
     results = iter(sweep([config for configs in groups for config in configs]))
-    tried = [[next(results) for _ in configs] for configs in groups]
-    return [min(runs, key=lambda run: run.loss("valid")) for runs in tried]
+    tried = [{config.lr: next(results) for config in configs} for configs in groups]
+    return [runs[best_lr([*runs.values()])] for runs in tried]
 
 
 def part_gains(task: str) -> pd.DataFrame:

@@ -89,6 +89,15 @@ def test_a_size_takes_the_rate_of_the_lowest_held_out_loss(measured):
     assert [run.config.lr for run in mix_runs(MIX)] == [1e-3, 1e-2, 1e-3]
 
 
+def test_a_size_that_diverged_at_every_rate_is_named(monkeypatch):
+    diverged = {"status": "diverged", "evaluation": {}}
+    monkeypatch.setattr(
+        diversity, "sweep", lambda configs: [Result(c, diverged, {}) for c in configs]
+    )
+    with pytest.raises(ValueError, match="every learning rate diverged"):
+        mix_runs(MIX)
+
+
 def test_a_part_needs_what_keeps_the_share_of_its_own_gain(measured):
     one_layer, rank_1 = (trained_parameters(group[0]) for group in mix_configs(MIX)[1:])
     gains = part_gains(MIX)
