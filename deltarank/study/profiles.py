@@ -215,7 +215,7 @@ PROFILES = {
     ),
     "paper": Profile(
         "paper",
-        fine_tasks=("facts", "sorbian", "sentiment", "json", "code"),
+        fine_tasks=("facts", "sorbian", "sentiment", "json", "code", "mix"),
         alpha_tasks=("facts", "sorbian"),
     ),
 }

@@ -38,11 +38,15 @@ def _scale(task: str, method: str) -> dict[str, float]:
 def coarse_search(task: str, method: str = "full", **recipe) -> list[Result]:
     """The runs of a climb over the profile's rates from their middle, with the first seed.
 
-    recipe: rank=, alpha=, layers=, modules= or vector= of an adapter.
+    recipe: rank=, alpha=, layers=, modules= or vector= of an adapter.  With a larger alpha than
+    LORA_ALPHA a step moves the weights further: its climb starts one rate below the best of that.
     """
-    rates = _rates(method)
+    rates, start = _rates(method), middle(_rates(method))
+    if recipe.get("alpha", LORA_ALPHA) > LORA_ALPHA:
+        best = best_lr(coarse_search(task, method, **recipe | {"alpha": LORA_ALPHA}))
+        start = rates[max(rates.index(best) - 1, 0)]
     make = functools.partial(profile().config, task, method, **recipe)
-    return _climb(make, profile().seeds[:1], rates, middle(rates))
+    return _climb(make, profile().seeds[:1], rates, start)
 
 
 def coarsely_tuned(task: str, *, rank: int = 0, alpha: float = LORA_ALPHA, **changes) -> RunConfig:

@@ -5,7 +5,14 @@ import dataclasses
 import pytest
 
 from deltarank.study.profiles import PROFILES, profile
-from deltarank.study.search import best_alpha, best_lr, coarsely_tuned, lr_search, tuned
+from deltarank.study.search import (
+    best_alpha,
+    best_lr,
+    coarse_search,
+    coarsely_tuned,
+    lr_search,
+    tuned,
+)
 
 
 @pytest.mark.parametrize(("low", "high", "lr"), [(1.0, 2.0, 1e-4), (2, 1, 1e-3), (3, None, 1e-4)])
@@ -73,6 +80,17 @@ def test_a_task_takes_the_alpha_of_the_lower_loss_at_the_middle_rank(
     assert (found.alpha, found.lr, found.seed) == (alpha, 1e-2 if alpha == 32 else 1e-3, 1)
     assert best_alpha("sentiment") == tuned("sentiment", "lora", rank=1).alpha == 32
     assert coarsely_tuned("facts", rank=1).alpha == 32
+
+
+def test_a_larger_alpha_climbs_from_one_rate_below_the_best_of_the_common_one(monkeypatch, losses):
+    wide = dataclasses.replace(PROFILES["smoke"], lora_lrs=(1e-5, 1e-4, 1e-3, 1e-2, 1e-1))
+    monkeypatch.setitem(PROFILES, "smoke", wide)
+    rates = {alpha: {1e-5: 4, 1e-4: 3, 1e-3: 3, 1e-2: 3, 1e-1: 9} for alpha in (32.0, 256.0)}
+    rates[32.0][1e-3], rates[256.0][1e-4] = 2, 1
+    losses |= {(4, lr, a): loss for a, by_lr in rates.items() for lr, loss in by_lr.items()}
+    found = {a: coarse_search("facts", "lora", rank=4, alpha=a) for a in rates}
+    tried = {alpha: [result.config.lr for result in results] for alpha, results in found.items()}
+    assert tried == {32.0: [1e-4, 1e-3, 1e-2], 256.0: [1e-5, 1e-4, 1e-3]}
 
 
 def test_a_finer_search_moves_no_coarsely_tuned_run(monkeypatch, losses):
