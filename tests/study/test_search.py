@@ -66,14 +66,17 @@ def test_ranks_between_the_profiles_interpolate_their_learning_rates(losses):
     assert found == searched | {2: 3.2e-3}  # 10 ** -2.5, half way from rank 1 to rank 4
 
 
-@pytest.mark.parametrize(("larger", "alpha"), [(3, 32.0), (2, 32.0), (1, 256.0)])
-def test_a_task_takes_the_alpha_of_the_lower_loss_at_the_middle_rank(
-    monkeypatch, losses, larger, alpha
+@pytest.mark.parametrize(
+    ("first", "second", "alpha"), [(3, 1, 32), (2, 1, 32), (1, 1, 256), (1, 3, 32)]
+)
+def test_a_task_takes_the_larger_alpha_where_it_wins_with_every_seed(
+    monkeypatch, losses, first, second, alpha
 ):
     sizes = dataclasses.replace(PROFILES["smoke"], alpha_tasks=("facts",))
     monkeypatch.setitem(PROFILES, "smoke", sizes)
     losses |= {(r, lr): 2 for r in (1, 4) for lr in (1e-3, 1e-2)} | {(1, 1e-2): 1}
-    losses |= {(4, 1e-2, 32.0): None, (4, 1e-2, 256.0): larger, (1, 1e-2, 256.0): 9}
+    losses |= {(4, 1e-3, 32.0): None, (4, 1e-3, 256.0): first, (1, 1e-2, 256.0): 9}
+    losses |= {(4, 1e-2, 256.0): 4, (4, 1e-3, 1): second}
     assert best_alpha("facts") == alpha
     assert {run.config.alpha for run in lr_search("facts", "lora", rank=1)} == {alpha}
     found = tuned("facts", "lora", rank=1, seed=1)
