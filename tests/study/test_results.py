@@ -146,19 +146,14 @@ def ask_for_controls():
 
 
 def look_for_what_is_being_gathered():
-    """Look for runs that answer the next questions, of which not all are there yet.
+    """Look for runs that answer the next question, of which not all are there yet.
 
-    Those that choose between two alphas, at the middle rank, and the finer rates of the tasks that
-    are to be fine_tasks.
+    That is whether the larger alpha serves arithmetic: the runs that choose it, and with it.
     """
     sizes = profile()
-    for task, lr in itertools.product(sizes.lora_tasks, sizes.lora_lrs):
-        runs.stored(sizes.config(task, "lora", rank=8, alpha=256.0, lr=lr))
-    for task, seed in itertools.product(("mix",), sizes.seeds):
-        for lr in search.finer(sizes.full_lrs):
-            runs.stored(sizes.config(task, lr=lr, seed=seed))
-        for rank, lr in itertools.product(sizes.lora_ranks, search.finer(sizes.lora_lrs)):
-            runs.stored(sizes.config(task, "lora", rank=rank, lr=lr, seed=seed))
+    points = itertools.product(sizes.lora_ranks, sizes.lora_alphas, sizes.lora_lrs, sizes.seeds)
+    for rank, alpha, lr, seed in points:
+        runs.stored(sizes.config("arithmetic", "lora", rank=rank, alpha=alpha, lr=lr, seed=seed))
 
 
 def ask_for_the_rate_between():
