@@ -216,7 +216,7 @@ PROFILES = {
     "paper": Profile(
         "paper",
         fine_tasks=("facts", "sorbian", "sentiment", "json", "code", "mix"),
-        alpha_tasks=("facts", "sorbian", "kjv", "code", "mix"),
+        alpha_tasks=("facts", "sorbian", "kjv", "arithmetic", "code", "mix"),
     ),
 }
 

@@ -148,12 +148,10 @@ def ask_for_controls():
 def look_for_what_is_being_gathered():
     """Look for runs that answer the next question, of which not all are there yet.
 
-    That is whether the larger alpha serves arithmetic: the runs that choose it, and with it.
+    That is what full fine-tuning of Sorbian and King James does in twice the steps.
     """
-    sizes = profile()
-    points = itertools.product(sizes.lora_ranks, sizes.lora_alphas, sizes.lora_lrs, sizes.seeds)
-    for rank, alpha, lr, seed in points:
-        runs.stored(sizes.config("arithmetic", "lora", rank=rank, alpha=alpha, lr=lr, seed=seed))
+    for task, seed in itertools.product(("sorbian", "kjv"), profile().seeds):
+        runs.stored(search.coarsely_tuned(task, seed=seed, steps=2 * profile().steps))
 
 
 def ask_for_the_rate_between():
