@@ -190,7 +190,7 @@ def test_the_notebooks_are_short():
     claims = sum(len(cell) for notebook in books for cell in code_of(notebook, is_claims))
     cells = [len(cell) for notebook in books for cell in code_of(notebook)]
     assert sum(cells) - claims <= 120 * len(NOTEBOOKS)  # what a reader has before him
-    assert claims <= 85 * len(NOTEBOOKS)
+    assert claims <= 80 * len(NOTEBOOKS)
     assert statistics.median(cells) <= 8
 
 
