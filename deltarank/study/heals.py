@@ -119,13 +119,15 @@ def heal_sweep(heals: Sequence[Heal]) -> list[Result]:
 def measure_heal(heal: Heal) -> dict:
     """Train and score one heal; its record.
 
-    divergence_nats is of the full run on held-out prompts of the split "valid", in nats a token;
-    "before" that of the start (of "squeezed" before it was trained and squeezed).
+    divergence_nats is from the full run on held-out prompts of the split "valid", in nats a token;
+    "before" that of the start (of "squeezed" before it was trained and squeezed).  full: the loss
+    and score of the full run that taught; trained again on another processor it is not quite the
+    stored one.
     Raises ValueError for a model whose head is not its embedding.
     """
     started, config = time.time(), heal.recipe
     _require_tied(config.model)
-    taught, held = _told(heal)
+    taught, held, full = _told(heal)
     model = prepare(config)
     if heal.start == "cut":
         dW = updates(heal.full)
@@ -145,6 +147,7 @@ def measure_heal(heal: Heal) -> dict:
         "status": "finished" if finished else "diverged",
         "train_divergence_nats": [round(x, 5) if math.isfinite(x) else None for x in losses],
         "divergence_nats": {"before": before, "after": after if finished else None},
+        "full": full,
         "evaluation": evaluation if finished else {},
         "provenance": provenance(time.time() - started),
     }
@@ -158,8 +161,11 @@ def _require_tied(name: str) -> None:
     require(tied, f"{told}: choose a model whose head is its embedding")
 
 
-def _told(heal: Heal) -> tuple[Lessons, Lessons]:
-    """The full run's lessons, on training prompts and on held-out ones; kept in the cache."""
+def _told(heal: Heal) -> tuple[Lessons, Lessons, dict[str, dict]]:
+    """The full run's lessons, on training prompts and on held-out ones, and its loss and score.
+
+    The last by split.  All are kept in the cache.
+    """
     full = heal.full
     given, valid = load_split(full.task, "train"), load_split(full.task, "valid")[:GROWTH_ROWS]
     learned = random.Random(0).sample(given, min(heal.rows, len(given)))
@@ -167,13 +173,17 @@ def _told(heal: Heal) -> tuple[Lessons, Lessons]:
     def answered() -> tuple[dict, dict[str, Tensor]]:
         prompts = [row["prompt"] for row in learned + valid]
         ends = [newline(load_tokenizer(full.model))]
-        told = lessons(run_model(full), full, prompts, room=ROOM, ends=ends)
-        return {"run": full.key, "rows": told.rows}, {"hidden": told.hidden}
+        model = run_model(full)
+        told = lessons(model, full, prompts, room=ROOM, ends=ends)
+        scores = evaluate_splits(full, model, full.key)
+        means = {split: {k: s[k] for k in ("loss_nats", "score")} for split, s in scores.items()}
+        return {"run": full.key, "rows": told.rows, "full": means}, {"hidden": told.hidden}
 
     name = f"{full.key}-{len(learned)}-{ROOM}"
     record, tensors = cached(cache_folder() / "lessons" / name, answered)
     told = Lessons(record["rows"], tensors["hidden"])
-    return told.of(slice(len(learned))), told.of(slice(len(learned), None))
+    taught, held = told.of(slice(len(learned))), told.of(slice(len(learned), None))
+    return taught, held, record["full"]
 
 
 @torch.no_grad()
@@ -241,8 +251,9 @@ def heal_configs() -> list[Heal]:
 def heals_table(heals: Sequence[Heal]) -> pd.DataFrame:
     """One line a heal, and runs what is not stored.
 
-    Columns: task, seed, start, rank, steps, lr, status, loss_nats and score of the test split, and
-    divergence_nats from the full run on held-out prompts.
+    Columns: task, seed, start, rank, steps, lr, status, loss_nats and score of the test split,
+    full_nats and full_score of the full run that taught, and divergence_nats from it on held-out
+    prompts.
     """
     rows = []
     for heal, result in zip(heals, heal_sweep(heals), strict=True):
@@ -250,5 +261,7 @@ def heals_table(heals: Sequence[Heal]) -> pd.DataFrame:
         row = {"task": heal.full.task, "seed": heal.full.seed}
         row |= {name: getattr(heal, name) for name in names} | {"status": result.status}
         row |= {"loss_nats": result.loss(), "score": result.score()}
+        full = result.record["full"]["test"]
+        row |= {"full_nats": full["loss_nats"], "full_score": full["score"]}
         rows.append(row | {"divergence_nats": result.record["divergence_nats"]["after"]})
     return pd.DataFrame(rows)

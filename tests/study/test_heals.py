@@ -16,7 +16,7 @@ from deltarank.study.evaluation import evaluate
 from deltarank.study.heals import Heal, heal_configs, heal_run, heals_table, measure_heal
 from deltarank.study.models import load_model, matrices
 from deltarank.study.profiles import entry_folder, profile
-from deltarank.study.runs import Result, updates
+from deltarank.study.runs import Result, run_model, updates
 from deltarank.study.training import prepare
 
 
@@ -64,6 +64,8 @@ def test_healing_brings_the_cut_nearer_to_the_full_run(full):
     still = heal_run(heal_from(full, steps=0, lr=0.0)).record
     assert still["divergence_nats"]["after"] == pytest.approx(before, rel=1e-4)
     assert record["evaluation"].keys() == {"valid", "test"}
+    tuned = evaluate(run_model(full), full, "test")["loss_nats"]
+    assert record["full"]["test"]["loss_nats"] == tuned
 
 
 def test_all_starts_and_steps_see_the_same_rows_in_the_same_order(full, monkeypatch):
@@ -96,7 +98,7 @@ def test_a_start_from_nothing_is_the_base_and_learns(full):
 def test_a_squeezed_lora_is_the_wide_one_truncated(full):
     heal = heal_from(full, "squeezed", rank=2, wide=8)
     found = measure_heal(heal)["evaluation"]["test"]["loss_nats"]
-    model, (taught, _) = prepare(heal.recipe), heals._told(heal)
+    model, (taught, *_) = prepare(heal.recipe), heals._told(heal)
     distil(heal.recipe, model, taught, head_of(model))
     wide = evaluate(model, full, "test")["loss_nats"]
     layers = heals.lora_layers(model)
@@ -215,7 +217,11 @@ def graded(monkeypatch, store):
         asked.append(heal)
         middle = dict(profile().heals.lrs)[heal.start][1]
         loss = {"loss_nats": 1 + abs(heal.lr - middle), "score": 50.0}
-        record = {"status": "finished", "evaluation": {"valid": loss, "test": loss}}
+        record = {
+            "status": "finished",
+            "evaluation": {"valid": loss, "test": loss},
+            "full": {"test": loss},
+        }
         return Result(heal.recipe, record | {"divergence_nats": {"after": 0.5}}, {})
 
     monkeypatch.setattr(heals, "heal_run", result)
@@ -243,6 +249,6 @@ def test_the_table_has_a_line_a_heal(graded):
     table = heals_table(heal_configs()[:5])
     assert list(table.columns) == [
         *("task", "seed", "start", "rank", "steps", "lr"),
-        *("status", "loss_nats", "score", "divergence_nats"),
+        *("status", "loss_nats", "score", "full_nats", "full_score", "divergence_nats"),
     ]
     assert len(table) == 5 and (table["divergence_nats"] == 0.5).all()
