@@ -74,7 +74,9 @@ class Profile:
     budget_runs: tuple[tuple[str, int], ...] = (
         ("facts", 0),
         ("facts", 1),
+        ("kjv", 0),
         ("kjv", 1),
+        ("sorbian", 0),
         ("sorbian", 1),
     )
     budgets: tuple[int, ...] = (1, 2)  # ... with so many times the steps

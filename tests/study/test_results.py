@@ -145,15 +145,6 @@ def ask_for_controls():
     runs.sweep([*plan.warmup_configs(), *permuted, *again, *long_mix])
 
 
-def look_for_what_is_being_gathered():
-    """Look for runs that answer the next question, of which not all are there yet.
-
-    That is what full fine-tuning of Sorbian and King James does in twice the steps.
-    """
-    for task, seed in itertools.product(("sorbian", "kjv"), profile().seeds):
-        runs.stored(search.coarsely_tuned(task, seed=seed, steps=2 * profile().steps))
-
-
 def ask_for_the_rate_between():
     """Ask for notebook 5's run of the King James at a rate between those of ranks 1 and 64."""
     ends = {rank: search.tuned("kjv", "lora", rank=rank).lr for rank in (1, 64)}
@@ -200,7 +191,6 @@ def test_the_paper_is_rendered_without_training(monkeypatch, no_training, record
             cuts.cut(config, profile().control_ranks, part=part)
     ask_for_the_rate_between()
     ask_for_controls()
-    look_for_what_is_being_gathered()
     pairs = pairs_to_compare()
     assert len(full) == 30 and len(pairs) > 60
     for pair in pairs:
