@@ -51,8 +51,19 @@ class Head:
     rule: LogitRule
 
     def logits(self, hidden: Tensor) -> Tensor:
-        """Logits (n, vocabulary) in float32 of hidden states (n, width), product in their type."""
-        return self.rule.logits(hidden @ self.weight.to(hidden.dtype).T)
+        """Logits (n, vocabulary) in float32 of hidden states (n, width)."""
+        return self.rule.logits(self.product(hidden))
+
+    def product(self, hidden: Tensor, ids: slice = slice(None)) -> Tensor:
+        """z (n, ids) of hidden states (n, width) for those token ids, in the type of hidden."""
+        return hidden @ self.weight[ids].to(hidden.dtype).T
+
+    def log_sum(self, products: Sequence[Tensor], slices: Sequence[slice]) -> Tensor:
+        """The logarithm (n, 1) of the sum of exp(logits), of the z of all slices."""
+        parts = (
+            self.rule.logits(z, ids).logsumexp(-1) for ids, z in zip(slices, products, strict=True)
+        )
+        return torch.stack([*parts]).logsumexp(0)[:, None]
 
 
 def head_of(model: nn.Module) -> Head:
@@ -110,29 +121,47 @@ class HeadDivergence(torch.autograd.Function):
     """Mean KL(p || q), in nats a token, of next-token distributions; q's gradient formed with it.
 
     q is made of `hidden` (n, width) by the student's head, p of `taught` (n, width) by the
-    teacher's; neither head is trained.  A few tokens pass by at once, or long answers would fill
-    the memory with distributions over the vocabulary.  d KL / d logits of q is q - p (Hinton et
-    al. 2015, arXiv 1503.02531).
+    teacher's; neither head is trained.  The vocabulary passes by in slices that fit the processor's
+    cache, first for the log-sums, then for the gradient, as in HeadCrossEntropy; so many tokens
+    pass by at once as long answers leave memory for.  d KL / d logits of q is q - p (Hinton et al.
+    2015, arXiv 1503.02531).
     """
 
-    TOKENS = 64
+    TOKENS = 512
+    SLICE = 2048  # token ids
 
     @staticmethod
     def forward(ctx, hidden: Tensor, student: Head, taught: Tensor, teacher: Head) -> Tensor:
         """The mean divergence; the gradient is formed along with it."""
-        dh = torch.empty_like(hidden)
-        total = torch.zeros((), device=hidden.device)
+        dh, total = torch.empty_like(hidden), torch.zeros((), device=hidden.device)
         for start in range(0, len(hidden), HeadDivergence.TOKENS):
             part = slice(start, start + HeadDivergence.TOKENS)
-            y = student.logits(hidden[part])  # (tokens, vocabulary)
-            log_q = y.log_softmax(-1)
-            log_p = teacher.logits(taught[part]).log_softmax(-1)
-            p = log_p.exp()
-            total += (p * (log_p - log_q)).sum()
-            dy = (log_q.exp() - p) * student.rule.slope(y) / len(hidden)
-            dh[part] = dy.to(hidden.dtype) @ student.weight.to(hidden.dtype)
+            nats, gradient = HeadDivergence._of_tokens(hidden[part], student, taught[part], teacher)
+            total += nats
+            dh[part] = (gradient / len(hidden)).to(hidden.dtype)
         ctx.save_for_backward(dh)
         return total / len(hidden)
+
+    @staticmethod
+    def _of_tokens(
+        hidden: Tensor, student: Head, taught: Tensor, teacher: Head
+    ) -> tuple[Tensor, Tensor]:
+        """The sum of the tokens' KL(p || q), and its gradient (tokens, width) in float32."""
+        size = HeadDivergence.SLICE
+        slices = [slice(i, i + size) for i in range(0, len(student.weight), size)]
+        own, told = ([head.product(h, ids) for ids in slices]
+                     for head, h in ((student, hidden), (teacher, taught)))  # fmt: skip
+        log_sum_q, log_sum_p = student.log_sum(own, slices), teacher.log_sum(told, slices)
+        total = torch.zeros((), device=hidden.device)
+        dh = torch.zeros_like(hidden, dtype=torch.float32)
+        for ids, z, taught_z in zip(slices, own, told, strict=True):
+            y = student.rule.logits(z, ids)  # (tokens, slice)
+            log_q, log_p = y - log_sum_q, teacher.rule.logits(taught_z, ids) - log_sum_p
+            p = log_p.exp()
+            total += (p * (log_p - log_q)).sum()
+            dy = (log_q.exp() - p) * student.rule.slope(y)
+            dh += dy.to(hidden.dtype) @ student.weight[ids].to(hidden.dtype)
+        return total, dh
 
     @staticmethod
     @torch.autograd.function.once_differentiable

@@ -53,9 +53,10 @@ RULES = {"plain": LogitRule(), "capped": LogitRule(cap=2.0, scale=0.5)}
 
 
 @pytest.mark.parametrize("rule", RULES)
-@pytest.mark.parametrize("tokens", [3, 64])
-def test_the_divergence_and_its_gradient_are_those_of_torch(monkeypatch, rule, tokens):
+@pytest.mark.parametrize(("tokens", "ids"), [(3, 4), (64, 4), (64, 11)])
+def test_the_divergence_and_its_gradient_are_those_of_torch(monkeypatch, rule, tokens, ids):
     monkeypatch.setattr(HeadDivergence, "TOKENS", tokens)
+    monkeypatch.setattr(HeadDivergence, "SLICE", ids)
     generator = torch.Generator().manual_seed(0)
     hidden, taught = (torch.randn(7, 5, generator=generator) for _ in range(2))
     own, other = (torch.randn(11, 5, generator=generator) for _ in range(2))
@@ -123,14 +124,14 @@ def test_a_teacher_does_not_diverge_from_itself_and_another_model_does(teacher, 
 def test_logits_of_a_divergence_are_float32_where_the_model_runs_in_bfloat16(
     teacher, config, told, monkeypatch
 ):
-    kinds, logits = set(), Head.logits
+    kinds, product = set(), Head.product
 
-    def noted(self, hidden):
-        found = hidden @ self.weight.to(hidden.dtype).T
+    def noted(self, hidden, ids):
+        found = product(self, hidden, ids)
         kinds.add((hidden.dtype, found.dtype))
-        return logits(self, hidden)
+        return found
 
-    monkeypatch.setattr(Head, "logits", noted)
+    monkeypatch.setattr(Head, "product", noted)
     low = dataclasses.replace(config, dtype="bfloat16")
     divergence(load_model(TINY), low, told, head_of(teacher))
     assert kinds == {(torch.float32, torch.float32)}
