@@ -21,7 +21,7 @@ from deltarank.store import load_entry
 from deltarank.study import taskdata
 from deltarank.study.claims import assert_claims, assert_table
 from deltarank.study.configs import RunConfig
-from deltarank.study.cuts import CUT_PARTS, LENGTH_PARTS, cut, cut_by_matrix, stored_cuts
+from deltarank.study.cuts import CUT_PARTS, LENGTH_PARTS, cut, stored_cuts
 from deltarank.study.directions import directions
 from deltarank.study.figures import (
     VENUE_WIDTHS,
@@ -48,6 +48,8 @@ from deltarank.study.gains import (
     needed_bracket,
     needed_rank,
 )
+from deltarank.study.guidance import guidance_table
+from deltarank.study.heals import heal_configs, heals_table
 from deltarank.study.measuring import measure
 from deltarank.study.models import load_model, load_tokenizer, matrices
 from deltarank.study.overlaps import OVERLAP_RANKS, overlaps

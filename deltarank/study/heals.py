@@ -26,10 +26,11 @@ from deltarank.store import cached, digest
 from deltarank.study.configs import GROWTH_ROWS, RunConfig
 from deltarank.study.distillation import Lessons, distil, divergence, head_of, lessons
 from deltarank.study.evaluation import newline
+from deltarank.study.gains import gain_kept
 from deltarank.study.measuring import evaluate_splits, lora_factors, provenance
 from deltarank.study.models import load_tokenizer, skeleton
 from deltarank.study.profiles import LORA_ALPHA, entry_folder, middle, profile
-from deltarank.study.runs import Result, run_model, updates
+from deltarank.study.runs import Result, run, run_model, updates
 from deltarank.study.search import best_lr, tuned
 from deltarank.study.tasks import load_split
 from deltarank.study.training import lora_layers, prepare
@@ -251,9 +252,9 @@ def heal_configs() -> list[Heal]:
 def heals_table(heals: Sequence[Heal]) -> pd.DataFrame:
     """One line a heal, and runs what is not stored.
 
-    Columns: task, seed, start, rank, steps, lr, status, loss_nats and score of the test split,
-    full_nats and full_score of the full run that taught, and divergence_nats from it on held-out
-    prompts.
+    Columns: task, seed, start, rank, steps, lr, status, loss_nats and score of the test split, both
+    of the full run that taught (full_nats, full_score), kept_loss: the share of its loss gain, and
+    divergence_nats from it on held-out prompts.
     """
     rows = []
     for heal, result in zip(heals, heal_sweep(heals), strict=True):
@@ -261,7 +262,8 @@ def heals_table(heals: Sequence[Heal]) -> pd.DataFrame:
         row = {"task": heal.full.task, "seed": heal.full.seed}
         row |= {name: getattr(heal, name) for name in names} | {"status": result.status}
         row |= {"loss_nats": result.loss(), "score": result.score()}
-        full = result.record["full"]["test"]
+        full, base = result.record["full"]["test"], run(profile().config(heal.full.task, "base"))
         row |= {"full_nats": full["loss_nats"], "full_score": full["score"]}
+        row["kept_loss"] = gain_kept(result.loss(), base.loss(), full["loss_nats"])
         rows.append(row | {"divergence_nats": result.record["divergence_nats"]["after"]})
     return pd.DataFrame(rows)
