@@ -23,6 +23,7 @@ from deltarank.study.claims import assert_claims, assert_table
 from deltarank.study.configs import RunConfig
 from deltarank.study.cuts import CUT_PARTS, LENGTH_PARTS, cut, stored_cuts
 from deltarank.study.directions import directions
+from deltarank.study.diversity import long_mix
 from deltarank.study.figures import (
     VENUE_WIDTHS,
     figure_width,
@@ -64,7 +65,6 @@ from deltarank.study.plan import (
     full_configs,
     lora_configs,
     lora_until,
-    production_configs,
     scaling_configs,
     warmup_configs,
 )

@@ -9,6 +9,7 @@ import pandas as pd
 from deltarank.study.configs import RunConfig
 from deltarank.study.floors import floors
 from deltarank.study.gains import gain_kept, needed_bracket
+from deltarank.study.plan import production_configs
 from deltarank.study.profiles import profile
 from deltarank.study.runs import Result, sweep
 from deltarank.study.search import best_lr
@@ -26,6 +27,18 @@ def nested_mixes() -> dict[tuple[int, int], str]:
     grid = profile().mixes
     orders = {order: random.Random(order).sample(PARTS, len(PARTS)) for order in grid.orders}
     return {(o, n): mix_of(parts[:n]) for o, parts in orders.items() for n in grid.counts}
+
+
+def long_mix(*, twice: bool = False) -> dict[int, Result]:
+    """Of each rank of production_configs the run at its best_lr; full fine-tuning is rank 0."""
+    found: dict[int, list[Result]] = {}
+    for result in sweep(production_configs(twice=twice)):
+        found.setdefault(result.config.rank, []).append(result)
+    best = {rank: best_lr(results) for rank, results in found.items()}
+    return {
+        rank: next(result for result in results if result.config.lr == best[rank])
+        for rank, results in found.items()
+    }
 
 
 def mix_configs(task: str) -> list[list[RunConfig]]:

@@ -40,6 +40,12 @@ class MixGrid:
         (1, (3e-4, 1e-3)),
         (8, (3e-4, 1e-3)),
     )
+    # ... and those of the long mix at twice the steps: the ones that were not clearly worse.
+    twice_lrs: tuple[tuple[int, tuple[float, ...]], ...] = (
+        (0, (3e-5,)),
+        (1, (3e-4,)),
+        (8, (3e-4, 1e-3)),
+    )
     # Numbers of layers, evenly spaced, with a LoRA of rank 1, each at these rates.
     sparse: tuple[tuple[int, tuple[float, ...]], ...] = ((1, (1e-3, 3e-3)), (3, (1e-3, 3e-3)))
     orders: tuple[int, ...] = (0, 1, 2)  # in which parts are added at random

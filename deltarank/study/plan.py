@@ -79,11 +79,16 @@ def floor_configs(task: str) -> list[RunConfig]:
     return [coarsely_tuned(task, rank=rank, seed=seed, permuted=True) for rank in ranks]
 
 
-def production_configs() -> list[RunConfig]:
-    """The long mix at each of the profile's rates for it, with the first seed; rank 0 is full."""
+def production_configs(*, twice: bool = False) -> list[RunConfig]:
+    """The long mix at each of the profile's rates for it, with the first seed; rank 0 is full.
+
+    twice: with twice its steps, so that a part has as many rows as where it is the whole task.
+    """
+    whole = profile().config("production")
+    steps = whole.steps * (2 if twice else 1)
     return [
-        profile().config("production", "lora" if rank else "full", rank=rank, lr=lr)
-        for rank, lrs in profile().mixes.lrs
+        profile().config("production", "lora" if rank else "full", rank=rank, lr=lr, steps=steps)
+        for rank, lrs in (profile().mixes.twice_lrs if twice else profile().mixes.lrs)
         for lr in lrs
     ]
 

@@ -67,7 +67,10 @@ class Profile:
     warmups: tuple[float, ...] = (0.0, 0.1)  # shares of the steps
     mixes: MixGrid = MixGrid()
     embedding_tasks: tuple[str, ...] = ("sorbian",)  # run once more with a trained embedding
-    again_tasks: tuple[str, ...] = ("sorbian",)  # run once more on one processor, whole test split
+    again_tasks: tuple[str, ...] = (
+        "sorbian",
+        "kjv",
+    )  # run once more, their whole test split scored
     scaling_ranks: tuple[int, ...] = (1, 8, 64)  # LoRA of the facts by each of SCALES ...
     scaling_lrs: tuple[float, ...] = (1e-4, 3e-4, 1e-3, 3e-3)  # ... at each of these rates
     # Tasks in which a low rank falls short, by LoRA of this rank (0: full fine-tuning) ...
@@ -159,6 +162,7 @@ PROFILES = {
             eval_rows=4,
             generate_rows=1,
             lrs=((0, (1e-3,)), (1, (1e-3, 1e-2))),
+            twice_lrs=((0, (1e-3,)), (1, (1e-3, 1e-2))),
             sparse=((1, (1e-2,)),),
             orders=(0, 1),
             counts=(1, 8),
@@ -205,7 +209,7 @@ PROFILES = {
             tiny_vectors=(128,), tiny_lrs=(1e-2,), layers=(3,), modules=(), place_runs=()
         ),
         seeds=(0,),
-        mixes=MixGrid(lrs=(), sparse=()),
+        mixes=MixGrid(lrs=(), twice_lrs=(), sparse=()),
         warmup_lrs=(),
         embedding_tasks=(),
         again_tasks=(),

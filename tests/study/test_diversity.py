@@ -8,6 +8,7 @@ import pytest
 
 from deltarank.study import diversity
 from deltarank.study.diversity import (
+    long_mix,
     mix_configs,
     mix_runs,
     needed_by_part,
@@ -16,7 +17,7 @@ from deltarank.study.diversity import (
 )
 from deltarank.study.models import TINY
 from deltarank.study.plan import production_configs
-from deltarank.study.profiles import PROFILES
+from deltarank.study.profiles import PROFILES, profile
 from deltarank.study.runs import Result
 from deltarank.study.sizes import trained_parameters
 from deltarank.study.tasks import PARTS, load_task, mix_parts
@@ -52,6 +53,24 @@ def test_the_mix_of_all_parts_is_trained_as_the_long_mix_is(monkeypatch):
         len(mix_parts(task)): mix_configs(task)[0][0].steps for task in nested_mixes().values()
     }
     assert steps == {1: 60, 2: 120, 4: 240, 8: 480}
+
+
+def test_the_long_mix_twice_as_long_has_the_rows_of_whole_tasks(monkeypatch):
+    asked = []
+
+    def sweep(configs):
+        asked.extend(configs)
+        losses = [{"loss_nats": abs(c.lr - 2e-3), "score": 0.0} for c in configs]
+        records = [{"status": "finished", "evaluation": {"valid": loss}} for loss in losses]
+        return [Result(c, record, {}) for c, record in zip(configs, records, strict=True)]
+
+    monkeypatch.setattr(diversity, "sweep", sweep)
+    found = long_mix(twice=True)
+    assert {c.steps for c in asked} == {2 * profile().config("production").steps}
+    assert {rank: result.config.lr for rank, result in found.items()} == {0: 1e-3, 1: 1e-3}
+    monkeypatch.setenv("PROFILE", "paper")
+    one, whole = (profile().config(task) for task in ("facts", "production"))
+    assert 2 * whole.steps == len(PARTS) * one.steps
 
 
 def test_sizes_ascend_after_full_fine_tuning():

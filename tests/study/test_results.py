@@ -142,6 +142,7 @@ def ask_for_controls():
     permuted = [config for task in profile().lora_tasks for config in plan.floor_configs(task)]
     again = [config for pair in plan.again_configs() for config in pair]
     long_mix = [profile().config("production", "base"), *plan.production_configs()]
+    long_mix += plan.production_configs(twice=True)
     runs.sweep([*plan.warmup_configs(), *permuted, *again, *long_mix])
 
 
