@@ -25,9 +25,9 @@ from deltarank.spectra import factor_svd
 from deltarank.store import cached, digest
 from deltarank.study.configs import GROWTH_ROWS, RunConfig
 from deltarank.study.distillation import Lessons, distil, divergence, head_of, lessons
-from deltarank.study.evaluation import newline
+from deltarank.study.evaluation import evaluate, newline
 from deltarank.study.gains import gain_kept
-from deltarank.study.measuring import evaluate_splits, lora_factors, provenance
+from deltarank.study.measuring import lora_factors, provenance
 from deltarank.study.models import load_tokenizer, skeleton
 from deltarank.study.profiles import LORA_ALPHA, entry_folder, middle, profile
 from deltarank.study.runs import Result, run, run_model, updates
@@ -38,6 +38,7 @@ from deltarank.study.training import lora_layers, prepare
 STARTS = ("cut", "nothing", "squeezed")
 ALPHA = 8 * LORA_ALPHA  # of a LoRA from nothing: the scale by which the facts are learned best
 ROOM = 48  # tokens that an answer of the full run may have
+SPLITS = ("valid", "test")  # that are scored
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -120,10 +121,9 @@ def heal_sweep(heals: Sequence[Heal]) -> list[Result]:
 def measure_heal(heal: Heal) -> dict:
     """Train and score one heal; its record.
 
-    divergence_nats is from the full run on held-out prompts of the split "valid", in nats a token;
-    "before" that of the start (of "squeezed" before it was trained and squeezed).  full: the loss
-    and score of the full run that taught; trained again on another processor it is not quite the
-    stored one.
+    divergence_nats is from the full run on held-out prompts of the split "valid", in nats a token.
+    full: the loss and score of the full run that taught; trained again on another processor it is
+    not quite the stored one.
     Raises ValueError for a model whose head is not its embedding.
     """
     started, config = time.time(), heal.recipe
@@ -134,20 +134,19 @@ def measure_heal(heal: Heal) -> dict:
         dW = updates(heal.full)
         _plant(model, lambda name: leading_factors(dW[name], min(heal.rank, *dW[name].shape))[:2])
     teacher = head_of(model)  # of both: it is the embedding, which the full run left as it was
-    before = divergence(model, config, held, teacher)
     losses = distil(config, model, taught, teacher, label=heal.key) if heal.steps else []
     finished = all(map(math.isfinite, losses))
     if heal.start == "squeezed" and finished:
         _squeeze(model, heal.rank)
-    evaluation = evaluate_splits(config, model, heal.key) if finished else {}
-    after = divergence(model, config, held, teacher) if finished else math.nan
-    finished &= all(map(math.isfinite, [after, *(e["loss_nats"] for e in evaluation.values())]))
+    evaluation = {split: evaluate(model, config, split) for split in SPLITS} if finished else {}
+    away = divergence(model, config, held, teacher) if finished else math.nan
+    finished &= all(map(math.isfinite, [away, *(e["loss_nats"] for e in evaluation.values())]))
     return {
         "heal": heal.identity,
         "config": config.recipe,
         "status": "finished" if finished else "diverged",
         "train_divergence_nats": [round(x, 5) if math.isfinite(x) else None for x in losses],
-        "divergence_nats": {"before": before, "after": after if finished else None},
+        "divergence_nats": away if finished else None,
         "full": full,
         "evaluation": evaluation if finished else {},
         "provenance": provenance(time.time() - started),
@@ -176,7 +175,7 @@ def _told(heal: Heal) -> tuple[Lessons, Lessons, dict[str, dict]]:
         ends = [newline(load_tokenizer(full.model))]
         model = run_model(full)
         told = lessons(model, full, prompts, room=ROOM, ends=ends)
-        scores = evaluate_splits(full, model, full.key)
+        scores = {split: evaluate(model, full, split) for split in SPLITS}
         means = {split: {k: s[k] for k in ("loss_nats", "score")} for split, s in scores.items()}
         return {"run": full.key, "rows": told.rows, "full": means}, {"hidden": told.hidden}
 
@@ -265,5 +264,5 @@ def heals_table(heals: Sequence[Heal]) -> pd.DataFrame:
         full, base = result.record["full"]["test"], run(profile().config(heal.full.task, "base"))
         row |= {"full_nats": full["loss_nats"], "full_score": full["score"]}
         row["kept_loss"] = gain_kept(result.loss(), base.loss(), full["loss_nats"])
-        rows.append(row | {"divergence_nats": result.record["divergence_nats"]["after"]})
+        rows.append(row | {"divergence_nats": result.record["divergence_nats"]})
     return pd.DataFrame(rows)
