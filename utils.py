@@ -50,7 +50,6 @@ from deltarank.study.gains import (
     needed_rank,
 )
 from deltarank.study.guidance import guidance_table
-from deltarank.study.heals import heal_configs, heals_table
 from deltarank.study.measuring import measure
 from deltarank.study.models import load_model, load_tokenizer, matrices
 from deltarank.study.overlaps import OVERLAP_RANKS, overlaps
