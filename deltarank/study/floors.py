@@ -21,14 +21,17 @@ def copied(row: dict) -> str:
     return row["prompt"].split("\n")[0].split(": ", 1)[1]
 
 
-def copy_score(task: str) -> float:
-    """Mean chrF of a rewriting's test rows when the input is the answer; NaN for other tasks."""
+def copy_score(task: str, rows: int | None = None) -> float:
+    """Mean chrF of a rewriting's test rows when the input is the answer; NaN for other tasks.
+
+    rows: how many of them, by default as many as the profile's runs generate.
+    """
     from sacrebleu import sentence_chrf
 
     if TASKS[task].metric != "chrf":
         return float("nan")
-    rows = load_split(task, "test")[: profile().generate_rows]
-    scores = [sentence_chrf(copied(row), [row["answer"].strip()]).score for row in rows]
+    given = load_split(task, "test")[: rows or profile().generate_rows]
+    scores = [sentence_chrf(copied(row), [row["answer"].strip()]).score for row in given]
     return sum(scores) / len(scores)
 
 

@@ -2,6 +2,7 @@
 
 import pandas as pd
 import pytest
+from sacrebleu import sentence_chrf
 
 from deltarank.study import floors
 from deltarank.study.configs import RunConfig
@@ -53,6 +54,13 @@ def test_copying_gives_the_input_back(task):
     row = load_split(task, "test")[0]
     assert copied(row) in row["prompt"] and "\n" not in copied(row)
     assert 0 < copy_score(task) < 100
+
+
+def test_copying_is_scored_on_as_many_rows_as_are_asked_for():
+    first = load_split("kjv", "test")[0]
+    one = sentence_chrf(copied(first), [first["answer"].strip()]).score
+    assert copy_score("kjv", 1) == one != copy_score("kjv")
+    assert copy_score("kjv", profile().generate_rows) == copy_score("kjv")
 
 
 def test_only_a_rewriting_can_be_copied():
