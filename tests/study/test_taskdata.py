@@ -362,7 +362,15 @@ def test_a_task_is_built_to_the_bytes_committed(task):
     assert taskdata.build(task) == committed(task)
 
 
+CARD_FILE = tasks.TASK_FOLDER.parent / "README.md"
+
+
+def test_the_words_of_the_card_are_those_of_its_file():
+    before, after = card.TEXT.split("{table}")
+    text = CARD_FILE.read_text(encoding="utf8")
+    assert text.startswith(before) and text.endswith(after)
+
+
 @needs_packages
 def test_the_card_is_that_of_the_files():
-    text = (tasks.TASK_FOLDER.parent / "README.md").read_text(encoding="utf8")
-    assert card.build_card() == text
+    assert card.build_card() == CARD_FILE.read_text(encoding="utf8")

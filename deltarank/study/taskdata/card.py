@@ -40,9 +40,9 @@ and its newline.
   purpose, as the task is to memorise them; only `paraphrase` asks in unseen words. The same holds
   for the facts in the mixes.
 - **Mixes.** Their rows are rows of the other files, so do not train on one and test on the other.
-  `production` is for a training of four times the steps: 960 training rows a part, of which a part
-  with fewer has some again, and up to 256 test rows of a part (128 of
-  the facts, those asked in training) and 32 of `valid`.
+  `production` is for a training of eight times the steps: 960 training rows a part, of which a part
+  with fewer has some again, and all held-out rows of a part up to 256. Of the facts it has 160 of
+  256, whose 480 training rows come twice, and 128 test rows.
 - **Licences.** As the packages state them. Both Bible texts are in the public domain. Review
   snippets: C.J. Hutto and E. Gilbert, VADER, ICWSM 2014. Names from Unicode CLDR come with
   `babel`. The sentences and code lines keep the licence of their source.
