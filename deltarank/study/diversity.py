@@ -31,14 +31,17 @@ def nested_mixes() -> dict[tuple[int, int], str]:
 
 def long_mix(*, twice: bool = False) -> dict[int, Result]:
     """Of each rank of production_configs the run at its best_lr; full fine-tuning is rank 0."""
-    found: dict[int, list[Result]] = {}
-    for result in sweep(production_configs(twice=twice)):
-        found.setdefault(result.config.rank, []).append(result)
-    best = {rank: best_lr(results) for rank, results in found.items()}
-    return {
-        rank: next(result for result in results if result.config.lr == best[rank])
-        for rank, results in found.items()
-    }
+    by_rank: dict[int, list[RunConfig]] = {}
+    for config in production_configs(twice=twice):
+        by_rank.setdefault(config.rank, []).append(config)
+    return dict(zip(by_rank, _best_runs([*by_rank.values()]), strict=True))
+
+
+def _best_runs(groups: list[list[RunConfig]]) -> list[Result]:
+    """Of each group, runs that differ in their rate, the one at its best_lr."""
+    results = iter(sweep([config for configs in groups for config in configs]))
+    tried = [{config.lr: next(results) for config in configs} for configs in groups]
+    return [runs[best_lr([*runs.values()])] for runs in tried]
 
 
 def mix_configs(task: str) -> list[list[RunConfig]]:
@@ -57,10 +60,7 @@ def mix_configs(task: str) -> list[list[RunConfig]]:
 
 def mix_runs(task: str) -> list[Result]:
     """Of each size of mix_configs the run at its best_lr; runs what is not stored."""
-    groups = mix_configs(task)
-    results = iter(sweep([config for configs in groups for config in configs]))
-    tried = [{config.lr: next(results) for config in configs} for configs in groups]
-    return [runs[best_lr([*runs.values()])] for runs in tried]
+    return _best_runs(mix_configs(task))
 
 
 def part_gains(task: str) -> pd.DataFrame:

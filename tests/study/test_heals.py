@@ -247,14 +247,7 @@ def test_the_table_has_a_line_a_heal(graded):
     table = heals_table(heal_configs()[:5])
     assert list(table.columns) == [
         *("task", "seed", "start", "rank", "steps", "lr"),
-        *(
-            "status",
-            "loss_nats",
-            "score",
-            "full_nats",
-            "full_score",
-            "kept_loss",
-            "divergence_nats",
-        ),
+        *("status", "loss_nats", "score"),
+        *("full_nats", "full_score", "kept_loss", "divergence_nats"),
     ]
     assert len(table) == 5 and (table["divergence_nats"] == 0.5).all()
