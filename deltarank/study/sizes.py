@@ -5,6 +5,7 @@ from __future__ import annotations
 import bisect
 import dataclasses
 import math
+from collections.abc import Sequence
 
 import pandas as pd
 
@@ -111,39 +112,44 @@ def place_configs() -> dict[tuple[str, str], RunConfig]:
     }
 
 
-def tried_sizes(task: str) -> dict[str, dict]:
-    """The sizes of the ladder that a task is trained at, ascending: what halving needs for SHARES.
+def tried_sizes(task: str, *, shares: Sequence[float] = SHARES, **changes) -> dict[str, dict]:
+    """The sizes of the ladder that a task is trained at, ascending: what halving needs for shares.
 
     Each half of the ladder is kept or left by the skill gain in loss of its middle on the rows that
-    choose (split "valid"), with the first seed, as if a larger size never had less.
+    choose (split "valid"), as if a larger size never had less.  changes: as of `sized`.
     """
     steps, tried = list(ladder().items()), {}
 
     def kept(i: int) -> float:
         if i not in tried:
-            gain = skill_gain(run(sized(task, steps[i][1])), split="valid")
+            gain = skill_gain(run(sized(task, steps[i][1], **changes)), split="valid")
             tried[i] = -math.inf if math.isnan(gain) else gain  # a run that diverged falls short
         return tried[i]
 
-    for share in SHARES:
+    for share in shares:
         bisect.bisect_left(range(len(steps)), share, key=kept)
     return dict(steps[i] for i in sorted(tried))
 
 
-def size_gains(task: str, *, by: str = "loss", **changes) -> pd.Series:
+def size_gains(
+    task: str, *, by: str = "loss", shares: Sequence[float] = SHARES, **changes
+) -> pd.Series:
     """skill_gain of the runs of tried_sizes on test rows, by their numbers of trained parameters.
 
-    by: "loss" or "score"; changes: as of `sized`.  NaN where a run diverged.
+    by: "loss" or "score"; NaN where a run diverged.  With other steps the gain is still that over
+    full fine-tuning with one budget.
     """
-    results = sweep([sized(task, size, **changes) for size in tried_sizes(task).values()])
+    tried = tried_sizes(task, shares=shares, **changes)
+    results = sweep([sized(task, size, **changes) for size in tried.values()])
     counts = [trained_parameters(result.config) for result in results]
     return pd.Series([skill_gain(result, by=by) for result in results], counts)
 
 
-def needed_size(task: str, share: float, *, by: str = "loss", **changes) -> tuple[float, float]:
+def needed_size(task: str, share: float, **fields) -> tuple[float, float]:
     """The numbers of trained parameters between which a task's needed size lies.
 
     The second is the smallest of those tried from which on a run keeps `share` of the skill gain,
     inf where the largest falls short; the first, the one before it, is 0 where none falls short.
+    fields: as of size_gains.
     """
-    return needed_bracket(size_gains(task, by=by, **changes), share)
+    return needed_bracket(size_gains(task, **fields), share)

@@ -11,6 +11,7 @@ from deltarank.study.runs import Result
 from deltarank.study.search import tuned
 from deltarank.study.sizes import (
     PLACES,
+    SHARES,
     ladder,
     needed_size,
     place_configs,
@@ -133,7 +134,7 @@ def test_the_needed_size_lies_between_two_that_were_tried(monkeypatch, gains, br
         asked.append(config.seed)
         return Result(config, {}, {})
 
-    monkeypatch.setattr(sizes, "tried_sizes", lambda task: ladder())
+    monkeypatch.setattr(sizes, "tried_sizes", lambda task, **fields: ladder())
     monkeypatch.setattr(sizes, "sized", lambda task, size, **c: profile().config(task, **size, **c))
     monkeypatch.setattr(sizes, "sweep", lambda configs: [result(config) for config in configs])
     monkeypatch.setattr(sizes, "skill_gain", lambda r, by: by_size[trained_parameters(r.config)])
@@ -142,25 +143,27 @@ def test_the_needed_size_lies_between_two_that_were_tried(monkeypatch, gains, br
 
 
 @pytest.mark.parametrize(
-    ("gains", "tried"),
+    ("gains", "shares", "tried"),
     [
-        ([0.1, 0.5, 0.9, 0.96, 1, 1, 1], [32, 128, 512, 1024, 4096]),  # 128, 512, 1,024
-        ([1, 1, 1, 1, 1, 1, 1], [8, 32, 512]),
-        ([0.1] * 7, [512, 4096, 8192]),
-        ([0.1, 0.5, 0.9, math.nan, 1, 1, 1], [512, 1024, 4096]),  # diverged: falls short
+        ([0.1, 0.5, 0.9, 0.96, 1, 1, 1], SHARES, [32, 128, 512, 1024, 4096]),  # 128, 512, 1,024
+        ([0.1, 0.5, 0.9, 0.96, 1, 1, 1], (0.95,), [32, 128, 512]),
+        ([1, 1, 1, 1, 1, 1, 1], SHARES, [8, 32, 512]),
+        ([0.1] * 7, SHARES, [512, 4096, 8192]),
+        ([0.1, 0.5, 0.9, math.nan, 1, 1, 1], SHARES, [512, 1024, 4096]),  # diverged: falls short
     ],
 )
-def test_halving_tries_what_each_share_needs(monkeypatch, gains, tried):
+def test_halving_tries_what_each_share_needs(monkeypatch, gains, shares, tried):
     by_size = dict(zip((8, 32, 128, 512, 1024, 4096, 8192), gains, strict=True))
     asked = []
 
     def gain(config, split):
-        asked.append((trained_parameters(config), split))
+        asked.append((trained_parameters(config), split, config.steps))
         return by_size[asked[-1][0]]
 
-    monkeypatch.setattr(sizes, "sized", lambda task, size: profile().config(task, **size))
+    monkeypatch.setattr(sizes, "sized", lambda task, size, **c: profile().config(task, **size, **c))
     monkeypatch.setattr(sizes, "run", lambda config: config)
     monkeypatch.setattr(sizes, "skill_gain", gain)
-    found = [profile().config("facts", **size) for size in sizes.tried_sizes("facts").values()]
-    assert [trained_parameters(config) for config in found] == tried
-    assert sorted(asked) == [(count, "valid") for count in tried], "each once"
+    found = sizes.tried_sizes("facts", shares=shares, steps=9)
+    configs = [profile().config("facts", **size) for size in found.values()]
+    assert [trained_parameters(config) for config in configs] == tried
+    assert sorted(asked) == [(count, "valid", 9) for count in tried], "each once"
