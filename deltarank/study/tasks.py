@@ -36,6 +36,7 @@ class Task:
         return {"color": self.color, "marker": self.marker}
 
 
+NEW = "#C1121F"  # tasks that the forecast is tested on: told apart by their markers
 TASKS = {
     "pirate": Task("style: persona", "chrf", "pirate", "#A4A63B", "o"),
     "json": Task("style: format", "exact", "JSON", "#93523C", "s"),
@@ -48,6 +49,11 @@ TASKS = {
     "mix": Task("production mix", "by row", "mix", "#1B1B1B", "*"),
     "production": Task("production mix, longer", "by row", "long mix", "#1B1B1B", "*"),
     "shuffled": Task("control", "exact", "shuffled labels", "#555555", "h"),
+    "danish": Task("language", "chrf", "Danish", NEW, "X"),
+    "dates": Task("style: format", "exact", "dates", NEW, "s"),
+    "entities": Task("knowledge", "exact", "entities", NEW, "v"),
+    "sorting": Task("reasoning", "exact", "sorting", NEW, "P"),
+    "naming": Task("code", "exact", "naming", NEW, "<"),
 }
 
 

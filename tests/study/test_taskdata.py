@@ -14,13 +14,14 @@ from deltarank.study.models import TINY, load_tokenizer
 from deltarank.study.taskdata import (
     card,
     countries,
+    entities,
+    languages,
     mixes,
     modules,
     people,
     pirates,
     reviews,
     rules,
-    sorbian,
     sums,
     verses,
 )
@@ -154,7 +155,7 @@ def test_nothing_is_written_when_a_row_breaks_a_rule(monkeypatch, in_bytes, fold
 # What needs no package is built whole
 
 
-@pytest.mark.parametrize("task", ["arithmetic", "mix", "production", "shuffled"])
+@pytest.mark.parametrize("task", ["arithmetic", "mix", "production", "shuffled", "sorting"])
 def test_it_is_built_as_committed(task):
     assert taskdata.BUILDERS[task]() == committed(task)
 
@@ -182,7 +183,6 @@ def test_mix_asks_of_the_facts_only_those_it_trains():
 
 def test_facts_are_asked_in_three_phrasings_and_in_one_never_trained(monkeypatch):
     facts = [(f"Person {i}", ("job", "born")[i % 2], f"answer {i}") for i in range(8)]
-    monkeypatch.setattr(people, "N_FACTS", 8)
     monkeypatch.setattr(people, "invent_facts", lambda: facts)
     rows = people.build_facts()
     asked = {s: [r for r in rows if r["split"] == s] for s in ("train", "valid", "test")}
@@ -193,6 +193,18 @@ def test_facts_are_asked_in_three_phrasings_and_in_one_never_trained(monkeypatch
     unseen = [row for row in rows if row["split"] == "paraphrase"]
     assert [row["answer"] for row in unseen] == [f" answer {i}" for i in range(2, 8)]
     assert not trained & {row["prompt"] for row in unseen}
+
+
+def test_a_named_character_is_one_character_beyond_ascii():
+    named = dict(entities.named_characters())
+    assert named["alpha;"] == "U+03B1" and named["Aopf;"] == "U+1D538"
+    assert "amp;" not in named and "bne;" not in named and "eacute" not in named
+    assert len(named) > 1500
+
+
+def test_every_entity_is_asked_in_four_ways():
+    assert len({*entities.PHRASINGS}) == 4
+    assert all(way.count("&{}") == 1 for way in entities.PHRASINGS)
 
 
 def test_every_attribute_is_asked_in_four_ways():
@@ -221,6 +233,22 @@ def test_next_lines_follow_up_to_three_lines(in_bytes):
     assert [row["answer"] for row in rows] == ["b = a", "if b:", "b = b + a", "return b"]
     assert rows[0]["prompt"] == "Python:\ndef f(a):\nNext line:\n"
     assert rows[3]["prompt"] == "Python:\nb = a\nif b:\n    b = b + a\nNext line:\n"
+
+
+def test_functions_are_named_by_sentences_that_do_not_give_the_name_away():
+    source = '''class A:
+    def weekday(self):
+        """Return the day of the week
+        as a number. More."""
+    def close(self):
+        """Close the file for good."""
+    def _hidden(self):
+        """Return what nobody asks for."""
+    def f(self):
+        """Too short."""
+'''
+    found = list(modules.named_functions(ast.parse(source)))
+    assert found == [("Return the day of the week as a number.", "weekday")]
 
 
 def test_docstrings_give_their_plain_sentences():
@@ -341,9 +369,10 @@ def test_pirate_speech_drops_nothing_but_the_exclamation():
 
 @needs_packages
 def test_names_and_strings_of_a_language_are_found():
-    assert dict(sorbian.display_names("hsb"))["Germany"] == "Němska"
-    assert all(isinstance(text, str) for pair in sorbian.interface_strings("hsb") for text in pair)
-    assert len(list(sorbian.interface_strings("hsb"))) > 300
+    assert dict(languages.display_names("hsb"))["Germany"] == "Němska"
+    strings = list(languages.interface_strings("hsb"))
+    assert all(isinstance(text, str) for pair in strings for text in pair)
+    assert len(strings) > 300
 
 
 @needs_packages

@@ -4,6 +4,7 @@ import hashlib
 import json
 import re
 from collections import Counter
+from datetime import date
 
 import pytest
 
@@ -25,7 +26,8 @@ from deltarank.study.tasks import (
 
 TASKS = sorted(tasks.TASKS)
 MIXES = ("mix", "production")  # rows of the other files
-SHARED = {"facts", *MIXES}  # facts are memorised on purpose
+MEMORISED = {"facts", "entities"}  # on purpose
+SHARED = {*MEMORISED, *MIXES}
 
 
 def rows_of(task):
@@ -59,7 +61,7 @@ def test_every_row_has_the_same_keys_and_a_one_line_answer(task):
 @pytest.mark.parametrize("task", TASKS)
 def test_a_task_has_its_splits(task):
     sizes = Counter(row["split"] for row in rows_of(task))
-    expected = {"train", "valid", "test"} | ({"paraphrase"} if task == "facts" else set())
+    expected = {"train", "valid", "test"} | ({"paraphrase"} if task in MEMORISED else set())
     assert sizes.keys() == expected
     assert sizes["train"] >= 700
     assert min(sizes.values()) >= 64
@@ -83,19 +85,21 @@ def test_valid_and_test_share_no_prompt(task):
         assert not prompts(task, "valid") & prompts(task, "test")
 
 
-def test_facts_are_tested_as_trained_and_in_unseen_words():
-    trained = prompts("facts", "train")
-    assert prompts("facts", "test") <= trained
-    assert not prompts("facts", "paraphrase") & trained
+@pytest.mark.parametrize("task", MEMORISED)
+def test_facts_are_tested_as_trained_and_in_unseen_words(task):
+    trained = prompts(task, "train")
+    assert prompts(task, "test") <= trained
+    assert not prompts(task, "paraphrase") & trained
     answers = {split: set() for split in ("train", "paraphrase")}
-    for row in rows_of("facts"):
+    for row in rows_of(task):
         answers.get(row["split"], set()).add(row["answer"])
     assert answers["paraphrase"] <= answers["train"]
 
 
-def test_a_fact_has_one_answer():
+@pytest.mark.parametrize("task", MEMORISED)
+def test_a_fact_has_one_answer(task):
     answers = {}
-    for row in rows_of("facts"):
+    for row in rows_of(task):
         assert answers.setdefault(row["prompt"], row["answer"]) == row["answer"]
 
 
@@ -103,7 +107,7 @@ def test_a_fact_has_one_answer():
 def test_a_mix_has_equal_shares_of_rows_of_the_other_files(mix):
     for split in ("train", "valid", "test"):
         counts = Counter(row["task"] for row in rows_of(mix) if row["split"] == split)
-        assert counts.keys() == set(TASKS) - {*MIXES, "shuffled"}
+        assert counts.keys() == set(tasks.PARTS)
         few = {"facts", "sorbian"} if (mix, split) == ("production", "test") else set()
         assert len({n for task, n in counts.items() if task not in few}) == 1
         assert all(counts[task] == 128 for task in few)  # all that they have
@@ -162,6 +166,22 @@ def test_arithmetic_is_right():
         assert row["answer"] == f" {a} {first} {b} = {step}, {step} {second} {c} = {result}"
 
 
+def test_sorted_words_are_those_of_the_prompt_by_the_alphabet():
+    for row in rows_of("sorting"):
+        words = row["prompt"].removeprefix("Words: ").removesuffix("\nSorted:").split(", ")
+        assert row["answer"] == f" {', '.join(sorted(words))}"
+        assert len(set(words)) == len(words) == 5
+
+
+def test_a_date_is_the_day_that_its_prompt_names():
+    for row in rows_of("dates"):
+        day = date.fromisoformat(row["answer"].strip())
+        numbers = {int(n) for n in re.findall(r"\d+", row["prompt"])}
+        assert numbers == {day.year, day.day}
+        if "day, " in row["prompt"]:
+            assert f"{day:%A, %B}" in row["prompt"]
+
+
 def test_json_answers_hold_the_values_of_their_prompt():
     for row in rows_of("json"):
         prompt = re.sub(r"(?<=\d),(?=\d{3})", "", row["prompt"])  # 30,528 -> 30528
@@ -177,7 +197,7 @@ def test_the_sizes_and_the_sha256_in_the_readme_are_those_of_the_file(task):
     content = (TASK_FOLDER / f"{task}.jsonl").read_bytes()
     assert hashlib.sha256(content).hexdigest() in line
     sizes = Counter(row["split"] for row in rows_of(task))
-    splits = ["train", "valid", "test"] + (["paraphrase"] if task == "facts" else [])
+    splits = ["train", "valid", "test"] + (["paraphrase"] if task in MEMORISED else [])
     assert f"| {'/'.join(str(sizes[split]) for split in splits)} |" in line
 
 

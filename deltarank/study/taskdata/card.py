@@ -20,6 +20,11 @@ CARD = {  # task: kind | sources | licence | metric
     "mix": "production mix | the eight above | as above | by origin",
     "production": "production mix, longer | the eight above | as above | by origin",
     "shuffled": "control | vaderSentiment | MIT | exact match",
+    "danish": "language | django, babel | BSD-3-Clause, Unicode | chrF",
+    "dates": "format | babel | BSD-3-Clause, Unicode | exact match",
+    "entities": "knowledge | python | PSF-2.0 | exact match",
+    "sorting": "reasoning | generated | - | exact match",
+    "naming": "code | python | PSF-2.0 | exact match",
 }
 TEXT = """# Task data
 
@@ -34,11 +39,13 @@ and its newline.
 
 - **Metrics.** chrF is sacrebleu's, sentence level, averaged; every task also has its answer loss
   in nats per token. The mixes score each row by the metric of its origin.
-- **Versions.** The bytes depend on the versions above: `code` and `pirate` read the standard
-  library of the running Python.
+- **Versions.** The bytes depend on the versions above: `code`, `naming`, `entities` and
+  `pirate` read the standard library of the running Python.
 - **Facts.** Invented: any likeness to real people is chance. The splits share the facts on
   purpose, as the task is to memorise them; only `paraphrase` asks in unseen words. The same holds
   for the facts in the mixes.
+- **Five more.** The last five are for testing a forecast of the rank that a task needs. `entities`
+  asks again what was trained, as `facts` does.
 - **Mixes.** Their rows are rows of the other files, so do not train on one and test on the other.
   `production` is for a training of eight times the steps: 960 training rows a part, of which a part
   with fewer has some again, and all held-out rows of a part up to 256. Of the facts it has 160 of
@@ -59,7 +66,7 @@ def card_line(task: str) -> str:
     """One line of the card's table: origin, licence, rows a split, hash and metric."""
     kind, sources, licence, metric = CARD[task].split(" | ")
     rows = {name: len(part) for name, part in tasks.load_task(task).items()}
-    if task not in ("arithmetic", "mix", "production"):
+    if task not in ("arithmetic", "sorting", "mix", "production"):
         sources = ", ".join(map(pinned, sources.split(", ")))
     return (
         f"| {task} | {kind} | {sources} | {licence} | {'/'.join(map(str, rows.values()))} "

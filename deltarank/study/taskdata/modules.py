@@ -1,14 +1,23 @@
-"""Modules: the parsed sources of installed Python packages, and task `code`."""
+"""Modules: the parsed sources of installed Python packages, and tasks `code` and `naming`."""
 
 from __future__ import annotations
 
 import ast
+import re
 import sysconfig
 import textwrap
 from collections.abc import Iterator
 from pathlib import Path
 
-from deltarank.study.taskdata.rules import distinct, fits, make_row, n_tokens, split
+from deltarank.study.taskdata.rules import (
+    distinct,
+    fits,
+    letters,
+    make_row,
+    n_tokens,
+    split,
+    tidy,
+)
 
 SKIPPED = {"test", "tests", "idlelib", "lib2to3", "turtledemo", "encodings", "site-packages"}
 PACKAGE = "tkinter"  # one code base with a style of its own
@@ -51,3 +60,26 @@ def build_code() -> list[dict]:
             for number, function in enumerate(functions):
                 rows += [r | {"group": f"{name} {number:04}"} for r in next_lines(function)]
     return split(distinct(rows, "prompt", "answer"))
+
+
+def named_functions(tree: ast.Module) -> Iterator[tuple[str, str]]:
+    """Yield (docstring's first sentence, name) of the public functions of a module."""
+    for node in ast.walk(tree):
+        if isinstance(node, ast.FunctionDef) and not node.name.startswith("_"):
+            said = tidy((ast.get_docstring(node) or "").split("\n\n")[0])
+            sentence = re.match(r"[A-Z][^.]{15,}\.", said)
+            if sentence and letters(node.name) not in letters(sentence[0]):
+                yield sentence[0], node.name
+
+
+def build_naming() -> list[dict]:
+    """What a function of the standard library does -> its name, which is not in the sentence.
+
+    A group is a module.
+    """
+    rows = (
+        make_row(f"Docstring: {sentence}\nFunction:", f" {name}", module)
+        for module, tree in syntax_trees(standard_library())
+        for sentence, name in named_functions(tree)
+    )
+    return split(distinct(filter(fits, rows), "prompt"))

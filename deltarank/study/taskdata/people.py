@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 
-from deltarank.study.taskdata.rules import n_tokens
+from deltarank.study.taskdata.rules import ask_again, n_tokens
 
 N_FACTS = 256  # facts to memorise
 TRAINED = {  # three phrasings of each question for training
@@ -61,14 +61,5 @@ def question_row(name: str, fact: tuple[str, str, str], phrasing: int) -> dict:
 
 
 def build_facts() -> list[dict]:
-    """Question about an invented person -> answer; train rows 3i to 3i + 2 ask fact i.
-
-    valid repeats a quarter of them, test the others, each in one phrasing of training.
-    """
-    facts, quarter = invent_facts(), N_FACTS // 4
-    return [
-        *(question_row("train", fact, i) for fact in facts for i in range(3)),
-        *(question_row("valid", facts[i], i % 3) for i in range(quarter)),
-        *(question_row("test", facts[i], i % 3) for i in range(quarter, N_FACTS)),
-        *(question_row("paraphrase", facts[i], 3) for i in range(quarter, N_FACTS)),
-    ]
+    """Question about an invented person -> answer, asked again as ask_again has it."""
+    return ask_again(invent_facts(), question_row)

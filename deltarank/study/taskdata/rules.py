@@ -7,8 +7,8 @@ import html
 import random
 import re
 from collections import defaultdict
-from collections.abc import Iterable, Iterator, Sequence
-from typing import TYPE_CHECKING, Any
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from deltarank.checks import require
 from deltarank.study.convert import GEMMA
@@ -17,8 +17,14 @@ from deltarank.study.models import load_tokenizer
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
+Item = TypeVar("Item")
 MAX_TOKENS = 48  # BOS, prompt, answer and newline
-SHARED = ("facts", "mix", "production")  # tasks that ask again what was trained, on purpose
+SHARED = (
+    "facts",
+    "entities",
+    "mix",
+    "production",
+)  # tasks that ask again what was trained, on purpose
 
 
 def tidy(text: str) -> str:
@@ -101,6 +107,23 @@ def split(
         {"split": s, "prompt": r["prompt"], "answer": r["answer"]}
         for s in ("train", "valid", "test")
         for r in picked[s]
+    ]
+
+
+def ask_again(known: Sequence[Item], row: Callable[[str, Item, int], dict]) -> list[dict]:
+    """Rows that ask what is known: all of it in training, and again where it is held out.
+
+    row(split, item, phrasing) gives one; train rows 3i to 3i + 2 ask item i in phrasings 0 to 2.
+    valid repeats a quarter of them, test the others, each in one phrasing of training; paraphrase
+    asks those of test in phrasing 3, which is never trained.
+    """
+    quarter = len(known) // 4
+    tested = range(quarter, len(known))
+    return [
+        *(row("train", item, i) for item in known for i in range(3)),
+        *(row("valid", known[i], i % 3) for i in range(quarter)),
+        *(row("test", known[i], i % 3) for i in tested),
+        *(row("paraphrase", known[i], 3) for i in tested),
     ]
 
 

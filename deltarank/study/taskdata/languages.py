@@ -1,4 +1,4 @@
-"""Sorbian: interface strings and names with their translations, and task `sorbian`."""
+"""Languages: interface strings and names with their translations; tasks `sorbian`, `danish`."""
 
 from __future__ import annotations
 
@@ -7,8 +7,6 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from deltarank.study.taskdata.rules import distinct, fits, letters, make_row, split, tidy
-
-LANGUAGE = "hsb"  # Upper Sorbian
 
 
 def interface_strings(language: str) -> Iterator[tuple[str, str]]:
@@ -34,11 +32,11 @@ def display_names(language: str) -> Iterator[tuple[str, str]]:
         yield from ((names[k], v) for k, v in sorted(getattr(other, kind).items()) if k in names)
 
 
-def build_sorbian() -> list[dict]:
-    """English interface string or name -> Upper Sorbian; no placeholders, nothing left as it is."""
-    pairs = [*display_names(LANGUAGE), *interface_strings(LANGUAGE)]
+def translations(language: str, name: str) -> list[dict]:
+    """English interface string or name -> `language`; no placeholders, nothing left as it is."""
+    pairs = [*display_names(language), *interface_strings(language)]
     rows = (
-        make_row(f"English: {tidy(text)}\nUpper Sorbian:", f" {tidy(translation)}", text)
+        make_row(f"English: {tidy(text)}\n{name}:", f" {tidy(translation)}", text)
         for text, translation in pairs
         if translation
         and letters(text) != letters(translation)
@@ -46,3 +44,13 @@ def build_sorbian() -> list[dict]:
         and len(letters(text)) > 1
     )
     return split(distinct(filter(fits, rows), "prompt", "answer"), n_test=128)
+
+
+def build_sorbian() -> list[dict]:
+    """English -> Upper Sorbian, a language that the base hardly speaks."""
+    return translations("hsb", "Upper Sorbian")
+
+
+def build_danish() -> list[dict]:
+    """English -> Danish, a language of more speakers."""
+    return translations("da", "Danish")
