@@ -1,0 +1,46 @@
+"""The law: its two ends, its inverse, a fit that finds what was planted, and its interval."""
+
+import numpy as np
+import pandas as pd
+import pytest
+
+from deltarank.study import law
+from deltarank.study.law import Law, capacity_interval, fit_law
+
+LOADS = pd.Series([0.05, 0.2, 0.5, 1.0, 2.0, 5.0, 20.0])
+
+
+@pytest.mark.parametrize("sharpness", [0.5, 2.0, 30.0])
+def test_a_small_load_is_kept_and_a_large_one_fills_the_capacity(sharpness):
+    shares = Law(2.0, sharpness).share(np.array([1e-9, 1e9]))
+    assert shares[0] == pytest.approx(1, abs=1e-3)
+    assert shares[1] * 1e9 == pytest.approx(2.0, rel=1e-3)
+    assert np.all(np.diff(Law(2.0, sharpness).share(LOADS.to_numpy())) <= 0)
+
+
+@pytest.mark.parametrize(("capacity", "sharpness"), [(0.7, 1.0), (2.0, 3.0), (3.6, 8.0)])
+def test_a_planted_law_is_found(capacity, sharpness):
+    planted = Law(capacity, sharpness)
+    found = fit_law(LOADS, pd.Series(planted.share(LOADS.to_numpy())))
+    assert found.capacity == pytest.approx(capacity, rel=1e-3)
+    assert found.sharpness == pytest.approx(sharpness, rel=1e-2)
+    assert found.share(np.array([found.load(0.9)]))[0] == pytest.approx(0.9)
+
+
+def test_two_points_are_no_law():
+    with pytest.raises(ValueError, match="2 points: a law needs three"):
+        fit_law(LOADS[:2], LOADS[:2])
+
+
+def test_the_interval_is_over_groups_and_holds_what_was_planted(monkeypatch):
+    monkeypatch.setattr(law, "DRAWS", 50)
+    points = pd.concat([LOADS.to_frame("load").assign(size=c) for c in (1.0, 1.5, 2.0)])
+    points = points.reset_index(drop=True)
+    share = pd.concat([pd.Series(Law(c, 3.0).share(LOADS.to_numpy())) for c in (1.0, 1.5, 2.0)])
+    share = share.reset_index(drop=True)
+    low, high = capacity_interval(points["load"], share, points["size"])
+    assert 0.99 < low < 1.4 < high < 2.01
+    assert capacity_interval(points["load"], share, points["size"]) == (low, high), "seeded"
+    one = points[points["size"] == 1.5]
+    same = capacity_interval(one["load"], share[one.index], one["size"])
+    assert same == pytest.approx((1.5, 1.5), rel=1e-3), "one group has no spread"
