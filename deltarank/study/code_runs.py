@@ -149,6 +149,7 @@ def code_model(config: CodeRun) -> nn.Module:
     model = load_model(config.model)
     names = [name.removesuffix(".weight") for name in code_matrices(config, model)]
     require_own_loss(model)
+    model.set_attn_implementation("eager")  # for rows so short a seventh faster than sdpa
     model.requires_grad_(False)
     if config.method == "full":
         for i in config.layers:
