@@ -114,12 +114,36 @@ def first_epoch_kbit(result: Result) -> float:
     2020, arXiv 2003.12298).  Batches have the mean number of answer tokens.  A run of less than an
     epoch gives the code length of the rows that it saw.
     """
-    config = result.config
-    tokenizer = load_tokenizer(config.model)
+    nats = result.record["train_loss_nats"][: _epoch_steps(result)]
+    return _kbit(sum(nats) * _batch_tokens(result))
+
+
+def learned_kbit(result: Result) -> float:
+    """The bits that training put into the model over its first epoch, in kbit.
+
+    The code length of the first epoch less what the trained model still loses on as many held-out
+    tokens (split "test"): the surplus that is no noise of the answers (Whitney et al. 2020, arXiv
+    2009.07368).
+    """
+    nats = result.loss() * _epoch_steps(result) * _batch_tokens(result)
+    return first_epoch_kbit(result) - _kbit(nats)
+
+
+def _epoch_steps(result: Result) -> int:
+    """The steps of a run's first epoch, as far as it went."""
+    rows = load_split(result.config.task, "train")
+    return min(len(rows) // result.config.batch_size, result.config.steps)
+
+
+def _batch_tokens(result: Result) -> float:
+    """The mean number of answer tokens of a batch of a run."""
+    config, tokenizer = result.config, load_tokenizer(result.config.model)
     rows = [encode(r, tokenizer, config.seq_len) for r in load_split(config.task, "train")]
-    tokens = sum(label != -100 for row in rows for label in row["labels"]) / len(rows)
-    steps = len(rows) // config.batch_size
-    nats = sum(result.record["train_loss_nats"][:steps]) * config.batch_size * tokens
+    tokens = sum(label != -100 for row in rows for label in row["labels"])
+    return config.batch_size * tokens / len(rows)
+
+
+def _kbit(nats: float) -> float:
     return nats / math.log(2) / 1000
 
 

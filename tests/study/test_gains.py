@@ -11,6 +11,7 @@ from deltarank.study.gains import (
     at_gain,
     bracket_text,
     first_epoch_kbit,
+    learned_kbit,
     needed_bracket,
     needed_rank,
 )
@@ -94,3 +95,13 @@ def test_the_code_length_is_the_loss_of_rows_not_seen_before(small_task, steps, 
     tokens = sum(len(row["answer"] + "\n") for row in small_task[:4]) / 4  # bytes are tokens
     found = first_epoch_kbit(Result(config, {"train_loss_nats": losses}, {}))
     assert found == pytest.approx(bits * tokens / 1000)
+
+
+def test_learned_bits_leave_out_what_the_trained_model_still_loses(small_task):
+    config = small(steps=2, batch_size=1)
+    tokens = sum(len(row["answer"] + "\n") for row in small_task[:4]) / 4
+    record: dict = {"train_loss_nats": [math.log(8), math.log(2)]}
+    for left, bits in ((0.0, 3 + 1), (math.log(2), 3 + 1 - 2)):
+        record["evaluation"] = {"test": {"loss_nats": left}}
+        found = learned_kbit(Result(config, record, {}))
+        assert found == pytest.approx(bits * tokens / 1000)
