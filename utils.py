@@ -5,7 +5,6 @@ from deltarank.ranks import rank_of, recommend_ranks, verdict
 from deltarank.runtime import ROOT, build_folder, interactive
 from deltarank.spectra import (
     above_edge,
-    common_energy,
     energy,
     energy_rank,
     entropy_rank,
@@ -32,6 +31,7 @@ from deltarank.study.figures import (
     line_key,
     plot_by_task,
     plot_marks,
+    plot_seeds,
     rank_axis,
     save_figure,
     save_table,
@@ -50,6 +50,7 @@ from deltarank.study.gains import (
     needed_rank,
 )
 from deltarank.study.guidance import guidance_table
+from deltarank.study.heals import heal_configs, heals_table
 from deltarank.study.measuring import measure
 from deltarank.study.models import load_model, load_tokenizer, matrices
 from deltarank.study.overlaps import OVERLAP_RANKS, overlaps

@@ -173,6 +173,17 @@ def plot_by_task(
     label_lines(ax, lines.T[x], x=x, gap=gap)
 
 
+def plot_seeds(ax, runs: pd.DataFrame, x: str, y: str, look: str, **options) -> tuple[float, float]:
+    """The mean of column y by column x as a line, and each run as a faint mark.
+
+    Returns the line's last point; options go to ax.plot.
+    """
+    ax.plot(runs[x], runs[y], look[0], alpha=0.4, markersize=2, **options)
+    mean = runs.groupby(x)[y].mean()
+    ax.plot(mean, look, markersize=4, **options)
+    return mean.index[-1], mean.iloc[-1]
+
+
 def plot_marks(ax, table: pd.DataFrame, looks: dict[str, tuple[str, str, str]]) -> None:
     """A line a task of `table`, a mark a column, each named where a task's marks lie far apart.
 

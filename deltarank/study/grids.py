@@ -66,7 +66,7 @@ class HealGrid:
     best of three rates.
     """
 
-    tasks: tuple[str, ...] = ("facts", "sorbian", "json")
+    tasks: tuple[str, ...] = ("facts", "sorbian")
     ranks: tuple[int, ...] = (4, 8, 16)
     steps: tuple[int, ...] = (15, 30, 60)
     rows: int = 960

@@ -17,6 +17,7 @@ from deltarank.study.figures import (
     figure_width,
     label_points,
     plot_by_task,
+    plot_seeds,
     save_figure,
     save_table,
     set_style,
@@ -151,6 +152,17 @@ def latex_of(table, **options):
     """The lines that save_table writes, and the table that it returns."""
     shown = save_table(table, "03_some", caption="100 % of a_b", **options)
     return (profile().figures / "03_some.tex").read_text(encoding="utf8").splitlines(), shown
+
+
+def test_seeds_are_marks_around_the_line_of_their_means():
+    fig, ax = pyplot.subplots()
+    runs = pd.DataFrame({"steps": [30, 15, 15, 30], "kept": [3.0, 0.0, 1.0, 2.0]})
+    assert plot_seeds(ax, runs, "steps", "kept", "o-", color="black") == (30, 2.5)
+    marks, line = ax.lines
+    assert (marks.get_linestyle(), marks.get_xydata().tolist()) == (
+        "None", [[30, 3], [15, 0], [15, 1], [30, 2]],
+    )  # fmt: skip
+    assert (line.get_linestyle(), line.get_xydata().tolist()) == ("-", [[15, 0.5], [30, 2.5]])
 
 
 def test_a_table_becomes_latex_with_its_texts_as_shown():

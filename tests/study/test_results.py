@@ -6,7 +6,7 @@ import itertools
 import pytest
 
 from deltarank import store
-from deltarank.study import cuts, directions, floors, overlaps, plan, runs, search
+from deltarank.study import cuts, directions, floors, heals, overlaps, plan, runs, search
 from deltarank.study.capacity import code_folder
 from deltarank.study.code_runs import CodeRun
 from deltarank.study.configs import RunConfig
@@ -17,6 +17,7 @@ ENTRIES = sorted(path.parent for path in STORE.rglob("result.json"))
 RUNS = [folder for folder in ENTRIES if folder.is_relative_to(STORE / "runs")]
 PAIRS = [folder for folder in ENTRIES if folder.parents[1].name in ("overlaps", "directions")]
 CUTS = [folder for folder in ENTRIES if folder.is_relative_to(STORE / "cuts")]
+HEALS = [folder for folder in ENTRIES if folder.is_relative_to(STORE / "heals")]
 CODES = [folder for folder in ENTRIES if folder.is_relative_to(STORE / "capacity")]
 
 
@@ -38,15 +39,37 @@ def test_an_entry_lies_at_kind_task_key():
     assert {task: first for task, first in kept.items() if task != first} == {}
 
 
+def config_of(record):
+    """The configuration of a stored run."""
+    fields = dict(record["config"])
+    fields["rank_pattern"] = tuple(map(tuple, fields.get("rank_pattern", ())))
+    fields |= {name: tuple(fields.get(name, ())) for name in ("layers", "modules")}
+    return RunConfig(**fields, profile="paper")
+
+
 def test_every_run_is_of_the_present_code_and_data(records):
-    strange = []
-    for folder in RUNS:
-        fields = records[folder]["config"]
-        fields["rank_pattern"] = tuple(map(tuple, fields.get("rank_pattern", ())))
-        fields |= {name: tuple(fields.get(name, ())) for name in ("layers", "modules")}
-        config = RunConfig(**fields, profile="paper")
-        strange += [] if entry_folder(config, "runs") == folder else [folder.name]
-    assert strange == []
+    folders = {folder: entry_folder(config_of(records[folder]), "runs") for folder in RUNS}
+    assert [folder.name for folder, found in folders.items() if found != folder] == []
+
+
+def test_every_heal_is_of_the_present_code_and_of_a_stored_run(records):
+    strange, full_runs = [], {folder.name: folder for folder in RUNS}
+    for folder in HEALS:
+        told = records[folder]["heal"]
+        full = config_of(records[full_runs[told["full"]]])
+        names = ("start", "rank", "steps", "rows", "lr", "wide")
+        heal = heals.Heal(full=full, **{name: told[name] for name in names})
+        strange += [] if entry_folder(full, "heals", heal.key) == folder else [folder.name]
+        assert told == heal.identity
+    assert HEALS and strange == []
+
+
+def test_the_heals_of_one_run_come_from_one_machine(records):
+    devices = {}
+    for folder in HEALS:
+        found = records[folder]["provenance"]["processor"]
+        devices.setdefault(records[folder]["heal"]["full"], set()).add(found)
+    assert {full: found for full, found in devices.items() if len(found) > 1} == {}
 
 
 def test_every_code_run_is_of_the_present_code(records):
@@ -88,8 +111,9 @@ def no_training(monkeypatch):
     def refuse(config, *_, **__):
         raise AssertionError(f"{config.key} is not stored")
 
-    for module, name in [(runs, "measure"), (runs, "updates"), (cuts, "updates"),
-                         (overlaps, "updates"), (directions, "updates")]:  # fmt: skip
+    owners = {"measure": [runs], "updates": [runs, cuts, overlaps, directions]}
+    owners |= {"measure_heal": [heals]}
+    for name, module in ((name, module) for name, found in owners.items() for module in found):
         monkeypatch.setattr(module, name, refuse)
 
 
@@ -104,6 +128,9 @@ ASKED = {
     ),
     "cut until": lambda config: plan.cut_until(config, 0.95),
     "lora until": lambda config: plan.lora_until(config, 0.95),
+    "heal": lambda config: heals.heal_run(
+        heals.Heal(full=config, start="cut", rank=1, steps=0, rows=config.batch_size)
+    ),
     "search": lambda config: search.lr_search(config.task),
     "example": lambda config: runs.example_update(config),
     "model": lambda config: runs.save_model(config, entry_folder(config, "models")),
@@ -192,6 +219,7 @@ def test_the_paper_is_rendered_without_training(monkeypatch, no_training, record
             cuts.cut(config, profile().control_ranks, part=part)
     ask_for_the_rate_between()
     ask_for_controls()
+    heals.heals_table(heals.heal_configs())
     pairs = pairs_to_compare()
     assert len(full) == 30 and len(pairs) > 60
     for pair in pairs:
@@ -201,6 +229,6 @@ def test_the_paper_is_rendered_without_training(monkeypatch, no_training, record
         directions.directions(search.tuned(task, "lora", rank=1), full, other)
     asked_for = [folder for folder in RUNS + PAIRS if folder in asked]
     assert len(asked_for) > 300
-    others = [folder for folder in RUNS + PAIRS if folder not in asked]
+    others = [folder for folder in RUNS + PAIRS + HEALS if folder not in asked]
     by_matrix = [folder for folder in others if records[folder]["config"]["rank_pattern"]]
     assert others == by_matrix, "no notebook reads these"  # notebook 8 has ranks by matrix
