@@ -80,6 +80,19 @@ def save(tmp_path):
     return functools.partial(pairs.save, tmp_path)
 
 
+@pytest.fixture
+def qwen(tmp_path):
+    """A folder with a random Qwen 3 of two layers over bytes, whose head is not its embedding."""
+    from transformers import ByT5Tokenizer, Qwen3Config, Qwen3ForCausalLM
+
+    sizes = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "head_dim": 16}
+    sizes |= {"num_attention_heads": 2, "num_key_value_heads": 1, "vocab_size": 384}
+    torch.manual_seed(0)
+    Qwen3ForCausalLM(Qwen3Config(**sizes)).save_pretrained(tmp_path / "tiny-qwen3")
+    ByT5Tokenizer().save_pretrained(tmp_path / "tiny-qwen3")
+    return tmp_path / "tiny-qwen3"
+
+
 @pytest.fixture(scope="session")
 def browser():
     """Debian's Chromium, one for all tests of pages."""

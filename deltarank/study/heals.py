@@ -24,7 +24,7 @@ from deltarank.runtime import cache_folder
 from deltarank.spectra import factor_svd
 from deltarank.store import cached, digest
 from deltarank.study.configs import GROWTH_ROWS, RunConfig
-from deltarank.study.distillation import Lessons, distil, divergence, head_of, lessons
+from deltarank.study.distillation import Head, Lessons, distil, divergence, head_of, lessons
 from deltarank.study.evaluation import evaluate, newline
 from deltarank.study.gains import gain_kept
 from deltarank.study.measuring import lora_factors, provenance
@@ -124,16 +124,14 @@ def measure_heal(heal: Heal) -> dict:
     divergence_nats is from the full run on held-out prompts of the split "valid", in nats a token.
     full: the loss and score of the full run that taught; trained again on another processor it is
     not quite the stored one.
-    Raises ValueError for a model whose head is not its embedding.
     """
     started, config = time.time(), heal.recipe
-    _require_tied(config.model)
     taught, held, full = _told(heal)
     model = prepare(config)
     if heal.start == "cut":
         dW = updates(heal.full)
         _plant(model, lambda name: leading_factors(dW[name], min(heal.rank, *dW[name].shape))[:2])
-    teacher = head_of(model)  # of both: it is the embedding, which the full run left as it was
+    teacher = _teacher_head(model, heal.full)
     losses = distil(config, model, taught, teacher, label=heal.key) if heal.steps else []
     finished = all(map(math.isfinite, losses))
     if heal.start == "squeezed" and finished:
@@ -153,12 +151,14 @@ def measure_heal(heal: Heal) -> dict:
     }
 
 
-def _require_tied(name: str) -> None:
-    """Raise ValueError for a model whose head is not its embedding: full runs train such a head."""
-    model = skeleton(name)
-    tied = model.get_output_embeddings().weight is model.get_input_embeddings().weight
-    told = f"{name} has a head of its own, which a full run trains and a heal cannot follow"
-    require(tied, f"{told}: choose a model whose head is its embedding")
+def _teacher_head(model: nn.Module, full: RunConfig) -> Head:
+    """The head of the full run, of the base model `model`: moved where it is not the embedding."""
+    head, names = head_of(model), skeleton(full.model)
+    own = names.get_output_embeddings().weight
+    if own is names.get_input_embeddings().weight:  # which the full run left as it was
+        return head
+    name = next(name for name, weight in names.named_parameters() if weight is own)
+    return dataclasses.replace(head, weight=head.weight + updates(full)[name].to(head.weight))
 
 
 def _told(heal: Heal) -> tuple[Lessons, Lessons, dict[str, dict]]:

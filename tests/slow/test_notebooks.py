@@ -5,7 +5,6 @@ import os
 import subprocess
 
 import pytest
-import torch
 
 from deltarank.runtime import ROOT
 
@@ -71,19 +70,6 @@ def test_a_second_report_trains_nothing(built):
     make_report(built[0].parent)
     assert {p: p.stat().st_mtime_ns for p in (built[0] / "data").rglob("result.json")} == runs
     assert {p: p.read_bytes() for p in (built[0] / "figures").iterdir()} == figures
-
-
-@pytest.fixture
-def qwen(tmp_path):
-    """A folder with a random Qwen 3 of two layers over bytes."""
-    from transformers import ByT5Tokenizer, Qwen3Config, Qwen3ForCausalLM
-
-    sizes = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "head_dim": 16}
-    sizes |= {"num_attention_heads": 2, "num_key_value_heads": 1, "vocab_size": 384}
-    torch.manual_seed(0)
-    Qwen3ForCausalLM(Qwen3Config(**sizes)).save_pretrained(tmp_path / "tiny-qwen3")
-    ByT5Tokenizer().save_pretrained(tmp_path / "tiny-qwen3")
-    return tmp_path / "tiny-qwen3"
 
 
 def test_the_whole_report_runs_on_a_model_of_another_family(qwen, tmp_path):

@@ -199,11 +199,25 @@ def test_only_a_full_run_can_be_healed(full):
             heal_from(other)
 
 
-def test_a_model_with_a_head_of_its_own_is_refused_before_any_work(full, save, monkeypatch):
-    monkeypatch.setattr(heals, "run_model", lambda config: pytest.fail("answered"))
-    base, _ = save("llama")
-    with pytest.raises(ValueError, match="base has a head of its own"):
-        measure_heal(heal_from(dataclasses.replace(full, model=base)))
+def test_the_teacher_has_the_head_of_the_full_run_where_it_is_not_the_embedding(
+    full, qwen, monkeypatch
+):
+    other = dataclasses.replace(full, model=str(qwen), lr=3e-3)
+    used = []
+
+    def noted(model, config, taught, teacher):
+        used.append(teacher.weight)
+        return distillation.divergence(model, config, taught, teacher)
+
+    monkeypatch.setattr(heals, "divergence", noted)
+    record = heal_run(heal_from(other)).record
+    assert record["status"] == "finished" and record["divergence_nats"] > 0
+    expected, before = (
+        run_model(other).get_output_embeddings().weight,
+        load_model(str(qwen)).lm_head,
+    )
+    assert torch.equal(used[0], expected)
+    assert (used[0] - before.weight).abs().max() > 1e-3
 
 
 @pytest.fixture
