@@ -212,12 +212,9 @@ def test_the_teacher_has_the_head_of_the_full_run_where_it_is_not_the_embedding(
     monkeypatch.setattr(heals, "divergence", noted)
     record = heal_run(heal_from(other)).record
     assert record["status"] == "finished" and record["divergence_nats"] > 0
-    expected, before = (
-        run_model(other).get_output_embeddings().weight,
-        load_model(str(qwen)).lm_head,
-    )
-    assert torch.equal(used[0], expected)
-    assert (used[0] - before.weight).abs().max() > 1e-3
+    head = run_model(other).get_output_embeddings().weight
+    assert torch.equal(used[0], head)
+    assert (head - load_model(str(qwen)).lm_head.weight).abs().max() > 1e-3
 
 
 @pytest.fixture

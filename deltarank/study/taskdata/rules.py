@@ -19,12 +19,7 @@ if TYPE_CHECKING:
 
 Item = TypeVar("Item")
 MAX_TOKENS = 48  # BOS, prompt, answer and newline
-SHARED = (
-    "facts",
-    "entities",
-    "mix",
-    "production",
-)  # tasks that ask again what was trained, on purpose
+SHARED = ("facts", "entities", "mix", "production")  # ask again what was trained, on purpose
 
 
 def tidy(text: str) -> str:
