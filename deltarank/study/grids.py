@@ -62,8 +62,8 @@ class HealGrid:
     """Cuts of full runs, and what heals them (see heals.heal_configs).
 
     The tasks' cuts at these ranks are healed for these steps on so many training rows, beside LoRA
-    from nothing and LoRA trained at a wide rank and squeezed to a narrow one; each start takes the
-    best of three rates.
+    from nothing and LoRA trained at a wide rank and squeezed to a narrow one; each start takes its
+    best rate.
     """
 
     tasks: tuple[str, ...] = ("facts", "sorbian")
@@ -71,10 +71,10 @@ class HealGrid:
     steps: tuple[int, ...] = (15, 30, 60)
     rows: int = 960
     squeezes: tuple[tuple[int, int], ...] = ((64, 8),)
-    lrs: tuple[tuple[str, tuple[float, float, float]], ...] = (
-        ("cut", (3e-4, 1e-3, 3e-3)),
-        ("nothing", (1e-4, 3e-4, 1e-3)),
-        ("squeezed", (1e-4, 3e-4, 1e-3)),
+    lrs: tuple[tuple[str, tuple[float, ...]], ...] = (
+        ("cut", (1e-4, 3e-4, 1e-3, 3e-3)),
+        ("nothing", (3e-5, 1e-4, 3e-4, 1e-3)),
+        ("squeezed", (3e-5, 1e-4, 3e-4, 1e-3)),
     )
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import itertools
 import math
 import random
@@ -31,7 +32,7 @@ from deltarank.study.measuring import lora_factors, provenance
 from deltarank.study.models import load_tokenizer, skeleton
 from deltarank.study.profiles import LORA_ALPHA, entry_folder, middle, profile
 from deltarank.study.runs import Result, run, run_model, updates
-from deltarank.study.search import best_lr, tuned
+from deltarank.study.search import best_lr, climb, tuned
 from deltarank.study.tasks import load_split
 from deltarank.study.training import lora_layers, prepare
 
@@ -215,7 +216,7 @@ def heal_of(task: str, start: str, rank: int, steps: int, *, seed: int, **fields
 
 
 def heal_lr(task: str, start: str) -> float:
-    """The rate of the lowest held-out loss, of the profile's for a start.
+    """The rate of the lowest held-out loss, by a climb over the profile's for a start.
 
     Of heals with the first seed, the middle rank and the middle number of steps; the squeezed LoRA
     at its first pair of ranks.
@@ -224,8 +225,9 @@ def heal_lr(task: str, start: str) -> float:
     fields = {"rank": middle(grid.ranks), "steps": middle(grid.steps)}
     if start == "squeezed":
         fields |= dict(zip(("wide", "rank"), grid.squeezes[0], strict=True))
+    make = functools.partial(heal_of, task, start, seed=first, **fields)
     rates = dict(grid.lrs)[start]
-    return best_lr(heal_sweep([heal_of(task, start, seed=first, lr=lr, **fields) for lr in rates]))
+    return best_lr(climb(lambda lrs: heal_sweep([make(lr=lr) for lr in lrs]), rates, middle(rates)))
 
 
 def heal_configs() -> list[Heal]:

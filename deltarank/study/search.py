@@ -27,7 +27,7 @@ def lr_search(task: str, method: str = "full", *, rank: int = 0) -> list[Result]
     if task not in profile().fine_tasks:
         return coarse
     make = functools.partial(profile().config, task, method, **recipe)
-    return _climb(make, profile().seeds, finer(_rates(method)), best_lr(coarse))
+    return climb(_trials(make, profile().seeds), finer(_rates(method)), best_lr(coarse))
 
 
 def _scale(task: str, method: str) -> dict[str, float]:
@@ -46,7 +46,7 @@ def coarse_search(task: str, method: str = "full", **recipe) -> list[Result]:
         best = best_lr(coarse_search(task, method, **recipe | {"alpha": LORA_ALPHA}))
         start = rates[max(rates.index(best) - 1, 0)]
     make = functools.partial(profile().config, task, method, **recipe)
-    return _climb(make, profile().seeds[:1], rates, start)
+    return climb(_trials(make, profile().seeds[:1]), rates, start)
 
 
 def coarsely_tuned(task: str, *, rank: int = 0, alpha: float = LORA_ALPHA, **changes) -> RunConfig:
@@ -67,24 +67,30 @@ def _rates(method: str) -> list[float]:
     return sorted(grids[method])
 
 
-def _climb(
-    make: Callable[..., RunConfig], seeds: Sequence[int], rates: list[float], start: float
+def climb(
+    tried: Callable[[list[float]], list[Result]], rates: Sequence[float], start: float
 ) -> list[Result]:
-    """Runs from the rate `start` on, by ascending rate, each rate with these seeds.
+    """The runs of a search for the best of ascending rates, from the rate `start` on, by rate.
 
     Ends when both neighbours of the best rate are run, or where the rates have no neighbour.
-    make(lr=, seed=) gives the configuration of a trial.
+    tried(lrs) gives the runs at these rates.
     """
     found: dict[float, list[Result]] = {}
     best, around = rates.index(start), None
     while best != around:
         around = best
         near = [lr for lr in rates[max(around - 1, 0) : around + 2] if lr not in found]
-        trials = [make(lr=lr, seed=seed) for lr in near for seed in seeds]
-        for result in sweep(trials):
+        for result in tried(near):
             found.setdefault(result.config.lr, []).append(result)
         best = rates.index(best_lr(list(itertools.chain(*found.values()))))
     return [result for lr in sorted(found) for result in found[lr]]
+
+
+def _trials(
+    make: Callable[..., RunConfig], seeds: Sequence[int]
+) -> Callable[[list[float]], list[Result]]:
+    """The runs of the configurations make(lr=, seed=), each rate with these seeds, by the rates."""
+    return lambda lrs: sweep([make(lr=lr, seed=seed) for lr in lrs for seed in seeds])
 
 
 def finer(rates: Sequence[float]) -> list[float]:
