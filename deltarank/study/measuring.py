@@ -179,21 +179,35 @@ def measure_update(
     return spectra, {n: list(dW[n].shape) for n in spectra}, _squared_norms(dW, spectra)
 
 
-@torch.no_grad()
 def _merged_update(config: RunConfig, model: nn.Module) -> dict[str, Tensor]:
     """dW (m, n) of every matrix that has an adapter: what PEFT merges, minus the base model's.
 
     The model's own weights before training will not do: PiSSA takes its factors out of them.
     """
+    W0 = matrices(load_model(config.model))
+    return {n: W1 - W0[n].detach().cpu() for n, W1 in tuned_weights(config, model).items()}
+
+
+@torch.no_grad()
+def tuned_weights(config: RunConfig, model: nn.Module) -> dict[str, Tensor]:
+    """W1 (m, n) of every matrix that is trained, by name: of an adapter what PEFT merges.
+
+    On the CPU; the model stays as it is, to the bit.
+    """
     from peft.tuners.tuners_utils import BaseTunerLayer
 
-    W0, dW = matrices(load_model(config.model)), {}
+    if not config.adapter:
+        return {n: W.detach().cpu().clone() for n, W in matrices(model).items()}
+    W1 = {}
     for name, layer in model.get_base_model().named_modules():
         if isinstance(layer, BaseTunerLayer):
+            weight = layer.get_base_layer().weight
+            before = weight.detach().clone()
             layer.merge()
-            merged = layer.get_base_layer().weight.detach()
-            dW[f"{name}.weight"] = (merged - W0[f"{name}.weight"]).cpu()
-    return dW
+            W1[f"{name}.weight"] = layer.get_base_layer().weight.detach().cpu().clone()
+            layer.unmerge()
+            weight.copy_(before)
+    return W1
 
 
 def _keep_update(config: RunConfig, update: dict[str, Tensor]) -> None:

@@ -9,10 +9,12 @@ from pathlib import Path
 
 from deltarank.checks import require
 from deltarank.study import tasks
+from deltarank.study.general import GENERAL
 from deltarank.study.taskdata.card import build_card
 from deltarank.study.taskdata.countries import build_json
 from deltarank.study.taskdata.dates import build_dates
 from deltarank.study.taskdata.entities import build_entities
+from deltarank.study.taskdata.general import build_general
 from deltarank.study.taskdata.languages import build_danish, build_sorbian
 from deltarank.study.taskdata.mixes import build_mix, build_production, build_shuffled
 from deltarank.study.taskdata.modules import build_code, build_naming
@@ -65,8 +67,16 @@ def build(task: str) -> list[dict]:
 
 def write(task: str) -> Path:
     """Build a task and write its file, one JSON object a line; returns the file."""
-    text = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in build(task))
-    path = tasks.TASK_FOLDER / f"{task}.jsonl"
+    return _write_rows(tasks.TASK_FOLDER / f"{task}.jsonl", build(task))
+
+
+def write_general() -> Path:
+    """Build the general text and write its file, one JSON object a line; returns the file."""
+    return _write_rows(GENERAL, build_general())
+
+
+def _write_rows(path: Path, rows: list[dict]) -> Path:
+    text = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
     path.write_text(text, encoding="utf-8", newline="\n")
     return path
 

@@ -1,0 +1,110 @@
+"""Forgetting: what a run loses of what it was not trained on, at equal skill and at its end."""
+
+from __future__ import annotations
+
+import math
+import time
+
+import torch
+from torch import Tensor, nn
+
+from deltarank.store import cached
+from deltarank.study.configs import RunConfig
+from deltarank.study.evaluation import score_rows
+from deltarank.study.floors import skill_kept
+from deltarank.study.general import general_loss, general_sha256
+from deltarank.study.intruders import intruder_counts
+from deltarank.study.losses import scoring
+from deltarank.study.measuring import prepared, provenance, tuned_weights
+from deltarank.study.models import load_model, matrices
+from deltarank.study.profiles import entry_folder
+from deltarank.study.runs import run
+from deltarank.study.search import tuned
+from deltarank.study.tasks import PARTS, load_split, mix_parts
+from deltarank.study.training import train
+
+EVERY = 10  # steps from one look at the skill to the next
+ENOUGH = 0.95  # of the skill gain: runs are compared where they first have it, and at their end
+OTHER_ROWS = 64  # test rows of each other task
+
+
+def forget_run(config: RunConfig) -> dict:
+    """What a run forgets: loaded when it is stored, otherwise trained again, measured and stored.
+
+    The record's "enough" is of the first look at which the run has ENOUGH, None where none has;
+    "end" is of its end.  Each has step; skill: share of the skill gain in the loss of "valid";
+    general: nats a token on general text by kind; others: nats a token of the other tasks;
+    relative_size: |dW| / |W0| of all matrices together; intruders, by threshold.
+    Of a base run only "end".  A run that diverges has neither.
+    """
+    folder = entry_folder(config, "forgetting")
+    return cached(folder, lambda: (measure_forgetting(config), None))[0]
+
+
+def measure_forgetting(config: RunConfig) -> dict:
+    """Train one run and measure it on the way; its record."""
+    started = time.time()
+    model, _ = prepared(config)
+    watch = _Watch(config, model)
+    losses = train(config, model, label=config.key, after_step=watch) if config.steps else []
+    finished = all(map(math.isfinite, losses))
+    return {
+        "run": config.key,
+        "config": config.recipe,
+        "general_sha256": general_sha256(),
+        "status": "finished" if finished else "diverged",
+        "enough": watch.enough,
+        "end": watch.look(config.steps) if finished else None,
+        "provenance": provenance(time.time() - started),
+    }
+
+
+class _Watch:
+    """Looks at a model on its way, until it has ENOUGH."""
+
+    def __init__(self, config: RunConfig, model: nn.Module) -> None:
+        self.config, self.model = config, model
+        self.enough: dict | None = None
+        self.full = run(tuned(config.task, seed=config.seed)) if config.steps else None
+
+    def __call__(self, step: int) -> None:
+        """After a training step."""
+        if self.enough is None and step % EVERY == 0 and (self.skill() or 0) >= ENOUGH:
+            self.enough = self.look(step)
+
+    def skill(self) -> float | None:
+        """The share of the skill gain, in the loss of the rows that choose; None of a base run."""
+        if self.full is None:
+            return None
+        loss = _loss(self.model, self.config, self.config.task, "valid", self.config.eval_rows)
+        return float(skill_kept(loss, self.full, split="valid"))
+
+    def look(self, step: int) -> dict:
+        """What the model has lost and how far it went, so far."""
+        task, W1 = self.config.task, tuned_weights(self.config, self.model)
+        others = [part for part in PARTS if part not in (task, *mix_parts(task))]
+        return {
+            "step": step,
+            "skill": self.skill(),
+            "general": general_loss(self.model, self.config),
+            "others": {t: _loss(self.model, self.config, t, "test", OTHER_ROWS) for t in others},
+            "relative_size": relative_size(W1, self.config.model),
+            "intruders": intruder_counts(W1, self.config.model),
+        }
+
+
+def _loss(model: nn.Module, config: RunConfig, task: str, split: str, rows: int) -> float:
+    """The mean loss of the first rows of a task, in nats a token."""
+    with scoring(model):
+        scores = score_rows(model, config, load_split(task, split)[:rows])
+    return float(scores["nats"].sum() / scores["tokens"].sum())
+
+
+def relative_size(W1: dict[str, Tensor], model: str) -> float:
+    """|W1 - W0| / |W0| of all matrices of W1 together, Frobenius norms; model: the base."""
+    W0 = {name: W.detach() for name, W in matrices(load_model(model)).items() if name in W1}
+    moved, before = (
+        torch.stack([part.norm() for part in parts]).norm()
+        for parts in ([W1[name].to(W) - W for name, W in W0.items()], W0.values())
+    )
+    return float(moved / before)

@@ -1,0 +1,56 @@
+"""General text: what a model loses on prose and code that it was not tuned on."""
+
+from __future__ import annotations
+
+import json
+
+import torch
+from torch import nn
+
+from deltarank.runtime import ROOT
+from deltarank.store import file_sha256
+from deltarank.study.configs import RunConfig
+from deltarank.study.losses import answer_loss, scoring
+from deltarank.study.models import load_tokenizer
+from deltarank.study.tasks import a_line_each, encode
+
+GENERAL = ROOT / "data" / "general.jsonl"
+PASSAGES_AT_ONCE = 2  # long ones, whose logits take much memory
+
+
+def general_text() -> dict[str, list[str]]:
+    """The passages of the committed sample by kind, "prose" and "code"."""
+    found: dict[str, list[str]] = {}
+    for line in GENERAL.read_text("utf8").splitlines():
+        row = json.loads(line)
+        found.setdefault(row["kind"], []).append(row["text"])
+    return found
+
+
+def general_sha256() -> str:
+    """The sha256 of the sample."""
+    return file_sha256(GENERAL)
+
+
+@torch.no_grad()
+def general_loss(model: nn.Module, config: RunConfig) -> dict[str, float]:
+    """Mean loss on each kind of general text, in nats a token; products in config's autocast type.
+
+    Passages begin with the token that begins a text, and the newline that ends one counts.
+    """
+    tokenizer, dtype = load_tokenizer(config.model), getattr(torch, config.dtype)
+    head = model.get_output_embeddings().weight.to(dtype)
+
+    def mean(texts: list[str]) -> float:
+        rows = [encode({"prompt": "", "answer": text}, tokenizer) for text in texts]
+        nats, tokens = 0.0, 0
+        for start in range(0, len(rows), PASSAGES_AT_ONCE):
+            batch = a_line_each(rows[start : start + PASSAGES_AT_ONCE])
+            batch = {key: value.to(head.device) for key, value in batch.items()}
+            count = int((batch["labels"][:, 1:] != -100).sum())
+            nats += count * answer_loss(model, head, batch, dtype=dtype).item()
+            tokens += count
+        return nats / tokens
+
+    with scoring(model):
+        return {kind: mean(texts) for kind, texts in general_text().items()}

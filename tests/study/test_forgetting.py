@@ -1,0 +1,73 @@
+"""Forgetting: looks at a run on its way, which they do not change."""
+
+import dataclasses
+import functools
+
+import pytest
+import torch
+
+from deltarank.study import forgetting
+from deltarank.study.forgetting import forget_run, relative_size
+from deltarank.study.general import general_sha256
+from deltarank.study.measuring import prepared, tuned_weights
+from deltarank.study.models import TINY, load_model, matrices
+from deltarank.study.profiles import profile
+from deltarank.study.runs import updates
+from deltarank.study.training import train
+
+TEXT = {"prose": 3.0, "code": 2.0}
+
+
+@pytest.fixture
+def looks(monkeypatch, store):
+    """Looks after every second step at runs of facts; the skill gain goes by twentieths a step."""
+    monkeypatch.setattr(forgetting, "EVERY", 2)
+    monkeypatch.setattr(forgetting, "OTHER_ROWS", 2)
+    monkeypatch.setattr(forgetting, "general_loss", lambda model, config: TEXT)
+    monkeypatch.setattr(forgetting, "tuned", lambda task, seed: profile().config(task, seed=seed))
+    skills = iter([0.5, 0.96, 0.96, 1.0, 1.0, 1.0])
+    monkeypatch.setattr(forgetting, "skill_kept", lambda loss, full, split: next(skills))
+
+
+def test_a_run_is_looked_at_where_it_first_has_enough_and_at_its_end(looks):
+    config = profile().config("facts", steps=6)
+    record = forget_run(config)
+    assert record["status"] == "finished" and record["general_sha256"] == general_sha256()
+    enough, end = record["enough"], record["end"]
+    assert (enough["step"], enough["skill"]) == (4, 0.96)
+    assert (end["step"], end["general"]) == (6, TEXT)
+    assert "facts" not in end["others"] and len(end["others"]) == 7
+    assert 0 < enough["relative_size"] < end["relative_size"]
+    assert record == forget_run(config), "stored"
+
+
+def _keep(watched, config, model, step):
+    watched.append(tuned_weights(config, model))
+
+
+def test_looking_changes_nothing_and_sees_what_the_run_stores(looks):
+    recipes = [("full", {}), ("lora", {"rank": 2}), ("dora", {"rank": 2, "alpha": 4.0})]
+    for method, fields in recipes:
+        config = profile().config("facts", method, steps=4, lr=1e-3, **fields)
+        watched = []
+        model, _ = prepared(config)
+        watch = functools.partial(_keep, watched, config, model)
+        train(config, model, after_step=watch)
+        W0, dW = matrices(load_model(TINY)), updates(config)
+        for name, W1 in watched[-1].items():
+            torch.testing.assert_close(W1 - W0[name].detach(), dW[name], atol=2e-6, rtol=1e-4)
+        expected = sum(dW[name].square().sum() for name in W0)
+        expected /= sum(W.detach().square().sum() for W in W0.values())
+        assert relative_size(watched[-1], TINY) == pytest.approx(float(expected) ** 0.5, rel=1e-3)
+
+
+def test_a_base_run_has_only_an_end(looks):
+    record = forget_run(profile().config("facts", "base"))
+    assert record["enough"] is None and record["end"]["relative_size"] == 0
+    assert record["end"]["skill"] is None and set(record["end"]["intruders"].values()) == {0}
+
+
+def test_a_run_that_diverges_has_neither(looks):
+    config = profile().config("facts", steps=2, lr=1e30)
+    record = forget_run(dataclasses.replace(config, max_grad_norm=1e30))
+    assert record["status"] == "diverged" and record["end"] is None

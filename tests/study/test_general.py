@@ -1,0 +1,85 @@
+"""General text: what is committed, how it is built, and the loss of it against the model's own."""
+
+import ast
+import json
+import platform
+
+import pytest
+import torch
+
+from deltarank.study import general, taskdata
+from deltarank.study.general import GENERAL, general_loss, general_text
+from deltarank.study.models import TINY, load_model, load_tokenizer
+from deltarank.study.profiles import profile
+from deltarank.study.taskdata.general import (
+    PASSAGES,
+    TOKENS,
+    bare_code,
+    build_general,
+    passages,
+)
+from deltarank.study.taskdata.modules import PACKAGE
+from deltarank.study.taskdata.rules import n_tokens
+from deltarank.study.tasks import TASKS, load_task
+
+
+def test_the_committed_sample_is_of_64_k_tokens_and_in_no_task():
+    found = general_text()
+    assert {kind: len(texts) for kind, texts in found.items()} == {
+        "prose": PASSAGES,
+        "code": PASSAGES,
+    }
+    lengths = [n_tokens(text) for texts in found.values() for text in texts]
+    assert max(lengths) <= TOKENS and 62_000 <= sum(lengths) <= 66_000
+    whole = "\n".join(text for texts in found.values() for text in texts)
+    tasks = [t for t in TASKS if t not in ("code", "sorting", "arithmetic")]
+    rows = [row for task in tasks for part in load_task(task).values() for row in part]
+    asked = {row["prompt"].strip() for row in rows if len(row["prompt"]) > 60}
+    assert not [prompt for prompt in asked if prompt in whole]
+
+
+def test_passages_are_whole_lines_up_to_the_last_that_fits(monkeypatch):
+    monkeypatch.setattr(taskdata.general, "n_tokens", len)
+    monkeypatch.setattr(taskdata.general, "TOKENS", 7)
+    text = "one\ntwo\nthree\nfar too long\nfour\nfive\nrest"
+    assert list(passages(text)) == ["one\ntwo", "three", "four", "five"]
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(platform.python_version() != taskdata.PYTHON, reason="needs that Python")
+def test_the_committed_sample_is_what_is_built():
+    assert [json.loads(line) for line in GENERAL.read_text("utf8").splitlines()] == build_general()
+
+
+def test_code_has_no_docstrings_and_is_of_no_task(monkeypatch):
+    source = '"""Said."""\nx = 1\ndef f():\n    "said"\nclass A:\n    "said"\n    y = 2\n' * 20
+    trees = [(name, ast.parse(source)) for name in ("json", f"{PACKAGE}.ttk")]
+    monkeypatch.setattr(taskdata.general, "syntax_trees", lambda root: trees)
+    monkeypatch.setattr(taskdata.general, "n_tokens", len)
+    (code,) = bare_code()
+    assert code.startswith("x = 1\n\ndef f():\n    pass\n\nclass A:\n    y = 2")
+
+
+def test_the_loss_is_the_models_own_over_all_tokens(monkeypatch):
+    texts = {"prose": ["One line.\nAnd two.", "Short", "Three."], "code": ["x = 1"]}
+    monkeypatch.setattr(general, "general_text", lambda: texts)
+    config, model = profile().config("facts", "base", dtype="float32"), load_model(TINY)
+    tokenizer, found = load_tokenizer(TINY), general_loss(model, config)
+    for kind, given in texts.items():
+        nats, count = 0.0, 0
+        for text in given:
+            start = [] if tokenizer.bos_token_id is None else [tokenizer.bos_token_id]
+            ids = start + tokenizer(text + "\n", add_special_tokens=False)["input_ids"]
+            ids = torch.tensor([ids])
+            counted = ids.shape[1] - 1
+            nats += counted * model(input_ids=ids, labels=ids).loss.item()
+            count += counted
+        assert found[kind] == pytest.approx(nats / count, rel=1e-5)
+
+
+def test_the_sample_is_written_a_json_object_a_line(monkeypatch, tmp_path):
+    rows = [{"kind": "prose", "text": "č\nb"}, {"kind": "code", "text": "x"}]
+    monkeypatch.setattr(taskdata, "build_general", lambda: rows)
+    monkeypatch.setattr(taskdata, "GENERAL", tmp_path / "general.jsonl")
+    monkeypatch.setattr(general, "GENERAL", taskdata.write_general())
+    assert general_text() == {"prose": ["č\nb"], "code": ["x"]}
