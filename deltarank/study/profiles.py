@@ -67,10 +67,7 @@ class Profile:
     warmups: tuple[float, ...] = (0.0, 0.1)  # shares of the steps
     mixes: MixGrid = MixGrid()
     embedding_tasks: tuple[str, ...] = ("sorbian",)  # run once more with a trained embedding
-    again_tasks: tuple[str, ...] = (
-        "sorbian",
-        "kjv",
-    )  # run once more, their whole test split scored
+    again_tasks: tuple[str, ...] = ("sorbian", "kjv")  # once more, their whole test split scored
     scaling_ranks: tuple[int, ...] = (1, 8, 64)  # LoRA of the facts by each of SCALES ...
     scaling_lrs: tuple[float, ...] = (1e-4, 3e-4, 1e-3, 3e-3)  # ... at each of these rates
     # Tasks in which a low rank falls short, by LoRA of this rank (0: full fine-tuning) ...

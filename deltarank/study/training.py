@@ -52,7 +52,7 @@ def prepare(config: RunConfig) -> nn.Module:
     if config.adapter:
         torch.manual_seed(config.seed)
         with quiet_peft():
-            model = get_peft_model(model, _adapter(config, model))
+            model = get_peft_model(model, adapter_config(config, model))
     # What is told apart by more than its weights would be compiled layer by layer.
     alike = not config.rank_pattern and config.method in ("full", "lora", "loraplus", "pissa")
     if config.compile and has_compiler() and alike:
@@ -90,7 +90,7 @@ def require_rank(rank: int, adapted: dict[str, Tensor]) -> None:
     )
 
 
-def _adapter(config: RunConfig, model: nn.Module) -> PeftConfig:
+def adapter_config(config: RunConfig, model: nn.Module) -> PeftConfig:
     """What PEFT is told of the adapter.
 
     A TinyLoRA draws the random matrices of its i-th layer with the seed projection_seed + i, so

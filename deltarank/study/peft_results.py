@@ -1,0 +1,124 @@
+"""PEFT results: runs in the layout of PEFT's method comparison, as its table and app read them."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from enum import Enum
+from pathlib import Path
+
+from deltarank.checks import require
+from deltarank.study.models import load_tokenizer, skeleton
+from deltarank.study.runs import Result
+from deltarank.study.sizes import trained_parameters
+from deltarank.study.tasks import encode, load_split
+from deltarank.study.training import adapter_config
+
+SUITE = "MetaMathQA"  # the language suite, under whose name PEFT's processing reads such files
+
+
+def peft_layout(result: Result, *, forgotten: float, memory: int) -> dict:
+    """A finished run as method_comparison/MetaMathQA/utils.py of PEFT 5d602fd writes its own.
+
+    forgotten: nats a token that general text has lost; memory: peak bytes of the training process,
+    where PEFT has those of the accelerator.  "test accuracy" is the score as a share.  Raises
+    ValueError for a run that diverged.
+    """
+    config, told = result.config, result.record["provenance"]
+    require(result.status == "finished", f"{config.key} diverged: it has no result")
+    parameters = trained_parameters(config)
+    samples = config.steps * config.batch_size
+    metrics = {"step": config.steps, "train samples": samples, "forgetting": forgotten}
+    metrics |= {"train loss": result.record["train_loss_nats"][-1]}
+    metrics |= {"train total tokens": _tokens_a_row(result) * samples}
+    metrics |= {f"{split} accuracy": result.score(split) / 100 for split in ("valid", "test")}
+    memories = ("reserved_avg", "max", "reserved_99th")
+    return {
+        "run_info": {
+            "created_at": f"{told['date']}T00:00:00+00:00",
+            "total_time": told["seconds"],
+            "experiment_name": experiment(result),
+            "peft_branch": f"v{told['peft']}",
+            "peft_worktree_is_dirty": False,
+            "train_config": _train_config(result),
+            "peft_config": _peft_config(result) if config.adapter else None,
+            "error_msg": "",
+        },
+        "train_info": {f"accelerator_memory_{name}": memory for name in memories}
+        | {
+            "train_time": told["train_seconds"],
+            "file_size": 4 * parameters,  # float32
+            "num_trainable_params": parameters,
+            "num_total_params": sum(p.numel() for p in skeleton(config.model).parameters()),
+            "status": "success",
+            "metrics": [metrics],
+        },
+        "meta_info": _meta_info(told) | {"model_info": {"sha": config.identity["model_sha256"]}},
+    }
+
+
+def experiment(result: Result) -> str:
+    """A run's name in PEFT's manner: method, then model, task, size and seed."""
+    config = result.config
+    size = f"rank{config.rank}" if config.adapter else "all"
+    name = f"{Path(config.model).name}--{config.task}-{size}-lr{config.lr:g}-seed{config.seed}"
+    return f"{config.method}/{name}"
+
+
+def write_peft_layout(folder: Path, results: list[dict]) -> None:
+    """Write a file a result of peft_layout, named as PEFT names its own."""
+    folder.mkdir(parents=True, exist_ok=True)
+    for found in results:
+        name = found["run_info"]["experiment_name"].replace("/", "--")
+        text = json.dumps(found, indent=2, sort_keys=True) + "\n"
+        (folder / f"{name}.json").write_text(text, encoding="utf8")
+
+
+def _tokens_a_row(result: Result) -> float:
+    """The mean tokens of a training row, prompt and answer."""
+    config, tokenizer = result.config, load_tokenizer(result.config.model)
+    rows = load_split(config.task, "train")
+    return sum(len(encode(row, tokenizer)["input_ids"]) for row in rows) / len(rows)
+
+
+def _train_config(result: Result) -> dict:
+    """PEFT's names of what of the recipe is no adapter's."""
+    config = result.config
+    return {
+        "model_id": config.model,
+        "dtype": config.dtype,
+        "max_seq_length": config.seq_len,
+        "batch_size": config.batch_size,
+        "max_steps": config.steps,
+        "compile": config.compile,
+        "seed": config.seed,
+        "grad_norm_clip": config.max_grad_norm,
+        "optimizer_type": config.optimizer,
+        "optimizer_kwargs": {"lr": config.lr, "weight_decay": config.weight_decay},
+        "lr_scheduler": config.schedule,
+        "query_template": config.task,
+    }
+
+
+def _peft_config(result: Result) -> dict:
+    """What PEFT was told of the adapter, as JSON holds it."""
+    config = result.config
+
+    def plain(value):
+        if isinstance(value, Enum):
+            return value.value
+        if dataclasses.is_dataclass(value):
+            return dataclasses.asdict(value)
+        return sorted(value) if isinstance(value, set) else value
+
+    told = adapter_config(config, skeleton(config.model)).to_dict()
+    return {name: plain(value) for name, value in told.items()}
+
+
+def _meta_info(told: dict) -> dict:
+    """Versions and machine; of packages that are not used here, none."""
+    versions = {f"{name}-version": told.get(name, "none") for name in ("transformers", "peft")}
+    versions |= {f"{name}-version": "none" for name in ("datasets", "bitsandbytes")}
+    versions["torch-version"] = told["torch"]
+    system = {"accelerator": told["device"], "processor": told["processor"]}
+    return {"dataset_info": {}, "package_info": versions, "system_info": system}

@@ -1,0 +1,75 @@
+"""Files in PEFT's layout: every field that its processing reads is there, of its type."""
+
+import json
+
+import peft
+import pytest
+
+from deltarank.study.peft_results import experiment, peft_layout, write_peft_layout
+from deltarank.study.profiles import profile
+from deltarank.study.runs import run
+
+# What method_comparison/processing.py of PEFT 5d602fd reads of a file, and the types it casts to.
+READ = {
+    "run_info": {
+        "experiment_name": str,
+        "train_config": dict,
+        "peft_config": dict | None,
+        "total_time": float,
+        "peft_branch": str,
+        "created_at": str,
+    },
+    "train_info": {
+        "status": str,
+        "accelerator_memory_reserved_avg": int,
+        "accelerator_memory_max": int,
+        "accelerator_memory_reserved_99th": int,
+        "train_time": float,
+        "file_size": int,
+        "num_trainable_params": int,
+    },
+    "meta_info": {"package_info": dict, "system_info": dict},
+}
+METRICS = ("train loss", "train samples", "test accuracy", "train total tokens", "forgetting")
+PACKAGES = ("peft", "transformers", "datasets", "torch", "bitsandbytes")
+RECIPES = {"full": {}, "lora": {"rank": 2}, "dora": {"rank": 2, "alpha": 4.0, "lr": 1e-3}}
+
+
+@pytest.fixture(params=RECIPES)
+def result(store, request):
+    """A finished run of a method."""
+    return run(profile().config("facts", request.param, **RECIPES[request.param]))
+
+
+def test_all_that_peft_reads_is_there(result, tmp_path):
+    write_peft_layout(tmp_path / "results", [peft_layout(result, forgotten=0.25, memory=3)])
+    (file,) = (tmp_path / "results").iterdir()
+    found = json.loads(file.read_text("utf8"))
+    for part, fields in READ.items():
+        for name, kind in fields.items():
+            assert isinstance(found[part][name], kind), (part, name)
+    (metrics,) = found["train_info"]["metrics"]
+    assert all(isinstance(metrics[name], int | float) for name in METRICS)
+    assert {f"{name}-version" for name in PACKAGES} <= found["meta_info"]["package_info"].keys()
+    assert found["run_info"]["train_config"]["model_id"] == result.config.model
+    assert file.name == f"{experiment(result).replace('/', '--')}.json"
+
+
+def test_what_it_says_is_what_was_measured(result):
+    found = peft_layout(result, forgotten=0.25, memory=3)
+    (metrics,) = found["train_info"]["metrics"]
+    assert metrics["test accuracy"] == result.score() / 100 and metrics["forgetting"] == 0.25
+    trained = found["train_info"]["num_trainable_params"]
+    method, told = result.config.method, found["run_info"]["peft_config"]
+    if method == "full":
+        assert told is None and trained > 10_000
+    else:
+        again = peft.LoraConfig(**{k: told[k] for k in ("r", "lora_alpha", "use_dora")})
+        assert (again.r, again.use_dora) == (2, method == "dora")
+        assert found["train_info"]["file_size"] == 4 * trained < 200_000
+
+
+def test_a_run_that_diverged_has_no_result(store):
+    config = profile().config("facts", "lora", rank=2, lr=1e30, max_grad_norm=1e30)
+    with pytest.raises(ValueError, match="diverged: it has no result"):
+        peft_layout(run(config), forgotten=0.0, memory=0)
