@@ -2,79 +2,32 @@
 
 A training step, the spectra of one model, checkpoint pairs, and the whole quick report.  Timings
 need an otherwise idle machine; nothing is asserted.  `make bench ONLY=pairs` runs one part
-(spectra, training, planted, pairs with planted, report).  With RECORD=yes what was measured of
-pairs and report is stored for notebook 8 and the README.
+(spectra, training, planted, pairs with planted, variants, report).  With RECORD=yes what was
+measured of pairs, variants and report is stored for the notebooks and the README.
 """
 
-import contextlib
 import dataclasses
-import statistics
 import sys
 import tempfile
-import threading
 import time
 from pathlib import Path
 
 import pandas as pd
-import psutil
 import torch
 from bench_pairs import bench_pairs
 from bench_planted import bench_planted
+from bench_variants import bench_variants
 from timing import record, timed
+from training_steps import Stamps, our_step, peak_memory
 
 from deltarank.runtime import cache_folder, device, device_name
 from deltarank.spectra import singular_values
-from deltarank.study import training
 from deltarank.study.configs import RunConfig
 from deltarank.study.models import load_model, load_tokenizer
 from deltarank.study.profiles import PROFILES, REPORT_TIMES
 from deltarank.study.tasks import collate, encode, load_split
 
 STEPS = 10  # the first four warm up and compile
-
-
-@contextlib.contextmanager
-def peak_memory():
-    """Yield a list that holds, at the end, the peak resident memory of the block in GB."""
-    peak, done = [0.0], threading.Event()
-
-    def watch():
-        while not done.wait(0.02):
-            peak[0] = max(peak[0], psutil.Process().memory_info().rss / 1e9)
-
-    watcher = threading.Thread(target=watch, daemon=True)
-    watcher.start()
-    try:
-        yield peak
-    finally:
-        done.set()
-        watcher.join()
-
-
-class Stamps(list):
-    """A progress bar that only notes the time of every step."""
-
-    def __enter__(self):
-        return self
-
-    def __exit__(self, *error):
-        return False
-
-    def update(self):
-        self.append(time.perf_counter())
-
-    def seconds_per_step(self):
-        return statistics.median(b - a for a, b in zip(self[3:], self[4:], strict=False))
-
-
-def our_step(config: RunConfig) -> tuple[float, float]:
-    """Seconds and peak GB of a step of the report's recipe."""
-    stamps = Stamps()
-    training.progress, bar = lambda total, label: stamps, training.progress
-    with peak_memory() as peak:
-        training.train(config, training.prepare(config))
-    training.progress = bar
-    return stamps.seconds_per_step(), peak[0]
 
 
 def stock_step(config: RunConfig) -> tuple[float, float]:
@@ -173,6 +126,7 @@ PARTS = {
     "training": [bench_training],
     "planted": [bench_planted],
     "pairs": [bench_planted, bench_pairs],
+    "variants": [bench_variants],
     "report": [bench_report],
 }
 

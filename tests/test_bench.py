@@ -1,12 +1,14 @@
 """The benchmark's own parts: what it times and stops, which pairs it writes, what it reads."""
 
 import json
+import os
 import re
 import sys
 import time
 
 import bench_pairs
 import bench_planted
+import bench_variants
 import pandas as pd
 import pytest
 import timing
@@ -16,6 +18,8 @@ from bench_planted import planted_at_rank, what_modeldelta_says, what_we_say
 from safetensors.torch import load_file
 
 from deltarank.cli import main
+from deltarank.study.profiles import profile
+from deltarank.study.trials import METHODS
 
 TINY_LLAMA = Size(
     "LlamaForCausalLM",
@@ -185,6 +189,30 @@ def test_programs_are_compared_by_medians_and_a_stopped_one_says_at_least():
     ]
     table.loc[0, "ended"] = "out of memory"
     assert comparisons(table) == []  # of ours that did not finish nothing is claimed
+
+
+# A step of each method
+
+
+def test_a_method_is_timed_in_a_process_of_its_own():
+    assert bench_variants.in_fresh_process(os.getpid) != os.getpid()
+
+
+def test_every_method_and_size_has_a_line(tmp_path, monkeypatch):
+    monkeypatch.setattr(bench_variants, "PROFILES", {"paper": profile()})
+    monkeypatch.setattr(bench_variants, "VARIANT_TIMES", tmp_path / "times.csv")
+    few = {name: METHODS[name] for name in ("LoRA", "VeRA")}
+    monkeypatch.setattr(bench_variants, "METHODS", few)
+    monkeypatch.setattr(bench_variants, "in_fresh_process", lambda step, config: (0.5, 1.25))
+    monkeypatch.setenv("RECORD", "yes")
+    bench_variants.bench_variants()
+    found = pd.read_csv(tmp_path / "times.csv")
+    assert [*zip(found["method"], found["size"], strict=True)] == [
+        ("LoRA", 1),
+        ("LoRA", 8),
+        ("VeRA", 1),
+    ]
+    assert set(found["seconds"]) == {0.5} and (found["parameters"] > 0).all()
 
 
 # What the tools say
