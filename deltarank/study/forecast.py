@@ -30,25 +30,29 @@ def middle_of(above: float, enough: float, *, least: float, most: float) -> floa
     return math.sqrt(max(above, least / 2) * min(enough, 2 * most))
 
 
-def left_out(measure: pd.Series, needed: pd.Series) -> pd.Series:
-    """What each task's measure says it needs, by a line fitted to the other tasks alone.
+def forecast(measure: pd.Series, needed: pd.Series, asked: pd.Series) -> pd.Series:
+    """What other tasks' measures, `asked`, say that they need, by a line fitted to known tasks.
 
-    log needed = a + b log measure, by least squares; both by task, above 0.  A measure that is the
-    same for all others predicts their geometric mean.
+    log needed = a + b log measure, by least squares; all by task, above 0.  A measure that is the
+    same for all known tasks predicts the geometric mean of what they need.
 
-    >>> x = pd.Series([1.0, 2.0, 4.0, 8.0])
-    >>> left_out(x, 3 * x**2).round(6).tolist()
-    [3.0, 12.0, 48.0, 192.0]
+    >>> x = pd.Series([1.0, 2.0, 4.0])
+    >>> forecast(x, 3 * x**2, pd.Series({"new": 8.0})).round(6).to_dict()
+    {'new': 192.0}
     """
     x, y = measure.map(math.log), needed.map(math.log)
+    spread = ((x - x.mean()) ** 2).sum()
+    slope = ((x - x.mean()) * y).sum() / spread if spread else 0.0
+    return (y.mean() + slope * (asked.map(math.log) - x.mean())).map(math.exp)
 
-    def predicted(task) -> float:
-        u, v = x.drop(task), y.drop(task)
-        spread = ((u - u.mean()) ** 2).sum()
-        slope = ((u - u.mean()) * v).sum() / spread if spread else 0.0
-        return math.exp(v.mean() + slope * (x[task] - u.mean()))
 
-    return pd.Series({task: predicted(task) for task in measure.index})
+def left_out(measure: pd.Series, needed: pd.Series) -> pd.Series:
+    """What each task's measure says it needs, by the forecast of the other tasks alone."""
+    parts = (
+        forecast(measure.drop(task), needed.drop(task), measure.loc[[task]])
+        for task in measure.index
+    )
+    return pd.concat(parts)
 
 
 def cost_of(size: float, nats: pd.Series) -> dict[str, float]:

@@ -1,0 +1,68 @@
+"""Rivals: what rules of the size that a task needs are told of it before an adapter is chosen."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import pandas as pd
+
+from deltarank.study.configs import RunConfig
+from deltarank.study.forecast import forecast, middle_of, rank_by_rows
+from deltarank.study.gains import first_epoch_kbit, learned_kbit
+from deltarank.study.gradients import first_gradients
+from deltarank.study.profiles import middle, profile
+from deltarank.study.runs import run
+from deltarank.study.search import coarsely_tuned
+from deltarank.study.sizes import ladder, needed_size, trained_parameters
+from deltarank.study.tasks import load_split
+
+
+def probe(task: str) -> RunConfig:
+    """The short training that tells a task's bits: LoRA of the middle rank, at the common rate."""
+    return profile().config(task, "lora", rank=middle(profile().lora_ranks))
+
+
+def read_of(tasks: Sequence[str]) -> pd.DataFrame:
+    """What each rule reads of a task, a line a task; runs what is not stored, with the first seed.
+
+    bits: learned_kbit of the probe; code length: its first_epoch_kbit; gradient: the median stable
+    rank of the first gradients; stable rank, n steps: the median of the update of full fine-tuning
+    after so many steps.
+    """
+    rows = {}
+    for task in tasks:
+        told, full = run(probe(task)), run(coarsely_tuned(task))
+        row = {"bits": learned_kbit(told), "code length": first_epoch_kbit(told)}
+        first = first_gradients(profile().config(task, "base"))
+        row["gradient"] = first["stable_rank"].median()
+        for note in full.record["growth"]:
+            row[f"stable rank, {note['step']} steps"] = pd.Series(note["stable_rank"]).median()
+        rows[task] = row
+    return pd.DataFrame(rows).T
+
+
+def known_sizes(tasks: Sequence[str], share: float) -> pd.Series:
+    """What each task needs, as one number of trained parameters: the middle of its bracket."""
+    counts = [parameters_of(size) for size in ladder().values()]
+    least, most = min(counts), max(counts)
+    ends = {task: needed_size(task, share) for task in tasks}
+    return pd.Series({t: middle_of(*pair, least=least, most=most) for t, pair in ends.items()})
+
+
+def parameters_of(size: dict) -> int:
+    """The trained parameters of a size of the ladder, which no task changes."""
+    return trained_parameters(profile().config(profile().tasks[0], **size))
+
+
+def forecasts(known: Sequence[str], asked: Sequence[str], share: float) -> pd.DataFrame:
+    """What each rule says that other tasks need, in trained parameters; a column a rule.
+
+    Those that read_of has are fitted to the known tasks.  always: the middle rank of the profile
+    for every task; by rows: rank_by_rows.
+    """
+    needed, before, now = known_sizes(known, share), read_of(known), read_of(asked)
+    table = pd.DataFrame({name: forecast(before[name], needed, now[name]) for name in before})
+    one = parameters_of({"method": "lora", "rank": 1})
+    table["always"] = one * middle(profile().lora_ranks)
+    table["by rows"] = [one * rank_by_rows(len(load_split(t, "train"))) for t in table.index]
+    return table

@@ -1,0 +1,57 @@
+"""Rivals: what they read of a task is what its runs hold, and rules that read nothing say so."""
+
+import numpy as np
+import pandas as pd
+import pytest
+
+from deltarank.study import rivals
+from deltarank.study.forecast import rank_by_rows
+from deltarank.study.gains import learned_kbit
+from deltarank.study.profiles import profile
+from deltarank.study.rivals import forecasts, known_sizes, parameters_of, probe, read_of
+from deltarank.study.runs import run
+from deltarank.study.sizes import trained_parameters
+from deltarank.study.tasks import load_split
+
+
+def test_they_read_what_was_measured(store):
+    found = read_of(["facts", "sentiment"])
+    told = run(probe("facts"))
+    assert (told.config.rank, told.config.method) == (4, "lora")
+    assert found.loc["facts", "bits"] == learned_kbit(told)
+    steps = profile().steps // 2
+    assert found.columns[-1] == f"stable rank, {steps} steps"
+    assert (found.drop(columns="bits") > 0).all(axis=None)
+
+
+@pytest.fixture
+def three(monkeypatch):
+    """Three known tasks whose needed size is the square of their bits, and one that is asked."""
+    bits = pd.DataFrame({"bits": {"pirate": 1.0, "json": 2.0, "facts": 4.0, "kjv": 8.0}})
+    monkeypatch.setattr(rivals, "read_of", lambda tasks: bits.loc[[*tasks]])
+    ends = {"pirate": (50.0, 200.0), "json": (200.0, 800.0), "facts": (800.0, 3200.0)}
+    monkeypatch.setattr(rivals, "needed_size", lambda task, share: ends[task])
+    return [*ends]
+
+
+def test_a_bracket_counts_by_its_middle(three):
+    assert known_sizes(three, 0.95).round(6).to_dict() == {
+        "pirate": 100.0,
+        "json": 400.0,
+        "facts": 1600.0,
+    }
+
+
+def test_a_forecast_goes_by_the_known_tasks(three):
+    table = forecasts(three, ["kjv"], 0.95)
+    assert table.loc["kjv", "bits"] == pytest.approx(6400)
+    one = parameters_of({"method": "lora", "rank": 1})
+    rows = len(load_split("kjv", "train"))
+    assert table.loc["kjv", "always"] == 4 * one
+    assert table.loc["kjv", "by rows"] == one * rank_by_rows(rows)
+
+
+def test_a_rank_of_all_layers_has_so_many_times_the_parameters_of_rank_1():
+    one, four = (profile().config("facts", "lora", rank=r) for r in (1, 4))
+    assert np.isclose(trained_parameters(four), 4 * parameters_of({"method": "lora", "rank": 1}))
+    assert trained_parameters(one) == parameters_of({"method": "lora", "rank": 1})
