@@ -1,0 +1,106 @@
+"""Treatments: an update shrunk, cut or rid of its intruders, and what that gives back."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Iterator
+
+import pandas as pd
+import torch
+from torch import Tensor
+
+from deltarank.checks import require
+from deltarank.factors import balanced
+from deltarank.gram import leading_factors
+from deltarank.store import cached
+from deltarank.study.configs import RunConfig
+from deltarank.study.evaluation import evaluate
+from deltarank.study.floors import skill_kept
+from deltarank.study.general import general_loss, general_sha256
+from deltarank.study.intruders import TOP
+from deltarank.study.models import load_model, matrices
+from deltarank.study.profiles import entry_folder
+from deltarank.study.runs import run, updates
+from deltarank.study.search import tuned
+from deltarank.study.training import lora_layers, prepare, quiet_peft
+
+SHRUNK = (0.9, 0.75, 0.5)  # factors of the whole update
+CUT = (64, 16, 8)  # ranks
+MITIGATED = (0.75, 0.5, 0.25)  # what is left of an intruder, PEFT's mitigation_lambda: 0.75
+
+
+def treated(config: RunConfig) -> pd.DataFrame:
+    """A run under each treatment of its matrices, a line each; stored.
+
+    What is outside the matrices keeps its full update.  Columns: treatment and its amount (of none
+    1); skill: share of the skill gain in the loss of test rows; prose and code: nats a token on
+    general text.  Intruders are PEFT's and of LoRA alone.
+    """
+
+    def compute() -> tuple[dict, None]:
+        rows = list(_measured(config))
+        return {"run": config.key, "general_sha256": general_sha256(), "rows": rows}, None
+
+    record, _ = cached(entry_folder(config, "treatments"), compute)
+    table = pd.DataFrame(record["rows"])
+    full = run(tuned(config.task, seed=config.seed))
+    table["skill"] = skill_kept(table["loss_nats"], full)
+    return table
+
+
+def _measured(config: RunConfig) -> Iterator[dict]:
+    """Yield the line of each treatment: its name and amount, and the losses."""
+    model, dW = load_model(config.model), updates(config)
+    parameters = dict(model.named_parameters())
+    W0 = {name: W.detach().clone() for name, W in matrices(model).items() if name in dW}
+    with torch.no_grad():
+        for name in dW.keys() - W0.keys():
+            parameters[name].add_(dW[name].to(parameters[name].device))
+        for treatment, amount, change in _treatments(config, dW):
+            for name, W in W0.items():
+                parameters[name].copy_(W + change(name).to(W.device))
+            losses = {"loss_nats": evaluate(model, config, "test")["loss_nats"]}
+            losses |= general_loss(model, config)
+            yield {"treatment": treatment, "amount": amount} | losses
+
+
+Treatment = tuple[str, float, Callable[[str], Tensor]]  # name, amount, a matrix's update by name
+
+
+def _treatments(config: RunConfig, dW: dict[str, Tensor]) -> Iterator[Treatment]:
+    """Yield every treatment; none is the update as it is."""
+    yield "none", 1.0, lambda name: dW[name]
+    for factor in SHRUNK:
+        yield "shrunk", factor, lambda name, c=factor: c * dW[name]  # type: ignore[misc]
+    for r in CUT:
+        if config.method == "full" or r < config.rank:
+            yield "cut", r, lambda name, r=r: _head(dW[name], r)  # type: ignore[misc]
+    if config.method == "lora":
+        for left in MITIGATED:
+            yield "intruders", left, without_intruders(config, dW, left).__getitem__
+
+
+def _head(dW: Tensor, r: int) -> Tensor:
+    """dW (m, n) cut to rank r."""
+    B, A, _ = leading_factors(dW, min(r, *dW.shape))
+    return B @ A
+
+
+def without_intruders(config: RunConfig, dW: dict[str, Tensor], left: float) -> dict[str, Tensor]:
+    """The update (m, n) of every matrix after PEFT's reduce_intruder_dimension.
+
+    dW: a LoRA's, whose intruders are scaled by `left` (Shuttleworth et al. 2024, arXiv 2410.21228).
+    """
+    from peft.tuners.lora.intruders import reduce_intruder_dimension
+
+    require(config.method == "lora", f"{config.key}: PEFT takes intruders out of LoRA alone")
+    model = prepare(dataclasses.replace(config, compile=False))
+    layers = lora_layers(model)
+    with torch.no_grad():
+        for name, layer in layers.items():
+            B, A = balanced(*leading_factors(dW[name], config.rank)[:2])
+            layer.lora_B["default"].weight.copy_(B / layer.scaling["default"])
+            layer.lora_A["default"].weight.copy_(A)
+    with quiet_peft():
+        reduce_intruder_dimension(model, top_k=TOP, mitigation_lambda=left, logging_sink=None)
+    return {n: layer.get_delta_weight("intruder_reduced").detach() for n, layer in layers.items()}
