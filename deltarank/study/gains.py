@@ -9,6 +9,7 @@ from typing import TypeVar
 import numpy as np
 import pandas as pd
 
+from deltarank.checks import require
 from deltarank.spectra import common_energy, rank_measures
 from deltarank.study.configs import GROWTH_ROWS
 from deltarank.study.models import load_tokenizer
@@ -75,31 +76,42 @@ def median_bracket(kept: Iterable[pd.Series], share: float) -> str:
 
 
 def at_gain(run: Result, base: Result, share: float) -> dict[str, float]:
-    """Where a full run had first regained `share` of its fall in loss: step, energy_8, r90.
+    """Where a full run had first regained `share` of its fall in loss, as at_loss has it.
+
+    A share that the first note exceeds gives that note.  The runs must have scored as many rows
+    (eval_rows).
+    """
+    start, end = (growth_loss(result) for result in (base, run))
+    return at_loss(run, end + (1 - share) * (start - end))
+
+
+def at_loss(run: Result, nats: float) -> dict[str, float]:
+    """Where the loss of a full run had first fallen to `nats`: step, energy_8, r90, loss_nats.
 
     From its notes on the way, with the loss of GROWTH_ROWS rows of "valid", linearly between the
-    last that falls short and the first that does not; medians over the matrices.  A share that
-    the first note exceeds gives that note.  The runs must have scored as many rows (eval_rows).
+    last that lies above and the first that does not; medians over the matrices.  Raises ValueError
+    for a loss below the run's last.
     """
-    start, end = (_growth_loss(result) for result in (base, run))
-    last: dict = {"step": run.config.steps, "loss_nats": end}
+    last: dict = {"step": run.config.steps, "loss_nats": growth_loss(run)}
     last |= pd.DataFrame(rank_measures(S) for S in run.spectra.values()).to_dict("list")
     notes = [
         {
-            "kept": gain_kept(note["loss_nats"], start, end),
+            "loss_nats": note["loss_nats"],
             "step": note["step"],
             "energy_8": float(np.median(note["energy_8"])),
             "r90": float(np.median(note["r90"])),
         }
         for note in [*run.record["growth"], last]
     ]
-    first = next(i for i, note in enumerate(notes) if note["kept"] >= share)
-    before, after = notes[max(first - 1, 0)], notes[first]
-    way = (share - before["kept"]) / (after["kept"] - before["kept"]) if first else 0.0
+    low = [i for i, note in enumerate(notes) if note["loss_nats"] <= nats]
+    require(bool(low), f"{run.config.key} never comes down to {nats:g} nats")
+    before, after = notes[max(low[0] - 1, 0)], notes[low[0]]
+    fall = after["loss_nats"] - before["loss_nats"]
+    way = (nats - before["loss_nats"]) / fall if low[0] else 0.0
     return {name: before[name] + way * (after[name] - before[name]) for name in after}
 
 
-def _growth_loss(result: Result) -> float:
+def growth_loss(result: Result) -> float:
     """The loss of the rows that notes on the way are of, in nats a token."""
     scores = result.record["evaluation"]["valid"]
     nats, tokens = (sum(scores[f"row_{what}"][:GROWTH_ROWS]) for what in ("nats", "tokens"))

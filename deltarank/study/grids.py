@@ -1,4 +1,4 @@
-"""Grids: the sizes of a profile's ladder of adapters, of its mixes, its heals and its codes."""
+"""Grids: the sizes of a profile's adapters, mixes, heals and codes, and of its optimizers."""
 
 from __future__ import annotations
 
@@ -104,3 +104,19 @@ class CodeGrid:
     full_lrs: tuple[float, ...] = (3e-5, 1e-4, 3e-4)
     seed_size: Size = ((14,), (), 1)  # that has all seeds ...
     seed_loads: tuple[float, ...] = (0.2, 1.0, 2.0, 5.0)  # ... at these loads
+
+
+@dataclass(frozen=True)
+class OptimizerGrid:
+    """Tasks that other optimizers learn (see signatures), and rates of those that need their own.
+
+    Full fine-tuning by each of `names`, and LoRA of a rank on some tasks by Muon.
+    """
+
+    tasks: tuple[str, ...] = ("facts", "sorbian", "kjv", "arithmetic")
+    names: tuple[str, ...] = ("muon", "sign", "sgd_momentum")
+    lora_tasks: tuple[str, ...] = ("facts", "sorbian")
+    rank: int = 8
+    lrs: tuple[tuple[str, tuple[float, ...]], ...] = (
+        ("sgd_momentum", (1e-2, 3e-2, 1e-1, 3e-1, 1.0, 3.0, 10.0)),
+    )

@@ -14,7 +14,7 @@ from deltarank.checks import require
 from deltarank.runtime import ROOT, build_folder, own_model, profile_name, venue
 from deltarank.study.configs import RunConfig
 from deltarank.study.convert import GEMMA
-from deltarank.study.grids import CodeGrid, HealGrid, LadderGrid, MixGrid
+from deltarank.study.grids import CodeGrid, HealGrid, LadderGrid, MixGrid, OptimizerGrid
 from deltarank.study.models import TINY, load_tokenizer
 from deltarank.study.tasks import PARTS, encode, load_task, mix_of, mix_parts
 
@@ -83,6 +83,7 @@ class Profile:
     budgets: tuple[int, ...] = (1, 2)  # ... with so many times the steps
     heals: HealGrid = HealGrid()
     codes: CodeGrid = CodeGrid()
+    optimizers: OptimizerGrid = OptimizerGrid()
     compile: bool = True
 
     @property
@@ -186,6 +187,9 @@ PROFILES = {
             seed_size=((1,), (), 1),
             seed_loads=(0.1,),
         ),
+        optimizers=OptimizerGrid(
+            tasks=("facts",), lora_tasks=("facts",), rank=4, lrs=(("sgd_momentum", (0.1, 1.0)),)
+        ),
         compile=False,
     ),
     "quick": Profile(
@@ -215,6 +219,7 @@ PROFILES = {
         budgets=(),
         heals=HealGrid(tasks=()),
         codes=CodeGrid(sizes=()),
+        optimizers=OptimizerGrid(tasks=(), lora_tasks=()),
         compile=False,  # takes longer than it saves on so few steps
     ),
     "paper": Profile(

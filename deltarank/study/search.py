@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import itertools
 import math
@@ -38,10 +39,12 @@ def _scale(task: str, method: str) -> dict[str, float]:
 def coarse_search(task: str, method: str = "full", **recipe) -> list[Result]:
     """The runs of a climb over the profile's rates from their middle, with the first seed.
 
-    recipe: rank=, alpha=, layers=, modules= or vector= of an adapter.  With a larger alpha than
-    LORA_ALPHA a step moves the weights further: its climb starts one rate below the best of that.
+    recipe: optimizer=, and of an adapter rank=, alpha=, layers=, modules= or vector=.  With a
+    larger alpha than LORA_ALPHA a step moves the weights further: its climb starts one rate below
+    the best of that.
     """
-    rates, start = _rates(method), middle(_rates(method))
+    rates = _rates(method, recipe.get("optimizer", ""))
+    start = middle(rates)
     if recipe.get("alpha", LORA_ALPHA) > LORA_ALPHA:
         best = best_lr(coarse_search(task, method, **recipe | {"alpha": LORA_ALPHA}))
         start = rates[max(rates.index(best) - 1, 0)]
@@ -49,22 +52,26 @@ def coarse_search(task: str, method: str = "full", **recipe) -> list[Result]:
     return climb(_trials(make, profile().seeds[:1]), rates, start)
 
 
+def at_best_rate(task: str, method: str = "full", **recipe) -> RunConfig:
+    """The configuration at the best rate of coarse_search, with the first seed."""
+    results = coarse_search(task, method, **recipe)
+    return dataclasses.replace(results[0].config, lr=best_lr(results))
+
+
 def coarsely_tuned(task: str, *, rank: int = 0, alpha: float = LORA_ALPHA, **changes) -> RunConfig:
-    """The configuration at the best rate of coarse_search: LoRA of this rank and alpha, 0 is full.
+    """The configuration at_best_rate: LoRA of this rank and alpha, 0 is full.
 
     What is compared with other runs of one seed and few rates takes it, and so no finer search.
     """
-    method = "lora" if rank else "full"
-    recipe = {"rank": rank, "alpha": alpha} if rank else {}
-    lr = best_lr(coarse_search(task, method, **recipe))
-    return profile().config(task, method, lr=lr, **recipe | changes)
+    method, recipe = ("lora", {"rank": rank, "alpha": alpha}) if rank else ("full", {})
+    return dataclasses.replace(at_best_rate(task, method, **recipe), **changes)
 
 
-def _rates(method: str) -> list[float]:
-    """The learning rates that the profile has for a method, ascending."""
+def _rates(method: str, optimizer: str = "") -> list[float]:
+    """The learning rates that the profile has for a method, or for an optimizer, ascending."""
     sizes = profile()
     grids = {"full": sizes.full_lrs, "lora": sizes.lora_lrs, "tinylora": sizes.ladder.tiny_lrs}
-    return sorted(grids[method])
+    return sorted(dict(sizes.optimizers.lrs).get(optimizer, grids[method]))
 
 
 def climb(

@@ -18,7 +18,7 @@ from deltarank.study.gains import needed_bracket
 from deltarank.study.models import matrices, skeleton
 from deltarank.study.profiles import profile
 from deltarank.study.runs import run, sweep
-from deltarank.study.search import best_alpha, best_lr, coarse_search
+from deltarank.study.search import at_best_rate, best_alpha
 from deltarank.study.training import adapted_matrices
 from deltarank.study.variants import PARAMETERS
 
@@ -99,8 +99,7 @@ def sized(task: str, size: dict, **changes) -> RunConfig:
     The rate is that of coarse_search, so that no size has more trials than another.
     """
     scale = {"alpha": best_alpha(task)} if size["method"] == "lora" else {}
-    results = coarse_search(task, **size | scale)
-    return dataclasses.replace(results[0].config, lr=best_lr(results), **changes)
+    return dataclasses.replace(at_best_rate(task, **size | scale), **changes)
 
 
 def place_configs() -> dict[tuple[str, str], RunConfig]:

@@ -9,6 +9,7 @@ from small_runs import small
 
 from deltarank.study.gains import (
     at_gain,
+    at_loss,
     bracket_text,
     first_epoch_kbit,
     learned_kbit,
@@ -85,6 +86,13 @@ def test_the_ranks_at_a_share_of_the_gain(share, step, r90):
     found = at_gain(a_run([7.0, 5.0, 3.0], [10, 20, 30]), base, share)
     assert found["step"] == pytest.approx(step)
     assert found["r90"] == pytest.approx(r90)
+
+
+def test_a_loss_that_a_run_never_comes_down_to_is_refused():
+    run = a_run([7.0, 5.0, 3.0], [10, 20, 30])
+    assert at_loss(run, 1.0)["step"] == 8 and at_loss(run, 4.0)["step"] == 3
+    with pytest.raises(ValueError, match=r"never comes down to 0\.9 nats"):
+        at_loss(run, 0.9)
 
 
 @pytest.mark.parametrize(("steps", "seen"), [(2, 2), (6, 4)])  # four batches are an epoch
