@@ -66,7 +66,7 @@ class HealGrid:
     best rate.
     """
 
-    tasks: tuple[str, ...] = ("facts", "sorbian")
+    tasks: tuple[str, ...] = ("facts", "sorbian", "json")
     ranks: tuple[int, ...] = (4, 8, 16)
     steps: tuple[int, ...] = (15, 30, 60)
     rows: int = 960
