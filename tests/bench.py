@@ -17,10 +17,10 @@ import torch
 from bench_pairs import bench_pairs
 from bench_planted import bench_planted
 from bench_variants import bench_variants
-from timing import record, timed
+from timing import machine, record, timed
 from training_steps import Stamps, our_step, peak_memory
 
-from deltarank.runtime import cache_folder, device, device_name
+from deltarank.runtime import cache_folder, device
 from deltarank.spectra import singular_values
 from deltarank.study.configs import RunConfig
 from deltarank.study.models import load_model, load_tokenizer
@@ -131,6 +131,6 @@ PARTS = {
 }
 
 if __name__ == "__main__":
-    print(f"{device_name()}, {torch.get_num_threads()} threads, torch {torch.__version__}")
+    print("{device}, {threads} threads, torch {torch}, commit {commit}".format(**machine()))
     for measure in dict.fromkeys(f for part in sys.argv[1:] or PARTS for f in PARTS[part]):
         measure()

@@ -1,6 +1,7 @@
 """Programs as a benchmark sees them: installed apart, timed, recorded with their machine."""
 
 import contextlib
+import functools
 import math
 import os
 import re
@@ -92,6 +93,11 @@ def how_it_ended(status: int, said: str) -> str | None:
 def record(table: pd.DataFrame, path: Path) -> None:
     """Store what was measured, with the machine it was measured on, where RECORD asks for it."""
     if os.environ.get("RECORD"):
-        machine = {"device": device_name(), "threads": torch.get_num_threads()}
-        machine |= {"torch": torch.__version__, "commit": commit()}
-        table.assign(**machine).to_csv(path, index=False)
+        table.assign(**machine()).to_csv(path, index=False)
+
+
+@functools.cache
+def machine() -> dict:
+    """The machine and the commit, as at the first call: storing changes the checkout."""
+    found = {"device": device_name(), "threads": torch.get_num_threads()}
+    return found | {"torch": torch.__version__, "commit": commit()}
