@@ -100,8 +100,8 @@ class CodeGrid:
     full_loads: tuple[float, ...] = (0.001, 0.01)
     most: int = 5000
     steps: int = 4000
-    lrs: tuple[float, ...] = (1e-3, 3e-3, 1e-2)
-    full_lrs: tuple[float, ...] = (3e-5, 1e-4, 3e-4)
+    lrs: tuple[float, ...] = (1e-4, 3e-4, 1e-3, 3e-3, 1e-2)
+    full_lrs: tuple[float, ...] = (1e-5, 3e-5, 1e-4, 3e-4, 1e-3)
     seed_size: Size = ((14,), (), 1)  # that has all seeds ...
     seed_loads: tuple[float, ...] = (0.2, 1.0, 2.0, 5.0)  # ... at these loads
 

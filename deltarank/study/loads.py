@@ -14,7 +14,8 @@ from deltarank.study.capacity import CodeResult, code_sweep
 from deltarank.study.code_runs import CodeRun, code_parameters
 from deltarank.study.codes import DIGIT_BITS
 from deltarank.study.grids import Size
-from deltarank.study.profiles import LORA_ALPHA, profile
+from deltarank.study.profiles import LORA_ALPHA, middle, profile
+from deltarank.study.search import climb
 
 RATE_LOAD = 1.0  # bits a parameter: a size tries its rates at the load nearest to this
 
@@ -56,12 +57,26 @@ def loads_of(size: Size) -> list[float]:
 
 
 def best_code_lr(size: Size) -> float:
-    """The rate of the profile at which a size learns most, at one load with the first seed."""
+    """The rate of the profile at which a size learns most, by a climb over them from the middle.
+
+    At one load, with the first seed.
+    """
     sizes, load = profile(), min(loads_of(size), key=lambda load: abs(load - RATE_LOAD))
-    rates = sizes.codes.lrs if size[-1] else sizes.codes.full_lrs
-    tried = code_sweep([sized_codes(size, load, lr=lr, seed=sizes.seeds[0]) for lr in rates])
-    finished = [result for result in tried if result.status == "finished"]
-    require(bool(finished), f"{size}: diverged at every rate of {rates}; lower them")
+    rates = sorted(sizes.codes.lrs if size[-1] else sizes.codes.full_lrs)
+
+    def tried(lrs: list[float]) -> list[CodeResult]:
+        return code_sweep([sized_codes(size, load, lr=lr, seed=sizes.seeds[0]) for lr in lrs])
+
+    return _most_learned(climb(tried, rates, middle(rates), best_of=_most_learned))
+
+
+def _most_learned(results: Sequence[CodeResult]) -> float:
+    """The rate of the run that learned most bits; raises ValueError where all diverged."""
+    finished = [result for result in results if result.status == "finished"]
+    rates = [result.config.lr for result in results]
+    require(
+        bool(finished), f"{results[0].config.key}: diverged at every rate of {rates}; lower them"
+    )
     return max(finished, key=lambda result: result.last("learned_bits")).config.lr
 
 

@@ -21,6 +21,7 @@ RISE = 0.02  # of the learned bits over the last quarter of the steps: below it 
 # Learning may start late, and the flat curve before it is no plateau: learned bits count from this
 # share on, of what the codes hold or of one bit a trained parameter, whichever is less.
 BEGUN = 0.1
+LOOKS = 3  # in a row that find the curve level make a plateau: a single one may be the noise's
 PASSES = 16  # over the codes before a plateau counts, for the first ones teach next to nothing
 SPACING = 1.15  # from one step after which all codes are scored to the next
 FALL = 0.25  # steps of the falling rate, as a share of those before
@@ -60,17 +61,20 @@ class Learned:
 def memorize(config: CodeRun, upper: Upper, *, label: str = "") -> Learned:
     """Train what of `upper` is to be trained on its rows, in place.
 
-    AdamW at a constant rate until a plateau, or for config.steps; then its rate falls linearly to
-    zero over FALL times as many steps, or the noise of the last steps would be measured along.
+    AdamW at a constant rate until a plateau (a curve that LOOKS looks in a row find levelled), or
+    for config.steps; then its rate falls linearly to zero over FALL times as many steps, or the
+    noise of the last steps would be measured along.
     All rows are scored at the start, on the way (see _score_steps), halfway through the fall and at
     the end.  Ends at a loss that is NaN or infinite.
     """
     with progress(math.ceil((1 + FALL) * config.steps), label) as bar:
         learner, step = Learner(config, upper, bar), 0
         learner.score(step)
+        looks = 0
         for step in _score_steps(config):
             learner.train_to(step)
-            if step >= PASSES * _epoch(config) and learner.learned.levelled():
+            looks = looks + 1 if learner.learned.levelled() else 0
+            if looks >= LOOKS and step >= PASSES * _epoch(config):
                 learner.learned.plateau = step
                 break
         fall = math.ceil(FALL * step)

@@ -7,6 +7,7 @@ import functools
 import itertools
 import math
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import numpy as np
 
@@ -74,22 +75,44 @@ def _rates(method: str, optimizer: str = "") -> list[float]:
     return sorted(dict(sizes.optimizers.lrs).get(optimizer, grids[method]))
 
 
+def best_lr(results: Sequence[Result]) -> float:
+    """The learning rate of the lowest held-out loss (split "valid"), mean over its runs.
+
+    Rates with a run that diverged are out.
+    """
+    by_rate: dict[float, list[Result]] = {}
+    for result in results:
+        by_rate.setdefault(result.config.lr, []).append(result)
+    finished = {
+        lr: np.mean([r.loss("valid") for r in runs])
+        for lr, runs in by_rate.items()
+        if all(r.status == "finished" for r in runs)
+    }
+    names = ", ".join(r.config.key for r in results)
+    require(bool(finished), f"every learning rate diverged: {names}; lower the grid")
+    return min(finished, key=finished.__getitem__)
+
+
 def climb(
-    tried: Callable[[list[float]], list[Result]], rates: Sequence[float], start: float
-) -> list[Result]:
+    tried: Callable[[list[float]], list[Any]],
+    rates: Sequence[float],
+    start: float,
+    *,
+    best_of: Callable[[list[Any]], float] = best_lr,
+) -> list[Any]:
     """The runs of a search for the best of ascending rates, from the rate `start` on, by rate.
 
     Ends when both neighbours of the best rate are run, or where the rates have no neighbour.
-    tried(lrs) gives the runs at these rates.
+    tried(lrs) gives the runs at these rates; best_of(runs) the best rate of some.
     """
-    found: dict[float, list[Result]] = {}
+    found: dict[float, list[Any]] = {}
     best, around = rates.index(start), None
     while best != around:
         around = best
         near = [lr for lr in rates[max(around - 1, 0) : around + 2] if lr not in found]
         for result in tried(near):
             found.setdefault(result.config.lr, []).append(result)
-        best = rates.index(best_lr(list(itertools.chain(*found.values()))))
+        best = rates.index(best_of(list(itertools.chain(*found.values()))))
     return [result for lr in sorted(found) for result in found[lr]]
 
 
@@ -108,24 +131,6 @@ def finer(rates: Sequence[float]) -> list[float]:
     """
     between = [float(f"{math.sqrt(a * b):.2g}") for a, b in itertools.pairwise(rates)]
     return sorted([*rates, *between])
-
-
-def best_lr(results: Sequence[Result]) -> float:
-    """The learning rate of the lowest held-out loss (split "valid"), mean over its runs.
-
-    Rates with a run that diverged are out.
-    """
-    by_rate: dict[float, list[Result]] = {}
-    for result in results:
-        by_rate.setdefault(result.config.lr, []).append(result)
-    finished = {
-        lr: np.mean([r.loss("valid") for r in runs])
-        for lr, runs in by_rate.items()
-        if all(r.status == "finished" for r in runs)
-    }
-    names = ", ".join(r.config.key for r in results)
-    require(bool(finished), f"every learning rate diverged: {names}; lower the grid")
-    return min(finished, key=finished.__getitem__)
 
 
 def tuned(task: str, method: str = "full", *, rank: int = 0, **changes) -> RunConfig:

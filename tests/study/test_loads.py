@@ -66,6 +66,14 @@ def test_a_size_takes_the_rate_at_which_it_learns_most(graded, monkeypatch):
         best_code_lr(ONE_LAYER)
 
 
+def test_the_search_for_a_rate_goes_on_from_an_edge(graded, monkeypatch):
+    smoke = PROFILES["smoke"]
+    codes = dataclasses.replace(smoke.codes, lrs=(1e-2, 3e-2, 1e-1, 3e-1))
+    monkeypatch.setitem(PROFILES, "smoke", dataclasses.replace(smoke, codes=codes))
+    assert best_code_lr(ONE_LAYER) == 1e-2
+    assert [c.lr for c in graded] == [3e-2, 1e-1, 3e-1, 1e-2]
+
+
 def test_the_grid_has_every_size_and_load_and_other_seeds_at_some(graded):
     sizes, found = profile(), code_configs()
     points = {(c.layers, c.modules, c.rank, c.codes, c.seed) for c in found}

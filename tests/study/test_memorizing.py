@@ -122,6 +122,20 @@ def test_training_ends_at_a_plateau_or_at_the_last_step_and_then_the_rate_falls(
     assert found.notes[-1]["step"] == 22
 
 
+def test_a_plateau_is_seen_three_times_in_a_row(monkeypatch):
+    config, looks = small_codes(codes=4, batch_size=4, steps=40), []
+    level = iter([True] * 16 + [False, True, True] + [False, True, True, True])
+
+    def levelled(self):
+        looks.append(self.notes[-1]["step"])
+        return next(level)
+
+    monkeypatch.setattr(Learned, "levelled", levelled)
+    monkeypatch.setattr(memorizing, "_score_steps", lambda config: iter(range(1, 41)))
+    monkeypatch.setattr(memorizing, "PASSES", 17)
+    assert memorize(config, code_upper(config).of(slice(4))).plateau == looks[-1] == 23
+
+
 def test_a_rate_that_is_too_high_is_told(sure):
     config = small_codes(lr=1e30, steps=20)
     found = memorize(config, code_upper(config).of(slice(8)))
