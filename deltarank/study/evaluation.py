@@ -42,6 +42,13 @@ def score_rows(model: nn.Module, config: RunConfig, rows: Sequence[dict]) -> pd.
     return pd.DataFrame(scores)
 
 
+def mean_loss(model: nn.Module, config: RunConfig, rows: Sequence[dict]) -> float:
+    """The mean loss of the rows' answers, in nats a token, of a model that may be in training."""
+    with scoring(model):
+        scores = score_rows(model, config, rows)
+    return float(scores["nats"].sum() / scores["tokens"].sum())
+
+
 @torch.no_grad()
 def continuations(
     model: nn.Module,

@@ -10,11 +10,10 @@ from torch import Tensor, nn
 
 from deltarank.store import cached
 from deltarank.study.configs import RunConfig
-from deltarank.study.evaluation import score_rows
+from deltarank.study.evaluation import mean_loss
 from deltarank.study.floors import skill_kept
 from deltarank.study.general import general_loss, general_sha256
 from deltarank.study.intruders import intruder_counts
-from deltarank.study.losses import scoring
 from deltarank.study.measuring import prepared, provenance, tuned_weights
 from deltarank.study.models import load_model, matrices
 from deltarank.study.profiles import entry_folder
@@ -76,28 +75,23 @@ class _Watch:
         """The share of the skill gain, in the loss of the rows that choose; None of a base run."""
         if self.full is None:
             return None
-        loss = _loss(self.model, self.config, self.config.task, "valid", self.config.eval_rows)
+        rows = load_split(self.config.task, "valid")[: self.config.eval_rows]
+        loss = mean_loss(self.model, self.config, rows)
         return float(skill_kept(loss, self.full, split="valid"))
 
     def look(self, step: int) -> dict:
         """What the model has lost and how far it went, so far."""
         task, W1 = self.config.task, tuned_weights(self.config, self.model)
         others = [part for part in PARTS if part not in (task, *mix_parts(task))]
+        rows = {other: load_split(other, "test")[:OTHER_ROWS] for other in others}
         return {
             "step": step,
             "skill": self.skill(),
             "general": general_loss(self.model, self.config),
-            "others": {t: _loss(self.model, self.config, t, "test", OTHER_ROWS) for t in others},
+            "others": {t: mean_loss(self.model, self.config, rows[t]) for t in others},
             "relative_size": relative_size(W1, self.config.model),
             "intruders": intruder_counts(W1, self.config.model),
         }
-
-
-def _loss(model: nn.Module, config: RunConfig, task: str, split: str, rows: int) -> float:
-    """The mean loss of the first rows of a task, in nats a token."""
-    with scoring(model):
-        scores = score_rows(model, config, load_split(task, split)[:rows])
-    return float(scores["nats"].sum() / scores["tokens"].sum())
 
 
 def relative_size(W1: dict[str, Tensor], model: str) -> float:

@@ -18,8 +18,7 @@ from deltarank.checks import require_disk
 from deltarank.runtime import cache_folder, commit, device_name, processor, progress
 from deltarank.spectra import factor_singular_values, rank_measures, singular_values
 from deltarank.study.configs import FACTORED, GROWTH_ROWS, RunConfig
-from deltarank.study.evaluation import evaluate, score_rows
-from deltarank.study.losses import scoring
+from deltarank.study.evaluation import evaluate, mean_loss
 from deltarank.study.models import TINY, load_model, matrices
 from deltarank.study.tasks import load_split, load_task
 from deltarank.study.training import has_compiler, lora_layers, prepare, train
@@ -142,14 +141,11 @@ def evaluate_splits(config: RunConfig, model: nn.Module, label: str) -> dict[str
 def _growth(config: RunConfig, model: nn.Module, W0: dict[str, Tensor]) -> dict:
     """Held-out loss and the ranks of the update so far, one value a matrix, as in "shapes"."""
     rows = load_split(config.task, "valid")[:GROWTH_ROWS]
-    with scoring(model):
-        scores = score_rows(model, config, rows)
     spectra = {
         n: singular_values(W.detach() - W0[n].to(W.device)) for n, W in matrices(model).items()
     }
     ranks = pd.DataFrame(rank_measures(S) for S in spectra.values()).round(4)
-    loss = float(scores["nats"].sum() / scores["tokens"].sum())
-    return {"loss_nats": loss} | ranks.to_dict("list")
+    return {"loss_nats": mean_loss(model, config, rows)} | ranks.to_dict("list")
 
 
 def measure_update(

@@ -294,8 +294,8 @@ MUTANTS = {
         "base", evaluation, "score_rows", but(lambda t: t.assign(nats=t["nats"] / t["tokens"]))),
     "score_rows: always right": (
         "base", evaluation, "score_rows", but(lambda t: t.assign(right=True))),
-    "score_rows, growth: fewer rows": (
-        "full", measuring, "score_rows", but(lambda t: t.iloc[:-1])),
+    "mean_loss, growth: a hundredth more": (
+        "full", measuring, "mean_loss", but(lambda nats: 1.01 * nats)),
     "generate: a letter less": (
         "base", evaluation, "generate", but(lambda texts: [text[:-1] for text in texts])),
     "evaluate: rows weigh alike": ("base", measuring, "evaluate", but(mean_of_rows)),
