@@ -1,0 +1,145 @@
+"""Own rows: the bits that a reader's training rows hold, by a short training of a model."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import math
+import random
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+import pandas as pd
+
+from deltarank.checks import require
+from deltarank.runtime import cache_folder
+from deltarank.store import cached, file_sha256
+from deltarank.study.configs import RunConfig
+from deltarank.study.evaluation import mean_loss
+from deltarank.study.gains import first_epoch_kbit, learned_kbit
+from deltarank.study.measuring import provenance
+from deltarank.study.models import load_tokenizer
+from deltarank.study.rivals import probe
+from deltarank.study.runs import Result
+from deltarank.study.tasks import encode, load_split, load_task
+from deltarank.study.training import prepare, train
+
+HELD_OUT = 128  # rows at most, and an eighth of those given where they name no split "test"
+LONGEST = 2048  # tokens of a row
+
+
+@dataclass(frozen=True)
+class Holding:
+    """What rows hold: kbit of code length, and of it what was learned; by_kind, rows and tokens.
+
+    Both are of the `seen` rows that the training's first epoch saw; by_kind is of all rows.
+    """
+
+    seen: int
+    code_kbit: float
+    learned_kbit: float
+    by_kind: pd.DataFrame  # one line a kind; rows, prompt_tokens, answer_tokens
+
+    @property
+    def rows(self) -> int:
+        """How many rows there are to train on, those held out among them."""
+        return int(self.by_kind["rows"].sum())
+
+    @property
+    def all_kbit(self) -> float:
+        """The bits learned of all rows, in kbit, as if those not seen taught as much a row."""
+        return self.learned_kbit * self.rows / self.seen
+
+
+def holding(file: str, model: str = "") -> Holding:
+    """What the rows of a JSON-lines file hold beyond a model, the profile's where none is named.
+
+    Each line has prompt and answer, and may name its kind ("kind") and its split; rows of "test"
+    are held out, or a random eighth where there are none.  A LoRA is trained on the others as in
+    rivals.probe, and what was measured is kept in the cache.  Raises ValueError, before any work,
+    for a file without prompts and answers, with too few rows, or with one that is too long; and for
+    a training that diverged.
+    """
+    config = own_probe(file, model)
+    result = _probed(config)
+    rows = [row for split in load_task(config.task).values() for row in split]
+    batches = min(len(load_split(config.task, "train")) // config.batch_size, config.steps)
+    bits = first_epoch_kbit(result), learned_kbit(result)
+    return Holding(batches * config.batch_size, *bits, kinds(rows, config.model))
+
+
+def own_probe(file: str, model: str = "") -> RunConfig:
+    """The run that tells the bits of a file's rows; writes the split that it is trained on."""
+    told = probe(file)
+    model = model or told.model
+    rows = _split_rows(file, told.batch_size)
+    tokenizer = load_tokenizer(model)
+    lengths = [len(encode(row, tokenizer)["labels"]) for row in rows]
+    longest = max(range(len(rows)), key=lengths.__getitem__)
+    require(
+        lengths[longest] <= LONGEST,
+        f"{Path(file).name}: a row has {lengths[longest]:,} tokens: shorten it to {LONGEST:,}: "
+        f"{rows[longest]['prompt'][:60]!r}",
+    )
+    return dataclasses.replace(
+        told, task=_written(file, rows), model=model, seq_len=max(lengths), eval_rows=HELD_OUT
+    )
+
+
+def _split_rows(file: str, batch_size: int) -> list[dict]:
+    """The rows of a file, each with its split, "train" or "test"."""
+    given = load_task(file)
+    held = given.pop("test", []) if len(given) > 1 else []  # rows that name no split are of "test"
+    rows = [row for split in given.values() for row in split]
+    if not held:
+        random.Random(0).shuffle(rows)
+        count = min(HELD_OUT, len(rows) // 8)
+        held, rows = rows[:count], rows[count:]
+    require(
+        len(rows) >= batch_size and bool(held),
+        f"{Path(file).name} has {len(rows)} rows to train on: give {2 * batch_size} or more",
+    )
+    named = (rows, "train"), (held[:HELD_OUT], "test")
+    return [row | {"split": split} for part, split in named for row in part]
+
+
+def _written(file: str, rows: list[dict]) -> str:
+    """The file in the cache with these rows, which keeps the name and is written once."""
+    lines = "".join(json.dumps(row) + "\n" for row in rows)
+    folder = cache_folder() / "plans" / file_sha256(Path(file).expanduser())[:12]
+    folder.mkdir(parents=True, exist_ok=True)
+    path = folder / Path(file).name
+    path.write_text(lines, encoding="utf8")
+    return str(path)
+
+
+def kinds(rows: list[dict], model: str) -> pd.DataFrame:
+    """How many rows and tokens there are of each kind: rows, prompt_tokens, answer_tokens.
+
+    A row's kind is what it names in "kind", or else in "task"; those that name none are "rows".
+    """
+    tokenizer, counts = load_tokenizer(model), []
+    for row in rows:
+        labels = encode(row, tokenizer)["labels"]
+        answer = sum(label != -100 for label in labels)
+        kind = str(row.get("kind", row.get("task", "rows")))
+        counts.append((kind, 1, len(labels) - answer, answer))
+    table = pd.DataFrame(counts, columns=["kind", "rows", "prompt_tokens", "answer_tokens"])
+    return table.groupby("kind").sum()
+
+
+def _probed(config: RunConfig) -> Result:
+    """The losses of the probe, of its steps and of what is held out; from the cache if there."""
+
+    def measured() -> tuple[dict, None]:
+        start, model = time.perf_counter(), prepare(config)
+        losses = train(config, model, label="bits")
+        told = f"training diverged at step {len(losses)}: do the answers fit their prompts?"
+        require(math.isfinite(losses[-1]), told)
+        left = mean_loss(model, config, load_split(config.task, "test"))
+        record = {"train_loss_nats": losses, "evaluation": {"test": {"loss_nats": left}}}
+        return record | {"provenance": provenance(time.perf_counter() - start)}, None
+
+    record, _ = cached(cache_folder() / "plans" / config.key, measured)
+    return Result(config, record, {})

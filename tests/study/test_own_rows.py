@@ -1,0 +1,92 @@
+"""Own rows: told by kind, split once, and their bits those of a run of the report."""
+
+import json
+
+import pytest
+
+from deltarank.runtime import cache_folder
+from deltarank.study import own_rows
+from deltarank.study.gains import first_epoch_kbit, learned_kbit
+from deltarank.study.own_rows import HELD_OUT, holding, kinds, own_probe
+from deltarank.study.profiles import profile
+from deltarank.study.tasks import load_split
+
+RULE = [{"prompt": f"{n} is", "answer": "even" if n % 2 == 0 else "odd"} for n in range(80)]
+NOISE = [{"prompt": f"{n} is", "answer": f"{(n * 7919 + 13) % 9973:04d}"} for n in range(80)]
+
+
+def write(path, rows):
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return str(path)
+
+
+def test_an_eighth_of_rows_without_splits_is_held_out(tmp_path):
+    config = own_probe(write(tmp_path / "mine.jsonl", RULE))
+    trained, held = (load_split(config.task, split) for split in ("train", "test"))
+    assert (len(trained), len(held)) == (70, 10)
+    assert sorted(row["prompt"] for row in trained + held) == sorted(r["prompt"] for r in RULE)
+    assert config.key.startswith("mine-lora")
+
+
+def test_named_splits_are_kept(tmp_path):
+    rows = [row | {"split": "train"} for row in RULE] + [NOISE[0] | {"split": "test"}]
+    config = own_probe(write(tmp_path / "mine.jsonl", rows))
+    assert [row["answer"] for row in load_split(config.task, "test")] == [NOISE[0]["answer"]]
+    assert len(load_split(config.task, "train")) == len(RULE)
+
+
+def test_many_rows_hold_out_no_more_than_the_most(tmp_path):
+    config = own_probe(write(tmp_path / "mine.jsonl", RULE * 20))
+    assert len(load_split(config.task, "test")) == HELD_OUT
+
+
+def test_rows_and_tokens_are_told_by_kind():
+    rows = [
+        {"prompt": "ab", "answer": "c", "kind": "x"},
+        {"prompt": "a", "answer": "bcd", "kind": "x"},
+        {"prompt": "a", "answer": "b"},
+    ]
+    table = kinds(rows, profile().model)  # bytes are tokens, a newline ends a row
+    assert table.loc["x"].to_dict() == {"rows": 2, "prompt_tokens": 3, "answer_tokens": 6}
+    assert table.loc["rows"].to_dict() == {"rows": 1, "prompt_tokens": 1, "answer_tokens": 2}
+
+
+def test_noise_holds_more_than_a_rule_and_is_not_learned(store, tmp_path):
+    files = {n: write(tmp_path / f"{n}.jsonl", r) for n, r in (("rule", RULE), ("noise", NOISE))}
+    found = {name: holding(file) for name, file in files.items()}
+    assert found["noise"].code_kbit > found["rule"].code_kbit > 0
+    for name, held in found.items():
+        result = own_rows._probed(own_probe(files[name]))
+        assert held.code_kbit == first_epoch_kbit(result)
+        assert held.learned_kbit == learned_kbit(result) < held.code_kbit
+        seen = result.config.steps * result.config.batch_size  # less than an epoch
+        assert (held.rows, held.seen) == (80, seen)
+        assert held.all_kbit == held.learned_kbit * 80 / seen
+
+
+def test_what_was_measured_is_kept(store, tmp_path, monkeypatch):
+    file = write(tmp_path / "mine.jsonl", RULE)
+    first = holding(file)
+    monkeypatch.setattr(own_rows, "train", lambda *a, **k: pytest.fail("trained again"))
+    assert holding(file).learned_kbit == first.learned_kbit
+    assert list((cache_folder() / "plans").glob("mine-lora-*"))
+
+
+@pytest.mark.parametrize(
+    ("rows", "told"),
+    [
+        (RULE[:5], "mine.jsonl has 5 rows to train on: give 8 or more"),
+        ([*RULE, {"prompt": "x" * 3000, "answer": "y"}], "a row has 3,002 tokens: shorten it"),
+        ([{"prompt": "x"}], "mine.jsonl, line 1: a row lacks answer"),
+    ],
+)
+def test_bad_rows_are_named_before_any_work(tmp_path, monkeypatch, rows, told):
+    monkeypatch.setattr(own_rows, "prepare", lambda config: pytest.fail("worked"))
+    with pytest.raises(ValueError, match=told):
+        holding(write(tmp_path / "mine.jsonl", rows))
+
+
+def test_a_training_that_diverges_says_so(store, tmp_path, monkeypatch):
+    monkeypatch.setattr(own_rows, "train", lambda *a, **k: [1.0, float("nan")])
+    with pytest.raises(ValueError, match="diverged at step 2"):
+        holding(write(tmp_path / "mine.jsonl", RULE[::-1]))
