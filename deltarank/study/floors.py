@@ -52,9 +52,9 @@ def skill_kept(value: Measured, full: Result, *, by: str = "loss", split: str = 
     """How far `value`, a loss or score or a series of them, goes from the floor to a full run.
 
     The floor is the best of floors(task): the lowest loss or the highest score without the skill.
-    NaN for a task that has no floor, since LoRA is not trained on it.
+    NaN for a task that has no floor, since LoRA is not trained on it alone.
     """
-    if full.config.task not in profile().lora_tasks:
+    if full.config.task not in (*profile().lora_tasks, *profile().forecast_tasks):
         return value * float("nan")
     without = floors(full.config.task, split)
     floor = without["loss_nats"].min() if by == "loss" else without["score"].max()

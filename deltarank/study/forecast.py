@@ -1,4 +1,4 @@
-"""Forecasts: what rules say of the size that a task needs, and what it costs to follow them."""
+"""Forecasts: what rules say of the size that a task needs."""
 
 from __future__ import annotations
 
@@ -31,38 +31,28 @@ def middle_of(above: float, enough: float, *, least: float, most: float) -> floa
 
 
 def forecast(measure: pd.Series, needed: pd.Series, asked: pd.Series) -> pd.Series:
-    """What other tasks' measures, `asked`, say that they need, by a line fitted to known tasks.
+    """What tasks with the measures `asked` need, by a line fitted to known tasks: see fit_line.
 
-    log needed = a + b log measure, by least squares; all by task, above 0.  A measure that is the
-    same for all known tasks predicts the geometric mean of what they need.
+    A task that is known itself has no part in its own forecast.
 
-    >>> x = pd.Series([1.0, 2.0, 4.0])
-    >>> forecast(x, 3 * x**2, pd.Series({"new": 8.0})).round(6).to_dict()
-    {'new': 192.0}
+    >>> x = pd.Series({"a": 1.0, "b": 2.0, "c": 4.0})
+    >>> forecast(x, 3 * x**2, pd.Series({"c": 4.0, "new": 8.0})).round(6).to_dict()
+    {'c': 48.0, 'new': 192.0}
+    """
+    found = {}
+    for task, value in asked.items():
+        others = [known for known in measure.index if known != task]
+        start, slope = fit_line(measure[others], needed[others])
+        found[task] = math.exp(start + slope * math.log(value))
+    return pd.Series(found)
+
+
+def fit_line(measure: pd.Series, needed: pd.Series) -> tuple[float, float]:
+    """The line log needed = a + b log measure of least squares, (a, b); all by task, above 0.
+
+    Where all measures are the same, b is 0: it says the geometric mean of what is needed.
     """
     x, y = measure.map(math.log), needed.map(math.log)
     spread = ((x - x.mean()) ** 2).sum()
-    slope = ((x - x.mean()) * y).sum() / spread if spread else 0.0
-    return (y.mean() + slope * (asked.map(math.log) - x.mean())).map(math.exp)
-
-
-def left_out(measure: pd.Series, needed: pd.Series) -> pd.Series:
-    """What each task's measure says it needs, by the forecast of the other tasks alone."""
-    parts = (
-        forecast(measure.drop(task), needed.drop(task), measure.loc[[task]])
-        for task in measure.index
-    )
-    return pd.concat(parts)
-
-
-def cost_of(size: float, nats: pd.Series) -> dict[str, float]:
-    """What it costs to train the smallest adapter that has `size` numbers or more.
-
-    nats: held-out loss by number of trained parameters, ascending.  Returns parameters, those of
-    the adapter, the largest where none has as many; and lost, its loss above the lowest of all.
-
-    >>> cost_of(50, pd.Series({16: 1.5, 128: 1.25, 1024: 1.0}))
-    {'parameters': 128, 'lost': 0.25}
-    """
-    taken = next((count for count in nats.index if count >= size), nats.index[-1])
-    return {"parameters": int(taken), "lost": float(nats[taken] - nats.min())}
+    slope = float(((x - x.mean()) * y).sum() / spread) if spread else 0.0
+    return float(y.mean() - slope * x.mean()), slope

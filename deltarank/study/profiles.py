@@ -48,6 +48,8 @@ class Profile:
     control_ranks: tuple[int, ...] = (8,)
     lora_tasks: tuple[str, ...] = ALL_TASKS
     lora_ranks: tuple[int, ...] = (1, 8, 64)  # of every task, first seed; lora_until has others
+    # Tasks whose needed size is forecast by that of the lora_tasks before they are trained.
+    forecast_tasks: tuple[str, ...] = ("danish", "dates", "entities", "sorting", "naming")
     # Tasks in which the directions of LoRA are compared with those of full fine-tuning.
     direction_tasks: tuple[str, ...] = ("kjv", "sentiment", "facts", "arithmetic", "sorbian")
     reading_tasks: tuple[str, ...] = ("facts", "sorbian")  # ... on real inputs, with tuned rates
@@ -143,6 +145,7 @@ PROFILES = {
         cut_ranks=(0, 1, 8, 16),
         lora_tasks=("sentiment", "facts"),
         lora_ranks=(1, 4, 8),
+        forecast_tasks=("dates",),
         direction_tasks=("sentiment", "facts"),
         reading_tasks=("facts",),
         full_lrs=(1e-4, 1e-3),
@@ -203,6 +206,7 @@ PROFILES = {
         control_ranks=(),
         lora_tasks=("facts",),
         lora_ranks=(8,),
+        forecast_tasks=(),
         direction_tasks=(),
         reading_tasks=(),
         full_lrs=(1e-4,),

@@ -1,4 +1,4 @@
-"""Rivals: what rules of the size that a task needs are told of it before an adapter is chosen."""
+"""Rivals: what rules are told of a task, the size that they say it needs, and what that costs."""
 
 from __future__ import annotations
 
@@ -12,8 +12,8 @@ from deltarank.study.gains import first_epoch_kbit, learned_kbit
 from deltarank.study.gradients import first_gradients
 from deltarank.study.profiles import middle, profile
 from deltarank.study.runs import run
-from deltarank.study.search import coarsely_tuned
-from deltarank.study.sizes import ladder, needed_size, trained_parameters
+from deltarank.study.search import coarsely_tuned, tuned
+from deltarank.study.sizes import ladder, needed_size, sized, trained_parameters
 from deltarank.study.tasks import load_split
 
 
@@ -55,10 +55,10 @@ def parameters_of(size: dict) -> int:
 
 
 def forecasts(known: Sequence[str], asked: Sequence[str], share: float) -> pd.DataFrame:
-    """What each rule says that other tasks need, in trained parameters; a column a rule.
+    """What each rule says that tasks need, in trained parameters; a line a task, a column a rule.
 
-    Those that read_of has are fitted to the known tasks.  always: the middle rank of the profile
-    for every task; by rows: rank_by_rows.
+    Those that read_of has are fitted to the known tasks, without the one that is asked.  always:
+    the middle rank of the profile for every task; by rows: rank_by_rows.
     """
     needed, before, now = known_sizes(known, share), read_of(known), read_of(asked)
     table = pd.DataFrame({name: forecast(before[name], needed, now[name]) for name in before})
@@ -66,3 +66,15 @@ def forecasts(known: Sequence[str], asked: Sequence[str], share: float) -> pd.Da
     table["always"] = one * middle(profile().lora_ranks)
     table["by rows"] = [one * rank_by_rows(len(load_split(t, "train"))) for t in table.index]
     return table
+
+
+def followed(task: str, size: float) -> dict[str, float]:
+    """What it costs to train, on a task, the smallest adapter of the ladder with `size` numbers.
+
+    Returns parameters, those of the adapter, the largest where none has as many; and lost, its
+    held-out loss above that of full fine-tuning, in nats a token.  Runs what is not stored.
+    """
+    steps = [*ladder().values()]
+    chosen = next((step for step in steps if parameters_of(step) >= size), steps[-1])
+    lost = run(sized(task, chosen)).loss() - run(tuned(task)).loss()
+    return {"parameters": parameters_of(chosen), "lost": lost}

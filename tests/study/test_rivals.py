@@ -8,9 +8,17 @@ from deltarank.study import rivals
 from deltarank.study.forecast import rank_by_rows
 from deltarank.study.gains import learned_kbit
 from deltarank.study.profiles import profile
-from deltarank.study.rivals import forecasts, known_sizes, parameters_of, probe, read_of
+from deltarank.study.rivals import (
+    followed,
+    forecasts,
+    known_sizes,
+    parameters_of,
+    probe,
+    read_of,
+)
 from deltarank.study.runs import run
-from deltarank.study.sizes import trained_parameters
+from deltarank.study.search import tuned
+from deltarank.study.sizes import ladder, sized, trained_parameters
 from deltarank.study.tasks import load_split
 
 
@@ -49,6 +57,16 @@ def test_a_forecast_goes_by_the_known_tasks(three):
     rows = len(load_split("kjv", "train"))
     assert table.loc["kjv", "always"] == 4 * one
     assert table.loc["kjv", "by rows"] == one * rank_by_rows(rows)
+
+
+def test_following_a_rule_trains_the_next_size_up(store):
+    sizes = {parameters_of(size): size for size in ladder().values()}
+    counts = [*sizes]
+    full = run(tuned("dates")).loss()
+    for asked, taken in ((1, counts[0]), (counts[1] - 1, counts[1]), (1e9, counts[-1])):
+        found = followed("dates", asked)
+        nats = run(sized("dates", sizes[taken])).loss()
+        assert found == {"parameters": taken, "lost": nats - full}
 
 
 def test_a_rank_of_all_layers_has_so_many_times_the_parameters_of_rank_1():
