@@ -58,6 +58,15 @@ class Profile:
     lora_lrs: tuple[float, ...] = (3e-5, 1e-4, 3e-4, 1e-3, 3e-3, 1e-2)
     ladder: LadderGrid = LadderGrid()
     trials: int = 6  # settings of a method that are tried on a task (see trials)
+    # Tasks with the size, that of a LoRA of this rank, at which methods compete on them.
+    contests: tuple[tuple[str, int], ...] = (
+        ("facts", 1),
+        ("sorbian", 1),
+        ("kjv", 1),
+        ("arithmetic", 1),
+        ("facts", 8),
+        ("sorbian", 8),
+    )
     fine_tasks: tuple[str, ...] = ()  # whose rates are searched finer, once those runs are stored
     # Tasks in which a low rank falls short: their LoRAs take the best of these alphas.
     alpha_tasks: tuple[str, ...] = ()
@@ -158,7 +167,8 @@ PROFILES = {
             layers=(1,),
             place_runs=(("facts", 1),),
         ),
-        trials=3,
+        trials=2,
+        contests=(("facts", 1),),
         mixes=MixGrid(
             steps=2,
             eval_rows=4,
@@ -207,6 +217,7 @@ PROFILES = {
         lora_tasks=("facts",),
         lora_ranks=(8,),
         forecast_tasks=(),
+        contests=(),
         direction_tasks=(),
         reading_tasks=(),
         full_lrs=(1e-4,),

@@ -1,0 +1,62 @@
+"""The contest: every method with as many trials, then with several seeds at its best setting."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pandas as pd
+
+from deltarank.study.floors import skill_gain
+from deltarank.study.profiles import profile
+from deltarank.study.runs import Result, run
+from deltarank.study.trials import METHODS, chosen, trials
+
+AGAIN = "LoRA again"  # with other seeds: what two of the same method differ by
+
+
+def contestants(size: int) -> list[str]:
+    """The methods that have a size, full fine-tuning first."""
+    return [name for name, method in METHODS.items() if size in method.fields]
+
+
+def trials_table() -> pd.DataFrame:
+    """One line a trial of the profile's contests, in the order of trying; runs what is not stored.
+
+    Columns: task, size, method, trial from 1, lr, knob (of the method, if any), status; gain: the
+    share of the skill gain in the loss of the rows that choose ("valid"), 0 where a run diverged.
+    """
+    return pd.DataFrame(
+        {"task": task, "size": size, "method": name, "trial": trial} | _line(name, result, "valid")
+        for task, size in profile().contests
+        for name in contestants(size)
+        for trial, result in enumerate(trials(task, name, size), start=1)
+    )
+
+
+def finals_table() -> pd.DataFrame:
+    """One line a seed of each method at its best setting; runs what is not stored.
+
+    Columns: as of trials_table, with seed, on test rows, and the score.  LoRA comes once more as
+    AGAIN, at the same setting with as many seeds that follow on the profile's.
+    """
+    lines, seeds = [], profile().seeds
+    for task, size in profile().contests:
+        for name in [*contestants(size), AGAIN]:
+            method, shift = ("LoRA", 1 + max(seeds)) if name == AGAIN else (name, 0)
+            tried = trials(task, method, size)
+            for seed in seeds:
+                result = run(chosen(tried, seed=seed + shift))
+                line = {"task": task, "size": size, "method": name, "seed": seed + shift}
+                lines.append(line | _line(method, result, "test") | {"score": result.score()})
+    return pd.DataFrame(lines)
+
+
+def _line(method: str, result: Result, split: str) -> dict[str, Any]:
+    """What a run of a method was told, and what it has of the skill."""
+    knob, finished = METHODS[method].knob, result.status == "finished"
+    return {
+        "lr": result.config.lr,
+        "knob": float(getattr(result.config, knob)) if knob else float("nan"),
+        "status": result.status,
+        "gain": skill_gain(result, split=split) if finished else 0.0,
+    }

@@ -1,0 +1,57 @@
+"""The contest: every method as often, each run's skill beside it, and LoRA against itself."""
+
+import dataclasses
+
+import pytest
+
+from deltarank.study import contest
+from deltarank.study.configs import VARIANTS
+from deltarank.study.contest import AGAIN, contestants, finals_table, trials_table
+from deltarank.study.floors import skill_gain
+from deltarank.study.profiles import PROFILES, profile
+from deltarank.study.runs import Result, run
+from deltarank.study.trials import METHODS, chosen, trials
+
+
+def test_all_methods_that_have_a_size_take_part():
+    assert contestants(1)[:2] == ["full", "LoRA"] and "VeRA" in contestants(1)
+    assert {*contestants(1), *contestants(8)} == {*METHODS} and "rsLoRA" not in contestants(1)
+    named = {METHODS[name].fields[8]["method"] for name in contestants(8)}
+    assert named >= {"full", "lora"} and named <= {"full", "lora", *VARIANTS}
+
+
+@pytest.fixture
+def two(store, monkeypatch):
+    """Two methods of the contest, each with two trials."""
+    monkeypatch.setattr(contest, "contestants", lambda size: ["LoRA", "HiRA"])
+
+
+def test_a_line_a_trial(two):
+    table = trials_table()
+    assert len(table) == 2 * profile().trials
+    second = table[(table["method"] == "LoRA") & (table["trial"] == 2)].iloc[0]
+    result = trials("facts", "LoRA", 1)[1]
+    assert (second["lr"], second["knob"]) == (result.config.lr, result.config.alpha)
+    assert second["gain"] == skill_gain(result, split="valid")
+    assert table[table["method"] == "HiRA"]["knob"].isna().all()
+
+
+def test_a_line_a_seed_at_the_best_setting(two):
+    table, seeds = finals_table(), profile().seeds
+    assert [*table["method"]] == [m for m in ("LoRA", "HiRA", AGAIN) for _ in seeds]
+    assert not {*table[table["method"] == AGAIN]["seed"]} & {*seeds}
+    tried = trials("facts", "LoRA", 1)
+    for _, line in table[table["method"] != "HiRA"].iterrows():
+        result = run(chosen(tried, seed=line["seed"]))
+        assert (line["gain"], line["score"]) == (skill_gain(result), result.score())
+
+
+def test_a_run_that_diverged_has_none_of_the_skill(store):
+    config = dataclasses.replace(trials("facts", "LoRA", 1)[0].config, lr=1.0)
+    diverged = Result(config, {"status": "diverged", "evaluation": {}}, {})
+    assert contest._line("LoRA", diverged, "test")["gain"] == 0
+
+
+def test_the_paper_has_six_contests_at_two_sizes():
+    paper = PROFILES["paper"].contests
+    assert len(paper) == 6 and {size for _, size in paper} == {1, 8}
