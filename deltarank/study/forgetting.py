@@ -5,26 +5,76 @@ from __future__ import annotations
 import math
 import time
 
+import pandas as pd
 import torch
 from torch import Tensor, nn
 
+from deltarank.spectra import rank_measures
 from deltarank.store import cached
 from deltarank.study.configs import RunConfig
+from deltarank.study.contest import contestants
 from deltarank.study.evaluation import mean_loss
 from deltarank.study.floors import skill_kept
 from deltarank.study.general import general_loss, general_sha256
 from deltarank.study.intruders import intruder_counts
 from deltarank.study.measuring import prepared, provenance, tuned_weights
 from deltarank.study.models import load_model, matrices
-from deltarank.study.profiles import entry_folder
+from deltarank.study.profiles import entry_folder, profile
 from deltarank.study.runs import run
 from deltarank.study.search import tuned
 from deltarank.study.tasks import PARTS, load_split, mix_parts
 from deltarank.study.training import train
+from deltarank.study.trials import chosen, trials
 
 EVERY = 10  # steps from one look at the skill to the next
 ENOUGH = 0.95  # of the skill gain: runs are compared where they first have it, and at their end
 OTHER_ROWS = 64  # test rows of each other task
+
+
+def forget_configs() -> dict[tuple[str, str], RunConfig]:
+    """The runs whose forgetting is measured, with the first seed: {(task, method): configuration}.
+
+    Of each task of the profile's contests full fine-tuning and LoRA of its ranks by `tuned`, and
+    the contestants of the smallest size at the setting chosen for them.
+    """
+    seed, found = profile().seeds[0], dict[tuple[str, str], RunConfig]()
+    size = min((size for _, size in profile().contests), default=0)
+    for task in dict.fromkeys(task for task, _ in profile().contests):
+        found[task, "full"] = tuned(task)
+        for rank in profile().lora_ranks:
+            found[task, f"LoRA, rank {rank}"] = tuned(task, "lora", rank=rank)
+        for name in contestants(size):
+            if name not in ("full", "LoRA"):
+                found[task, name] = chosen(trials(task, name, size), seed=seed)
+    return found
+
+
+def forgotten_table() -> pd.DataFrame:
+    """What the runs of forget_configs forget, a line a look: "enough" (if a run has it), "end".
+
+    Columns: task, method, look, lr, step, skill, relative_size, intruders (PEFT's threshold); r90
+    and stable_rank, medians of the update at the end; prose, code and others: nats a token above
+    the base model's, the last the mean over the other tasks.
+    """
+    lines = []
+    for (task, method), config in forget_configs().items():
+        record, before = forget_run(config), forget_run(profile().config(task, "base"))["end"]
+        ranks = pd.DataFrame(rank_measures(S) for S in run(config).spectra.values()).median()
+        for look in ("enough", "end"):
+            if found := record[look]:
+                line = {"task": task, "method": method, "look": look, "lr": config.lr}
+                line |= {name: found[name] for name in ("step", "skill", "relative_size")}
+                line |= {"intruders": found["intruders"]["0.5"]}
+                line |= {"r90": ranks["r90"], "stable_rank": ranks["stable_rank"]}
+                lines.append(line | _lost(found, before))
+    return pd.DataFrame(lines)
+
+
+def _lost(found: dict, before: dict) -> dict[str, float]:
+    """What a look has lost: nats a token above the base model's, by what was read."""
+    lost = {kind: found["general"][kind] - nats for kind, nats in before["general"].items()}
+    others = [found["others"][task] - nats for task, nats in before["others"].items()]
+    return lost | {"others": sum(others) / len(others)}
 
 
 def forget_run(config: RunConfig) -> dict:

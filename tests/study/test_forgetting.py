@@ -7,7 +7,12 @@ import pytest
 import torch
 
 from deltarank.study import forgetting
-from deltarank.study.forgetting import forget_run, relative_size
+from deltarank.study.forgetting import (
+    forget_configs,
+    forget_run,
+    forgotten_table,
+    relative_size,
+)
 from deltarank.study.general import general_sha256
 from deltarank.study.measuring import prepared, tuned_weights
 from deltarank.study.models import TINY, load_model, matrices
@@ -71,3 +76,29 @@ def test_a_run_that_diverges_has_neither(looks):
     config = profile().config("facts", steps=2, lr=1e30)
     record = forget_run(dataclasses.replace(config, max_grad_norm=1e30))
     assert record["status"] == "diverged" and record["end"] is None
+
+
+def test_the_runs_of_the_report_and_the_contestants_are_compared(store):
+    found, ranks = forget_configs(), profile().lora_ranks
+    assert [method for _, method in found][: 1 + len(ranks)] == [
+        "full",
+        *(f"LoRA, rank {rank}" for rank in ranks),
+    ]
+    assert {task for task, _ in found} == {"facts"} and ("facts", "VeRA") in found
+    assert {config.seed for config in found.values()} == {profile().seeds[0]}
+
+
+def test_what_is_lost_is_counted_from_the_base(store, monkeypatch):
+    monkeypatch.setattr(forgetting, "OTHER_ROWS", 2)
+    lora = profile().config("facts", "lora", rank=2, lr=1e-2)
+    monkeypatch.setattr(forgetting, "forget_configs", lambda: {("facts", "LoRA, rank 2"): lora})
+    nats = iter([{"prose": 3.5, "code": 2.25}, {"prose": 3.0, "code": 2.0}])  # the run, the base
+    monkeypatch.setattr(forgetting, "general_loss", lambda model, config: next(nats))
+    monkeypatch.setattr(forgetting, "ENOUGH", 1e9)
+    end, before = ({**forget_run(c)["end"]} for c in (lora, profile().config("facts", "base")))
+    [line] = forgotten_table().to_dict("records")
+    assert (line["method"], line["look"], line["lr"]) == ("LoRA, rank 2", "end", 1e-2)
+    assert (line["prose"], line["code"]) == (0.5, 0.25)
+    moved = [end["others"][task] - before["others"][task] for task in before["others"]]
+    assert line["others"] == pytest.approx(sum(moved) / 7) and line["others"] != 0
+    assert line["relative_size"] == end["relative_size"] > 0
