@@ -17,7 +17,8 @@ from deltarank.study.measuring import provenance
 from deltarank.study.memorizing import memorize
 from deltarank.study.models import load_tokenizer
 from deltarank.study.profiles import profile
-from deltarank.study.upper import Upper, upper_part
+from deltarank.study.training import compile_layers
+from deltarank.study.upper import Upper, decoder_layers, upper_part
 
 CONTROL = 256  # codes, at most, of which each is asked for with the digits of another
 
@@ -98,6 +99,8 @@ def measure_codes(config: CodeRun, label: str = "") -> dict:
     """
     started = time.time()
     both = code_upper(config, label)
+    if profile(config.profile).compile:
+        compile_layers(decoder_layers(both.model)[config.layers[0] :])
     codes, others = both.of(slice(config.codes)), both.of(slice(config.codes, None))
     clock = time.time()
     learned = memorize(config, codes, label=label)

@@ -8,7 +8,7 @@ import shutil
 import sysconfig
 import tempfile
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -55,10 +55,16 @@ def prepare(config: RunConfig) -> nn.Module:
             model = get_peft_model(model, adapter_config(config, model))
     # What is told apart by more than its weights would be compiled layer by layer.
     alike = not config.rank_pattern and config.method in ("full", "lora", "loraplus", "pissa")
-    if config.compile and has_compiler() and alike:
+    if config.compile and alike:
+        compile_layers(layers)
+    return model
+
+
+def compile_layers(layers: Iterable[nn.Module]) -> None:
+    """Compile layers of a model, where there is a compiler."""
+    if has_compiler():
         for layer in layers:  # one small graph, shared by all layers and lengths of a batch
             layer.compile(dynamic=True, recompile_limit=GRAPHS)
-    return model
 
 
 def adapted_matrices(config: RunConfig, model: nn.Module) -> dict[str, Tensor]:

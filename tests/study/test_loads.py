@@ -59,7 +59,8 @@ def graded(monkeypatch, store):
 def test_a_size_takes_the_rate_at_which_it_learns_most(graded, monkeypatch):
     assert best_code_lr(ONE_LAYER) == profile().codes.lrs[0]
     assert best_code_lr(((1,), (), 0)) == profile().codes.full_lrs[1]
-    assert {(c.seed, c.codes) for c in graded if c.rank} == {(0, 39)}, "at a load of one"
+    tried = {(c.seed, c.codes, c.steps) for c in graded if c.rank}
+    assert tried == {(0, 39, 20)}, "at a load of one, in half the steps"
     diverged = {"status": "diverged"}
     monkeypatch.setattr(loads, "code_sweep", lambda c: [result_of(x, **diverged) for x in c])
     with pytest.raises(ValueError, match="diverged at every rate"):
@@ -82,7 +83,7 @@ def test_the_grid_has_every_size_and_load_and_other_seeds_at_some(graded):
     others = (len(sizes.seeds) - 1) * len(sizes.codes.seed_loads)
     assert len(found) == first + others
     assert sum(c.seed == sizes.seeds[0] for c in found) == first
-    assert {c.lr for c in found if c.rank} == {sizes.codes.lrs[0]}
+    assert {(c.lr, c.steps) for c in found if c.rank} == {(sizes.codes.lrs[0], 40)}
 
 
 def test_a_profile_without_codes_has_no_runs(monkeypatch):
