@@ -106,6 +106,8 @@ class CodeGrid:
     full_lrs: tuple[float, ...] = (1e-5, 3e-5, 1e-4, 3e-4, 1e-3)
     seed_size: Size = ((14,), (), 1)  # that has all seeds ...
     seed_loads: tuple[float, ...] = (0.2, 1.0, 2.0, 5.0)  # ... at these loads
+    longer_load: float = 2.0  # at which it is trained once more ...
+    longer: int = 4  # ... for so many times the steps
 
 
 @dataclass(frozen=True)

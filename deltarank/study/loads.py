@@ -95,6 +95,17 @@ def code_configs() -> list[CodeRun]:
     return [sized_codes(size, load, lr=rates[size], seed=seed) for size, load, seed in points]
 
 
+def longer_run() -> CodeRun:
+    """The run of the grid's seed_size at its longer_load that has `longer` times the steps.
+
+    Beside the one of code_configs it tells whether bits were short of room, or of steps.
+    """
+    grid = profile().codes
+    lr, seed = best_code_lr(grid.seed_size), profile().seeds[0]
+    usual = sized_codes(grid.seed_size, grid.longer_load, lr=lr, seed=seed)
+    return dataclasses.replace(usual, steps=grid.longer * grid.steps)
+
+
 def capacity_table(configs: Sequence[CodeRun]) -> pd.DataFrame:
     """One line a code run, and runs what is not stored.
 

@@ -13,6 +13,7 @@ from deltarank.study.loads import (
     capacity_table,
     code_configs,
     loads_of,
+    longer_run,
     sized_codes,
     trained_text,
 )
@@ -84,6 +85,12 @@ def test_the_grid_has_every_size_and_load_and_other_seeds_at_some(graded):
     assert len(found) == first + others
     assert sum(c.seed == sizes.seeds[0] for c in found) == first
     assert {(c.lr, c.steps) for c in found if c.rank} == {(sizes.codes.lrs[0], 40)}
+
+
+def test_the_longer_run_is_one_of_the_grid_but_for_its_steps(graded):
+    longer = longer_run()
+    assert longer.steps == 4 * profile().codes.steps
+    assert dataclasses.replace(longer, steps=profile().codes.steps) in code_configs()
 
 
 def test_a_profile_without_codes_has_no_runs(monkeypatch):
