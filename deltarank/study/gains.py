@@ -126,8 +126,8 @@ def first_epoch_kbit(result: Result) -> float:
     2020, arXiv 2003.12298).  Batches have the mean number of answer tokens.  A run of less than an
     epoch gives the code length of the rows that it saw.
     """
-    nats = result.record["train_loss_nats"][: _epoch_steps(result)]
-    return _kbit(sum(nats) * _batch_tokens(result))
+    steps = epoch_rows(result) // result.config.batch_size
+    return _kbit(sum(result.record["train_loss_nats"][:steps]) * _batch_tokens(result))
 
 
 def learned_kbit(result: Result) -> float:
@@ -137,14 +137,14 @@ def learned_kbit(result: Result) -> float:
     tokens (split "test"): the surplus that is no noise of the answers (Whitney et al. 2020, arXiv
     2009.07368).
     """
-    nats = result.loss() * _epoch_steps(result) * _batch_tokens(result)
-    return first_epoch_kbit(result) - _kbit(nats)
+    batches = epoch_rows(result) / result.config.batch_size
+    return first_epoch_kbit(result) - _kbit(result.loss() * batches * _batch_tokens(result))
 
 
-def _epoch_steps(result: Result) -> int:
-    """The steps of a run's first epoch, as far as it went."""
-    rows = load_split(result.config.task, "train")
-    return min(len(rows) // result.config.batch_size, result.config.steps)
+def epoch_rows(result: Result) -> int:
+    """The rows that a run saw in its first epoch, whole batches, as far as it went."""
+    config, rows = result.config, load_split(result.config.task, "train")
+    return config.batch_size * min(len(rows) // config.batch_size, config.steps)
 
 
 def _batch_tokens(result: Result) -> float:

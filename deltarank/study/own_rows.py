@@ -17,7 +17,7 @@ from deltarank.runtime import cache_folder
 from deltarank.store import cached, file_sha256
 from deltarank.study.configs import RunConfig
 from deltarank.study.evaluation import mean_loss
-from deltarank.study.gains import first_epoch_kbit, learned_kbit
+from deltarank.study.gains import epoch_rows, first_epoch_kbit, learned_kbit
 from deltarank.study.measuring import provenance
 from deltarank.study.models import load_tokenizer
 from deltarank.study.rivals import probe
@@ -64,9 +64,8 @@ def holding(file: str, model: str = "") -> Holding:
     config = own_probe(file, model)
     result = _probed(config)
     rows = [row for split in load_task(config.task).values() for row in split]
-    batches = min(len(load_split(config.task, "train")) // config.batch_size, config.steps)
     bits = first_epoch_kbit(result), learned_kbit(result)
-    return Holding(batches * config.batch_size, *bits, kinds(rows, config.model))
+    return Holding(epoch_rows(result), *bits, kinds(rows, config.model))
 
 
 def own_probe(file: str, model: str = "") -> RunConfig:

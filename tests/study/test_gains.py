@@ -11,6 +11,7 @@ from deltarank.study.gains import (
     at_gain,
     at_loss,
     bracket_text,
+    epoch_rows,
     first_epoch_kbit,
     learned_kbit,
     needed_bracket,
@@ -101,8 +102,9 @@ def test_the_code_length_is_the_loss_of_rows_not_seen_before(small_task, steps, 
     losses = [math.log(2), math.log(4), *[math.log(2)] * (steps - 2)]
     bits = {2: 1 + 2, 4: 1 + 2 + 1 + 1}[seen]
     tokens = sum(len(row["answer"] + "\n") for row in small_task[:4]) / 4  # bytes are tokens
-    found = first_epoch_kbit(Result(config, {"train_loss_nats": losses}, {}))
-    assert found == pytest.approx(bits * tokens / 1000)
+    result = Result(config, {"train_loss_nats": losses}, {})
+    found = first_epoch_kbit(result)
+    assert epoch_rows(result) == seen and found == pytest.approx(bits * tokens / 1000)
 
 
 def test_learned_bits_leave_out_what_the_trained_model_still_loses(small_task):
