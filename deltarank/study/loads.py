@@ -95,15 +95,17 @@ def code_configs() -> list[CodeRun]:
     return [sized_codes(size, load, lr=rates[size], seed=seed) for size, load, seed in points]
 
 
-def longer_run() -> CodeRun:
-    """The run of the grid's seed_size at its longer_load that has `longer` times the steps.
+def longer_configs() -> list[CodeRun]:
+    """The runs of the grid's seed_size at its longer_loads, with `longer` times the steps.
 
-    Beside the one of code_configs it tells whether bits were short of room, or of steps.
+    Beside those of code_configs they tell whether bits were short of room, or of steps.
     """
-    grid = profile().codes
-    lr, seed = best_code_lr(grid.seed_size), profile().seeds[0]
-    usual = sized_codes(grid.seed_size, grid.longer_load, lr=lr, seed=seed)
-    return dataclasses.replace(usual, steps=grid.longer * grid.steps)
+    grid, (seed, *_) = profile().codes, profile().seeds
+    if not grid.sizes:
+        return []
+    size, lr = grid.seed_size, best_code_lr(grid.seed_size)
+    usual = [sized_codes(size, load, lr=lr, seed=seed) for load in grid.longer_loads]
+    return [dataclasses.replace(config, steps=grid.longer * grid.steps) for config in usual]
 
 
 def capacity_table(configs: Sequence[CodeRun]) -> pd.DataFrame:
@@ -111,8 +113,9 @@ def capacity_table(configs: Sequence[CodeRun]) -> pd.DataFrame:
 
     Columns: trained ("rank 1 on 1 layer"), parameters, codes, seed, lr, status; load: bits
     that the codes hold, a trained parameter; learned: bits learned, a trained parameter, and share
-    of the codes' bits; recall: share of codes with every digit right; steps, and plateau: whether
-    they ended at one; steps_90: until 90 % of what is learned at all.  NaN where a run diverged.
+    of the codes' bits; recall: share of codes with every digit right; steps, and passes over all
+    codes; plateau: whether they ended at one; steps_90: until 90 % of what is learned at all.  NaN
+    where a run diverged.
     """
     return pd.DataFrame(_line(result) for result in code_sweep(configs))
 
@@ -120,6 +123,7 @@ def capacity_table(configs: Sequence[CodeRun]) -> pd.DataFrame:
 def _line(result: CodeResult) -> dict[str, Any]:
     """The line of one run in capacity_table."""
     config, bits = result.config, result.last("learned_bits")
+    steps = int(result.curve("step")[-1])
     return {
         "trained": trained_text(config),
         "parameters": result.parameters,
@@ -131,7 +135,8 @@ def _line(result: CodeResult) -> dict[str, Any]:
         "learned": bits / result.parameters,
         "share": bits / config.bits,
         "recall": result.last("recall"),
-        "steps": int(result.curve("step")[-1]),
+        "steps": steps,
+        "passes": steps * min(config.batch_size, config.codes) / config.codes,
         "plateau": result.record["plateau"] is not None,
         "steps_90": result.steps_until(0.9),
     }

@@ -200,7 +200,7 @@ PROFILES = {
             full_lrs=(1e-3, 1e-2),
             seed_size=((1,), (), 1),
             seed_loads=(0.1,),
-            longer_load=1.0,
+            longer_loads=(1.0,),
         ),
         optimizers=OptimizerGrid(
             tasks=("facts",), lora_tasks=("facts",), rank=4, lrs=(("sgd_momentum", (0.1, 1.0)),)

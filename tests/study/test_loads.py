@@ -13,7 +13,7 @@ from deltarank.study.loads import (
     capacity_table,
     code_configs,
     loads_of,
-    longer_run,
+    longer_configs,
     sized_codes,
     trained_text,
 )
@@ -87,15 +87,15 @@ def test_the_grid_has_every_size_and_load_and_other_seeds_at_some(graded):
     assert {(c.lr, c.steps) for c in found if c.rank} == {(sizes.codes.lrs[0], 40)}
 
 
-def test_the_longer_run_is_one_of_the_grid_but_for_its_steps(graded):
-    longer = longer_run()
-    assert longer.steps == 4 * profile().codes.steps
-    assert dataclasses.replace(longer, steps=profile().codes.steps) in code_configs()
+def test_longer_runs_are_of_the_grid_but_for_their_steps(graded):
+    found, grid = longer_configs(), profile().codes
+    assert [c.steps for c in found] == [4 * grid.steps] * len(grid.longer_loads)
+    assert {dataclasses.replace(c, steps=grid.steps) for c in found} <= {*code_configs()}
 
 
 def test_a_profile_without_codes_has_no_runs(monkeypatch):
     monkeypatch.setenv("PROFILE", "quick")
-    assert code_configs() == [] and capacity_table([]).empty
+    assert code_configs() == longer_configs() == [] and capacity_table([]).empty
 
 
 def test_the_sizes_of_paper_have_the_parameters_that_are_compared():
@@ -123,6 +123,7 @@ def test_the_table_has_a_line_a_run(graded):
         "share": pytest.approx(10 / config.bits),
         "recall": 0.5,
         "steps": 20,
+        "passes": 10.0,  # half of the codes in each step
         "plateau": False,
         "steps_90": pytest.approx(18),
     }
