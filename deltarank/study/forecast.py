@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 
+import numpy as np
 import pandas as pd
 
 # Rank by rows of training data: the proposal of axolotl's pull request 3691 (May 2026).
@@ -52,7 +53,6 @@ def fit_line(measure: pd.Series, needed: pd.Series) -> tuple[float, float]:
 
     Where all measures are the same, b is 0: it says the geometric mean of what is needed.
     """
-    x, y = measure.map(math.log), needed.map(math.log)
-    spread = ((x - x.mean()) ** 2).sum()
-    slope = float(((x - x.mean()) * y).sum() / spread) if spread else 0.0
-    return float(y.mean() - slope * x.mean()), slope
+    x, y = np.log(measure.to_numpy(float)), np.log(needed.to_numpy(float))
+    [slope], *_ = np.linalg.lstsq((x - x.mean())[:, None], y - y.mean())
+    return float(y.mean() - slope * x.mean()), float(slope)
