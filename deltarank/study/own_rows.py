@@ -82,7 +82,7 @@ def own_probe(file: str, model: str = "") -> RunConfig:
         f"{rows[longest]['prompt'][:60]!r}",
     )
     return dataclasses.replace(
-        told, task=_written(file, rows), model=model, seq_len=max(lengths), eval_rows=HELD_OUT
+        told, task=_written(file, rows), model=model, seq_len=lengths[longest]
     )
 
 
@@ -104,7 +104,7 @@ def _split_rows(file: str, batch_size: int) -> list[dict]:
 
 
 def _written(file: str, rows: list[dict]) -> str:
-    """The file in the cache with these rows, which keeps the name and is written once."""
+    """The file in the cache with these rows of another, whose name it keeps."""
     lines = "".join(json.dumps(row) + "\n" for row in rows)
     folder = cache_folder() / "plans" / file_sha256(Path(file).expanduser())[:12]
     folder.mkdir(parents=True, exist_ok=True)

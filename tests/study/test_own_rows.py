@@ -51,7 +51,7 @@ def test_rows_and_tokens_are_told_by_kind():
     assert table.loc["rows"].to_dict() == {"rows": 1, "prompt_tokens": 1, "answer_tokens": 2}
 
 
-def test_noise_holds_more_than_a_rule_and_is_not_learned(store, tmp_path):
+def test_noise_holds_more_than_a_rule_and_bits_are_those_of_the_run(store, tmp_path):
     files = {n: write(tmp_path / f"{n}.jsonl", r) for n, r in (("rule", RULE), ("noise", NOISE))}
     found = {name: holding(file) for name, file in files.items()}
     assert found["noise"].code_kbit > found["rule"].code_kbit > 0
