@@ -167,7 +167,7 @@ PROFILES = {
             layers=(1,),
             place_runs=(("facts", 1),),
         ),
-        trials=2,
+        trials=3,
         contests=(("facts", 1),),
         mixes=MixGrid(
             steps=2,
