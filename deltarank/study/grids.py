@@ -84,8 +84,7 @@ class CodeGrid:
 
     What is trained: no modules are all linear ones, rank 0 all parameters of the layers.  The loads
     are bits of codes a trained parameter, as far as codes are not more than `most`; `steps` are at
-    most.  A size takes the best of these rates after `rate_steps` at most; rank 0 has rates and
-    loads of its own.
+    most.  A size takes the best of these rates; rank 0 has rates and loads of its own.
     """
 
     sizes: tuple[Size, ...] = (
@@ -101,7 +100,6 @@ class CodeGrid:
     full_loads: tuple[float, ...] = (0.001, 0.01)
     most: int = 5000
     steps: int = 4000
-    rate_steps: int = 1000
     lrs: tuple[float, ...] = (1e-4, 3e-4, 1e-3, 3e-3, 1e-2)
     full_lrs: tuple[float, ...] = (1e-5, 3e-5, 1e-4, 3e-4, 1e-3)
     seed_size: Size = ((14,), (), 1)  # that has all seeds ...

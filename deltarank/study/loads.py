@@ -59,14 +59,14 @@ def loads_of(size: Size) -> list[float]:
 def best_code_lr(size: Size) -> float:
     """The rate of the profile at which a size learns most, by a climb over them from the middle.
 
-    At one load, with the first seed, in fewer steps than what is measured has.
+    At one load, with the first seed, each rate with all the steps: a short run prefers rates that
+    are too high for a long one.
     """
     sizes, load = profile(), min(loads_of(size), key=lambda load: abs(load - RATE_LOAD))
     rates = sorted(sizes.codes.lrs if size[-1] else sizes.codes.full_lrs)
 
     def tried(lrs: list[float]) -> list[CodeResult]:
-        whole = [sized_codes(size, load, lr=lr, seed=sizes.seeds[0]) for lr in lrs]
-        return code_sweep([dataclasses.replace(c, steps=sizes.codes.rate_steps) for c in whole])
+        return code_sweep([sized_codes(size, load, lr=lr, seed=sizes.seeds[0]) for lr in lrs])
 
     return _most_learned(climb(tried, rates, middle(rates), best_of=_most_learned))
 

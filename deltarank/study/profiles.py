@@ -195,7 +195,6 @@ PROFILES = {
             full_loads=(0.02,),
             most=64,
             steps=40,
-            rate_steps=20,
             lrs=(1e-2, 3e-2),
             full_lrs=(1e-3, 1e-2),
             seed_size=((1,), (), 1),

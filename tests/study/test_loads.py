@@ -61,7 +61,7 @@ def test_a_size_takes_the_rate_at_which_it_learns_most(graded, monkeypatch):
     assert best_code_lr(ONE_LAYER) == profile().codes.lrs[0]
     assert best_code_lr(((1,), (), 0)) == profile().codes.full_lrs[1]
     tried = {(c.seed, c.codes, c.steps) for c in graded if c.rank}
-    assert tried == {(0, 39, 20)}, "at a load of one, in half the steps"
+    assert tried == {(0, 39, 40)}, "at a load of one, in all the steps"
     diverged = {"status": "diverged"}
     monkeypatch.setattr(loads, "code_sweep", lambda c: [result_of(x, **diverged) for x in c])
     with pytest.raises(ValueError, match="diverged at every rate"):
