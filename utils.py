@@ -18,7 +18,9 @@ from deltarank.spectra import (
 )
 from deltarank.store import load_entry
 from deltarank.study import taskdata
+from deltarank.study.capacity import code_sweep
 from deltarank.study.claims import assert_claims, assert_table
+from deltarank.study.codes import draw_codes
 from deltarank.study.configs import RunConfig
 from deltarank.study.cuts import CUT_PARTS, LENGTH_PARTS, cut, stored_cuts
 from deltarank.study.directions import directions
@@ -51,6 +53,7 @@ from deltarank.study.gains import (
 )
 from deltarank.study.guidance import guidance_table
 from deltarank.study.heals import heal_configs, heals_table
+from deltarank.study.loads import capacity_table, code_configs, longer_configs, trained_text
 from deltarank.study.measuring import measure
 from deltarank.study.models import load_model, load_tokenizer, matrices
 from deltarank.study.overlaps import OVERLAP_RANKS, overlaps

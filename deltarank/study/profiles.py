@@ -21,7 +21,7 @@ from deltarank.study.tasks import PARTS, encode, load_task, mix_of, mix_parts
 Number = TypeVar("Number", int, float)
 
 # Written by `RECORD=yes make bench`: time and memory of pairs, what tools say of a planted rank
-# (both in notebook 8), and time and memory of a step of each method and of `make report`.
+# (both in notebook 9), and time and memory of a step of each method and of `make report`.
 PAIR_TIMES = ROOT / "data" / "bench_pairs.csv"
 PLANTED_RANKS = ROOT / "data" / "bench_planted.csv"
 VARIANT_TIMES = ROOT / "data" / "bench_variants.csv"

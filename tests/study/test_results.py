@@ -6,7 +6,18 @@ import itertools
 import pytest
 
 from deltarank import store
-from deltarank.study import cuts, directions, floors, heals, overlaps, plan, runs, search
+from deltarank.study import (
+    capacity,
+    cuts,
+    directions,
+    floors,
+    heals,
+    loads,
+    overlaps,
+    plan,
+    runs,
+    search,
+)
 from deltarank.study.capacity import code_folder
 from deltarank.study.code_runs import CodeRun
 from deltarank.study.configs import RunConfig
@@ -112,7 +123,7 @@ def no_training(monkeypatch):
         raise AssertionError(f"{config.key} is not stored")
 
     owners = {"measure": [runs], "updates": [runs, cuts, overlaps, directions]}
-    owners |= {"measure_heal": [heals]}
+    owners |= {"measure_heal": [heals], "measure_codes": [capacity]}
     for name, module in ((name, module) for name, found in owners.items() for module in found):
         monkeypatch.setattr(module, name, refuse)
 
@@ -204,7 +215,7 @@ def asked(monkeypatch):
 
 
 def test_the_paper_is_rendered_without_training(monkeypatch, no_training, records, asked):
-    """Every run, cut and overlap that the paper profile asks for is stored, and no others."""
+    """Every run, cut, overlap and code run that the profile asks for is stored, and no others."""
     monkeypatch.setenv("PROFILE", "paper")
     full = plan.full_configs()
     runs.sweep([*plan.base_configs(), *full, *plan.lora_configs()])
@@ -220,6 +231,7 @@ def test_the_paper_is_rendered_without_training(monkeypatch, no_training, record
     ask_for_the_rate_between()
     ask_for_controls()
     heals.heals_table(heals.heal_configs())
+    loads.capacity_table([*loads.code_configs(), *loads.longer_configs()])
     pairs = pairs_to_compare()
     assert len(full) == 30 and len(pairs) > 60
     for pair in pairs:
@@ -229,6 +241,6 @@ def test_the_paper_is_rendered_without_training(monkeypatch, no_training, record
         directions.directions(search.tuned(task, "lora", rank=1), full, other)
     asked_for = [folder for folder in RUNS + PAIRS if folder in asked]
     assert len(asked_for) > 300
-    others = [folder for folder in RUNS + PAIRS + HEALS if folder not in asked]
-    by_matrix = [folder for folder in others if records[folder]["config"]["rank_pattern"]]
-    assert others == by_matrix, "no notebook reads these"  # notebook 8 has ranks by matrix
+    others = [folder for folder in RUNS + PAIRS + HEALS + CODES if folder not in asked]
+    by_matrix = [folder for folder in others if records[folder]["config"].get("rank_pattern")]
+    assert others == by_matrix, "no notebook reads these"  # notebook 9 has ranks by matrix
