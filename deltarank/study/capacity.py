@@ -44,6 +44,12 @@ class CodeResult:
         """step, learned_bits, recall or digits_right of every note, in the order of steps."""
         return np.array(self.record["curve"][name])
 
+    @property
+    def passes(self) -> np.ndarray:
+        """How often all codes were trained on by every note: a step takes a batch, or all."""
+        of_a_step = min(self.config.batch_size / self.config.codes, 1.0)
+        return self.curve("step") * of_a_step
+
     def last(self, name: str) -> float:
         """learned_bits, recall or digits_right at the end; NaN for a diverged run."""
         return float(self.curve(name)[-1]) if self.status == "finished" else float("nan")

@@ -59,8 +59,7 @@ def loads_of(size: Size) -> list[float]:
 def best_code_lr(size: Size) -> float:
     """The rate of the profile at which a size learns most, by a climb over them from the middle.
 
-    At one load, with the first seed, each rate with all the steps: a short run prefers rates that
-    are too high for a long one.
+    At one load, with the first seed, each rate with all the steps, as what is measured has.
     """
     sizes, load = profile(), min(loads_of(size), key=lambda load: abs(load - RATE_LOAD))
     rates = sorted(sizes.codes.lrs if size[-1] else sizes.codes.full_lrs)
@@ -123,7 +122,6 @@ def capacity_table(configs: Sequence[CodeRun]) -> pd.DataFrame:
 def _line(result: CodeResult) -> dict[str, Any]:
     """The line of one run in capacity_table."""
     config, bits = result.config, result.last("learned_bits")
-    steps = int(result.curve("step")[-1])
     return {
         "trained": trained_text(config),
         "parameters": result.parameters,
@@ -135,8 +133,8 @@ def _line(result: CodeResult) -> dict[str, Any]:
         "learned": bits / result.parameters,
         "share": bits / config.bits,
         "recall": result.last("recall"),
-        "steps": steps,
-        "passes": steps * min(config.batch_size, config.codes) / config.codes,
+        "steps": int(result.curve("step")[-1]),
+        "passes": float(result.passes[-1]),
         "plateau": result.record["plateau"] is not None,
         "steps_90": result.steps_until(0.9),
     }
