@@ -53,7 +53,7 @@ from deltarank.study.gains import (
 )
 from deltarank.study.guidance import guidance_table
 from deltarank.study.heals import heal_configs, heals_table
-from deltarank.study.loads import capacity_table, code_configs, longer_configs, trained_text
+from deltarank.study.loads import capacity_table, code_configs, curves_table, longer_configs
 from deltarank.study.measuring import measure
 from deltarank.study.models import load_model, load_tokenizer, matrices
 from deltarank.study.overlaps import OVERLAP_RANKS, overlaps
@@ -77,6 +77,7 @@ from deltarank.study.search import coarse_search, coarsely_tuned, lr_between, lr
 from deltarank.study.tables import (
     bootstrap_interval,
     by_part,
+    costs_table,
     cut_gains,
     ends,
     finer_table,
@@ -88,6 +89,7 @@ from deltarank.study.tables import (
     show_row,
     spearman,
     spectra_table,
+    spectrum_by_task,
     without_spectrum,
 )
 from deltarank.study.tasks import TASKS, load_task

@@ -119,6 +119,27 @@ def capacity_table(configs: Sequence[CodeRun]) -> pd.DataFrame:
     return pd.DataFrame(_line(result) for result in code_sweep(configs))
 
 
+def curves_table(configs: Sequence[CodeRun]) -> pd.DataFrame:
+    """What was learned on the way, one line a note of every run; runs what is not stored.
+
+    Columns: run, its key; trained, load and seed, as in capacity_table; passes over all codes;
+    learned, in bits a trained parameter.
+    """
+    return pd.concat(
+        pd.DataFrame(
+            {
+                "run": result.config.key,
+                "trained": trained_text(result.config),
+                "load": result.config.bits / result.parameters,
+                "seed": result.config.seed,
+                "passes": result.passes,
+                "learned": result.curve("learned_bits") / result.parameters,
+            }
+        )
+        for result in code_sweep(configs)
+    )
+
+
 def _line(result: CodeResult) -> dict[str, Any]:
     """The line of one run in capacity_table."""
     config, bits = result.config, result.last("learned_bits")

@@ -13,7 +13,7 @@ from deltarank.study.gradients import first_gradients
 from deltarank.study.profiles import middle, profile
 from deltarank.study.runs import run
 from deltarank.study.search import coarsely_tuned, tuned
-from deltarank.study.sizes import ladder, needed_size, sized, trained_parameters
+from deltarank.study.sizes import ladder, needed_size, parameters_of, sized
 from deltarank.study.tasks import load_split
 
 
@@ -47,11 +47,6 @@ def known_sizes(tasks: Sequence[str], share: float) -> pd.Series:
     least, most = min(counts), max(counts)
     ends = {task: needed_size(task, share) for task in tasks}
     return pd.Series({t: middle_of(*pair, least=least, most=most) for t, pair in ends.items()})
-
-
-def parameters_of(size: dict) -> int:
-    """The trained parameters of a size of the ladder, which no task changes."""
-    return trained_parameters(profile().config(profile().tasks[0], **size))
 
 
 def forecasts(known: Sequence[str], asked: Sequence[str], share: float) -> pd.DataFrame:

@@ -85,11 +85,12 @@ def ladder() -> dict[str, dict]:
         found[f"rank 1 on {count} layer{'s' * (count > 1)}"] = sparse("spread", count)
     found |= {f"rank 1 on {m}": one | {"modules": (m,)} for m in grid.modules}
     found |= {f"rank {r}": one | {"rank": r} for r in sizes.lora_ranks}
+    return dict(sorted(found.items(), key=lambda item: parameters_of(item[1])))
 
-    def parameters(name: str) -> int:
-        return trained_parameters(sizes.config(sizes.tasks[0], **found[name]))
 
-    return {name: found[name] for name in sorted(found, key=parameters)}
+def parameters_of(size: dict) -> int:
+    """The trained parameters of a size of the ladder, which no task changes."""
+    return trained_parameters(profile().config(profile().tasks[0], **size))
 
 
 def sized(task: str, size: dict, **changes) -> RunConfig:

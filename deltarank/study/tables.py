@@ -11,7 +11,7 @@ import pandas as pd
 from torch import Tensor
 
 from deltarank.checkpoints import layer_and_module
-from deltarank.spectra import spectrum_measures
+from deltarank.spectra import energy_rank, spectrum_measures
 from deltarank.store import cached
 from deltarank.study.configs import RunConfig
 from deltarank.study.floors import skill_kept
@@ -118,6 +118,24 @@ def runs_table(results: Sequence[Result]) -> pd.DataFrame:
     )
 
 
+def costs_table(results: Sequence[Result]) -> pd.DataFrame:
+    """What runs cost, each counted once, a line a method and processor.
+
+    Columns: runs; diverged, of these; ended worse, with a higher loss than the untuned model; hours
+    of training and measuring.
+    """
+    once = [*{result.config: result for result in results}.values()]
+    table = runs_table(once).assign(runs=1)
+    untuned = table[table["method"] == "base"].set_index("task")["loss_nats"]
+    costs = [result.record["provenance"] for result in once]
+    table["processor"] = [cost["device"] for cost in costs]
+    table["hours"] = [cost["seconds"] / 3600 for cost in costs]
+    table["diverged"] = table["status"] == "diverged"
+    table["ended worse"] = table["loss_nats"] > table["task"].map(untuned)
+    columns = ["runs", "diverged", "ended worse", "hours"]
+    return table.groupby(["method", "processor"])[columns].sum()
+
+
 def finer_table(method: str = "full", ranks: Sequence[int] = (0,)) -> pd.DataFrame:
     """A line a task, rank and rate that lr_search tries in the profile's fine_tasks.
 
@@ -154,6 +172,18 @@ def spectra_table(results: Sequence[Result]) -> pd.DataFrame:
             row |= {"layer": layer, "module": module, "shape": shape, "S": S}
             rows.append(row | spectrum_measures(S, shape))
     return pd.DataFrame(rows)
+
+
+def spectrum_by_task(results: Sequence[Result]) -> pd.DataFrame:
+    """Measures of the spectrum, a line a task: medians over matrices, then over its full runs.
+
+    Columns: what spectrum_measures has that orders tasks, and r50, the rank of half the energy.
+    """
+    table = spectra_table(results)
+    table["r50"] = [energy_rank(S, 0.5) for S in table["S"]]
+    names = ["energy_8", "r50", "r90", "stable_rank", "entropy_rank", "above_edge"]
+    by_run = table.groupby(["task", "seed"], sort=False)[names].median()
+    return by_run.groupby("task", sort=False).median()
 
 
 def without_spectrum(results: Sequence[Result]) -> pd.DataFrame:

@@ -12,6 +12,7 @@ from deltarank.study.loads import (
     best_code_lr,
     capacity_table,
     code_configs,
+    curves_table,
     loads_of,
     longer_configs,
     sized_codes,
@@ -127,6 +128,16 @@ def test_the_table_has_a_line_a_run(graded):
         "plateau": False,
         "steps_90": pytest.approx(18),
     }
+
+
+def test_curves_end_where_the_table_has_its_line(graded):
+    configs = [small_codes(codes=8), small_codes(codes=8, seed=1)]
+    curves, table = curves_table(configs), capacity_table(configs)
+    ends = curves.groupby("run", sort=False).last()
+    assert [*ends.index] == [config.key for config in configs]
+    for column in ("trained", "load", "seed", "passes", "learned"):
+        assert ends[column].tolist() == table[column].tolist()
+    assert curves.groupby("run")["passes"].is_monotonic_increasing.all()
 
 
 def test_a_run_that_diverged_has_a_line_without_numbers(monkeypatch, store):

@@ -13,8 +13,10 @@ from deltarank.study.runs import Result
 from deltarank.study.tables import (
     bootstrap_interval,
     by_part,
+    costs_table,
     joint_agreement,
     spearman,
+    spectrum_by_task,
     without_spectrum,
 )
 from deltarank.study.tasks import load_split
@@ -100,3 +102,36 @@ def test_what_orders_tasks_without_an_svd_is_the_median_of_their_runs():
     assert [*found["learning rate"]] == [3e-4, 1e-5]
     assert [*found["norm"]] == pytest.approx([4.0, 1.0])
     assert found["bits"]["facts"] == first_epoch_kbit(results[3]) > found["bits"]["code"] == 0
+
+
+def test_measures_of_the_spectrum_are_medians_over_matrices_and_then_runs():
+    """Of flat spectra, sigma = 1 in n of 12 directions, r50 is n / 2 and r90 0.9 n."""
+    results = []
+    for seed, sizes in enumerate([(10, 10, 4), (10, 6, 6), (2, 2, 10)]):
+        spectra = {f"layers.{i}.a": (torch.arange(12) < n).float() for i, n in enumerate(sizes)}
+        shapes = dict.fromkeys(spectra, (12, 20))
+        results.append(
+            Result(PROFILES["smoke"].config("facts", seed=seed), {"shapes": shapes}, spectra)
+        )
+    [line] = spectrum_by_task(results).to_dict("records")  # medians of 10, 6 and 2 directions
+    assert line["r50"] == 3 and line["r90"] == 6
+    assert line["stable_rank"] == pytest.approx(6) == line["entropy_rank"]
+
+
+def test_costs_count_a_run_once_and_by_how_it_ended():
+    def ran(method, nats, *, status="finished", **fields):
+        cost = {"device": "A", "seconds": 1800, "train_seconds": 900}
+        test = {"test": {"loss_nats": nats, "score": 0.0}} if status == "finished" else {}
+        record = {"status": status, "evaluation": test, "provenance": cost}
+        return Result(PROFILES["smoke"].config("facts", method, **fields), record, {})
+
+    best, worse = ran("full", 1.0), ran("full", 3.0, lr=1e-2)
+    diverged = ran("full", math.nan, status="diverged", lr=1e-1)
+    found = costs_table([ran("base", 2.0), best, worse, best, diverged])
+    assert [*found.index] == [("base", "A"), ("full", "A")]
+    assert found.loc[("full", "A")].to_dict() == {
+        "runs": 3,
+        "diverged": 1,
+        "ended worse": 1,
+        "hours": 1.5,
+    }
