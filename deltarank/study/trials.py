@@ -116,11 +116,11 @@ def _next(losses: dict[Setting, float], method: str) -> Setting:
 
     The centre first.  Then the rate goes up from the best setting or, where that was no better,
     down, until both neighbours are tried; then the knob, of a method that has one, and at last the
-    rate in half the steps.
+    rate in half the steps.  Of equals, as of those that diverged, the lowest rate is the best.
     """
     if not losses:
         return 0.0, 0
-    best = min(losses, key=losses.__getitem__)
+    best = min(losses, key=lambda at: (losses[at], at))
     return next(setting for setting in _around(best, method) if setting not in losses)
 
 
@@ -138,9 +138,8 @@ def _around(best: Setting, method: str) -> Iterator[Setting]:
 
 
 def chosen(results: Sequence[Result], *, seed: int) -> RunConfig:
-    """The setting of the lowest held-out loss, with another seed."""
-    best = min(results, key=_held_out)
-    require(best.status == "finished", "every setting diverged: lower the rate of the centre")
+    """The setting of the lowest held-out loss (where all diverged, of the lowest rate), by seed."""
+    best = min(results, key=lambda result: (_held_out(result), result.config.lr))
     return dataclasses.replace(best.config, seed=seed)
 
 
