@@ -15,9 +15,10 @@ class LadderGrid:
     module of every layer.
     """
 
+    tasks: tuple[str, ...] = ("facts", "sorbian", "kjv", "arithmetic", "sentiment")
     tiny_rank: int = 4
     tiny_vectors: tuple[int, ...] = (16, 128, 1024)
-    tiny_lrs: tuple[float, ...] = (1e-3, 3e-3, 1e-2, 3e-2, 1e-1)
+    tiny_lrs: tuple[float, ...] = (1e-4, 3e-4, 1e-3, 3e-3, 1e-2, 3e-2, 1e-1)
     layers: tuple[int, ...] = (1, 3, 6, 9)
     modules: tuple[str, ...] = ("q_proj",)
     # Tasks with a LoRA of rank 1 on so many layers, in turn at each of sizes.PLACES.
@@ -114,7 +115,7 @@ class OptimizerGrid:
     Full fine-tuning by each of `names`, and LoRA of a rank on some tasks by Muon.
     """
 
-    tasks: tuple[str, ...] = ("facts", "sorbian", "kjv", "arithmetic")
+    tasks: tuple[str, ...] = ("facts", "sorbian", "kjv", "arithmetic", "sentiment")
     names: tuple[str, ...] = ("muon", "sign", "sgd_momentum")
     lora_tasks: tuple[str, ...] = ("facts", "sorbian")
     rank: int = 8

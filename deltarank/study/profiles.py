@@ -161,6 +161,7 @@ PROFILES = {
         seeds=(0, 1),
         lora_lrs=(1e-3, 1e-2),
         ladder=LadderGrid(
+            tasks=("sentiment", "facts"),
             tiny_rank=2,
             tiny_vectors=(8, 32),
             tiny_lrs=(1e-2, 1e-1),
@@ -224,7 +225,12 @@ PROFILES = {
         full_lrs=(1e-4,),
         lora_lrs=(1e-3,),
         ladder=LadderGrid(
-            tiny_vectors=(128,), tiny_lrs=(1e-2,), layers=(3,), modules=(), place_runs=()
+            tasks=("facts",),
+            tiny_vectors=(128,),
+            tiny_lrs=(1e-2,),
+            layers=(3,),
+            modules=(),
+            place_runs=(),
         ),
         seeds=(0,),
         mixes=MixGrid(lrs=(), twice_lrs=(), sparse=()),

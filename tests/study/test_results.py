@@ -22,6 +22,7 @@ from deltarank.study.capacity import code_folder
 from deltarank.study.code_runs import CodeRun
 from deltarank.study.configs import RunConfig
 from deltarank.study.profiles import PROFILES, entry_folder, profile
+from deltarank.study.sizes import size_gains
 
 STORE = PROFILES["paper"].store
 ENTRIES = sorted(path.parent for path in STORE.rglob("result.json"))
@@ -184,6 +185,12 @@ def ask_for_controls():
     runs.sweep([*plan.warmup_configs(), *permuted, *again, *long_mix])
 
 
+def ask_for_ladders():
+    """Ask for the runs by which notebook 7 tells needed sizes."""
+    for task in profile().ladder.tasks:
+        size_gains(task)
+
+
 def ask_for_the_rate_between():
     """Ask for notebook 5's run of the King James at a rate between those of ranks 1 and 64."""
     ends = {rank: search.tuned("kjv", "lora", rank=rank).lr for rank in (1, 64)}
@@ -230,6 +237,7 @@ def test_the_paper_is_rendered_without_training(monkeypatch, no_training, record
             cuts.cut(config, profile().control_ranks, part=part)
     ask_for_the_rate_between()
     ask_for_controls()
+    ask_for_ladders()
     heals.heals_table(heals.heal_configs())
     loads.capacity_table([*loads.code_configs(), *loads.longer_configs()])
     pairs = pairs_to_compare()
