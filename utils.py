@@ -75,7 +75,7 @@ from deltarank.study.plan import (
 from deltarank.study.profiles import PAIR_TIMES, PLANTED_RANKS, PROFILES, profile
 from deltarank.study.runs import Result, example_update, run, spectral_gap, stored, sweep
 from deltarank.study.search import coarse_search, coarsely_tuned, lr_between, lr_search, tuned
-from deltarank.study.sizes import ladder, needed_size, parameters_of, size_gains
+from deltarank.study.sizes import ladder, parameters_of, size_gains
 from deltarank.study.tables import (
     bootstrap_interval,
     by_part,

@@ -9,7 +9,7 @@ Size = tuple[tuple[int, ...], tuple[str, ...], int]  # layers, modules, rank
 
 @dataclass(frozen=True)
 class LadderGrid:
-    """Adapters below rank 1 on all layers, and rates of TinyLoRA (see sizes.ladder).
+    """Adapters of tasks below rank 1 on all layers, and rates of TinyLoRA (see sizes.ladder).
 
     TinyLoRA of these many numbers, and LoRA of rank 1 on so many layers, evenly spaced, and on one
     module of every layer.
@@ -115,7 +115,7 @@ class OptimizerGrid:
     Full fine-tuning by each of `names`, and LoRA of a rank on some tasks by Muon.
     """
 
-    tasks: tuple[str, ...] = ("facts", "sorbian", "kjv", "arithmetic", "sentiment")
+    tasks: tuple[str, ...] = ("facts", "sorbian", "kjv", "arithmetic")
     names: tuple[str, ...] = ("muon", "sign", "sgd_momentum")
     lora_tasks: tuple[str, ...] = ("facts", "sorbian")
     rank: int = 8

@@ -138,7 +138,10 @@ def _around(best: Setting, method: str) -> Iterator[Setting]:
 
 
 def chosen(results: Sequence[Result], *, seed: int) -> RunConfig:
-    """The setting of the lowest held-out loss (where all diverged, of the lowest rate), by seed."""
+    """The setting of the lowest held-out loss, with another seed.
+
+    Where all diverged, that of the lowest rate.
+    """
     best = min(results, key=lambda result: (_held_out(result), result.config.lr))
     return dataclasses.replace(best.config, seed=seed)
 
