@@ -168,16 +168,24 @@ def cells(row):
     return re.sub(r"`[^`]*`|\$[^$]*\$|\\\|", "", row).count("|")
 
 
+def prose():
+    """The text of every cell of Markdown, and of every file of it."""
+    books = [cell for notebook in NOTEBOOKS.values() for cell in notebook["cells"]]
+    cells = ["".join(cell["source"]) for cell in books if cell["cell_type"] == "markdown"]
+    files = [*ROOT.glob("*.md"), *ROOT.glob("*/README.md")]
+    return cells + [path.read_text("utf8") for path in files]
+
+
 def test_every_row_of_a_table_has_the_cells_of_its_heading():
     assert uneven_rows("| a | b |\n|---|---|\n| 1 | `|` |\n| 1 2 |\n") == ["| 1 2 |"]
-    texts = [
-        "".join(cell["source"])
-        for notebook in NOTEBOOKS.values()
-        for cell in notebook["cells"]
-        if cell["cell_type"] == "markdown"
-    ]
-    texts += [path.read_text("utf8") for path in [*ROOT.glob("*.md"), *ROOT.glob("*/README.md")]]
-    assert [row for text in texts for row in uneven_rows(text)] == []
+    assert [row for text in prose() for row in uneven_rows(text)] == []
+
+
+def test_a_link_names_a_notebook_by_its_number():
+    link = r"\[(?:[Nn]otebook\s+)?(\d+)\b[^]]*\]\((?:notebooks/)?(\d\d)_"
+    found = {numbers for text in prose() for numbers in re.findall(link, text)}
+    assert len(found) > 10
+    assert [pair for pair in found if int(pair[0]) != int(pair[1])] == []
 
 
 def test_no_notebook_touches_the_path_or_the_environment():

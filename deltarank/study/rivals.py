@@ -2,18 +2,21 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 
+import numpy as np
 import pandas as pd
 
 from deltarank.study.configs import RunConfig
+from deltarank.study.floors import skill_gain
 from deltarank.study.forecast import forecast, middle_of, rank_by_rows
 from deltarank.study.gains import first_epoch_kbit, learned_kbit
 from deltarank.study.gradients import first_gradients
 from deltarank.study.profiles import middle, profile
 from deltarank.study.runs import run
 from deltarank.study.search import coarsely_tuned, tuned
-from deltarank.study.sizes import ladder, needed_size, parameters_of, sized
+from deltarank.study.sizes import ladder, needed_size, parameters_of, tried_runs
 from deltarank.study.tasks import load_split
 
 
@@ -64,12 +67,30 @@ def forecasts(known: Sequence[str], asked: Sequence[str], share: float) -> pd.Da
 
 
 def followed(task: str, size: float) -> dict[str, float]:
-    """What it costs to train, on a task, the smallest adapter of the ladder with `size` numbers.
+    """What it costs to train an adapter of `size` parameters on a task, told by the sizes tried.
 
-    Returns parameters, those of the adapter, the largest where none has as many; and lost, its
-    held-out loss above that of full fine-tuning, in nats a token.  Runs what is not stored.
+    Returns parameters, the size, but no smaller and no larger than those of tried_runs; lost, its
+    held-out loss above that of full fine-tuning, in nats a token; and kept, its skill gain.  Both
+    are read on straight lines between the sizes tried, over the logarithm of their parameters.
     """
-    steps = [*ladder().values()]
-    chosen = next((step for step in steps if parameters_of(step) >= size), steps[-1])
-    lost = run(sized(task, chosen)).loss() - run(tuned(task)).loss()
-    return {"parameters": parameters_of(chosen), "lost": lost}
+    results = {count: r for count, r in tried_runs(task).items() if r.status == "finished"}
+    logs, at = np.log([*results]), math.log(size)
+    losses, gains = zip(*((r.loss(), skill_gain(r)) for r in results.values()), strict=True)
+    return {
+        "parameters": float(np.clip(size, min(results), max(results))),
+        "lost": float(np.interp(at, logs, losses)) - run(tuned(task)).loss(),
+        "kept": float(np.interp(at, logs, gains)),
+    }
+
+
+def costs(says: pd.DataFrame) -> pd.DataFrame:
+    """`followed` for what every rule says of every task: a line a rule and task.
+
+    says: as forecasts gives it.
+    """
+    lines = {
+        (rule, task): followed(str(task), size)
+        for rule, sizes in says.items()
+        for task, size in sizes.items()
+    }
+    return pd.DataFrame(lines).T.rename_axis(["rule", "task"])

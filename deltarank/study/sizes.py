@@ -17,7 +17,7 @@ from deltarank.study.floors import skill_gain
 from deltarank.study.gains import needed_bracket
 from deltarank.study.models import matrices, skeleton
 from deltarank.study.profiles import profile
-from deltarank.study.runs import run, sweep
+from deltarank.study.runs import Result, run, sweep
 from deltarank.study.search import at_best_rate, best_alpha
 from deltarank.study.training import adapted_matrices
 from deltarank.study.variants import PARAMETERS
@@ -131,18 +131,21 @@ def tried_sizes(task: str, *, shares: Sequence[float] = SHARES, **changes) -> di
     return dict(steps[i] for i in sorted(tried))
 
 
-def size_gains(
-    task: str, *, by: str = "loss", shares: Sequence[float] = SHARES, **changes
-) -> pd.Series:
-    """skill_gain of the runs of tried_sizes on test rows, by their numbers of trained parameters.
-
-    by: "loss" or "score"; NaN where a run diverged.  With other steps the gain is still that over
-    full fine-tuning with one budget.
-    """
+def tried_runs(task: str, *, shares: Sequence[float] = SHARES, **changes) -> dict[int, Result]:
+    """The runs of tried_sizes by their numbers of trained parameters, ascending."""
     tried = tried_sizes(task, shares=shares, **changes)
     results = sweep([sized(task, size, **changes) for size in tried.values()])
-    counts = [trained_parameters(result.config) for result in results]
-    return pd.Series([skill_gain(result, by=by) for result in results], counts)
+    return {trained_parameters(result.config): result for result in results}
+
+
+def size_gains(task: str, *, by: str = "loss", **fields) -> pd.Series:
+    """skill_gain of the runs of tried_runs on test rows, by their numbers of trained parameters.
+
+    by: "loss" or "score"; NaN where a run diverged; fields: as of tried_runs.  With other steps the
+    gain is still that over full fine-tuning with one budget.
+    """
+    results = tried_runs(task, **fields)
+    return pd.Series({count: skill_gain(result, by=by) for count, result in results.items()})
 
 
 def needed_size(task: str, share: float, **fields) -> tuple[float, float]:

@@ -1,14 +1,18 @@
 """Rivals: what they read of a task is what its runs hold, and rules that read nothing say so."""
 
+import math
+
 import numpy as np
 import pandas as pd
 import pytest
 
 from deltarank.study import rivals
+from deltarank.study.floors import skill_gain
 from deltarank.study.forecast import rank_by_rows
 from deltarank.study.gains import learned_kbit
 from deltarank.study.profiles import profile
 from deltarank.study.rivals import (
+    costs,
     followed,
     forecasts,
     known_sizes,
@@ -18,7 +22,7 @@ from deltarank.study.rivals import (
 )
 from deltarank.study.runs import run
 from deltarank.study.search import tuned
-from deltarank.study.sizes import ladder, sized, trained_parameters
+from deltarank.study.sizes import trained_parameters, tried_runs
 from deltarank.study.tasks import load_split
 
 
@@ -59,14 +63,31 @@ def test_a_forecast_goes_by_the_known_tasks(three):
     assert table.loc["kjv", "by rows"] == one * rank_by_rows(rows)
 
 
-def test_following_a_rule_trains_the_next_size_up(store):
-    sizes = {parameters_of(size): size for size in ladder().values()}
-    counts = [*sizes]
-    full = run(tuned("dates")).loss()
-    for asked, taken in ((1, counts[0]), (counts[1] - 1, counts[1]), (1e9, counts[-1])):
+def test_following_a_rule_costs_what_the_sizes_tried_cost(store):
+    tried, full = tried_runs("dates"), run(tuned("dates")).loss()
+    counts = [*tried]
+    for asked, taken in ((1, counts[0]), (counts[1], counts[1]), (1e9, counts[-1])):
         found = followed("dates", asked)
-        nats = run(sized("dates", sizes[taken])).loss()
-        assert found == {"parameters": taken, "lost": nats - full}
+        result = tried[taken]
+        assert found["parameters"] == taken
+        assert found["lost"] == pytest.approx(result.loss() - full)
+        assert found["kept"] == pytest.approx(skill_gain(result), nan_ok=True)
+
+
+def test_between_two_sizes_it_is_read_over_the_logarithm(store):
+    (low, below), (high, above), *_ = tried_runs("dates").items()
+    found, full = followed("dates", math.sqrt(low * high)), run(tuned("dates")).loss()
+    assert found["parameters"] == pytest.approx(math.sqrt(low * high))
+    assert found["lost"] == pytest.approx((below.loss() + above.loss()) / 2 - full)
+
+
+def test_costs_have_a_line_a_rule_and_task(store):
+    says = pd.DataFrame({"low": {"dates": 1.0}, "high": {"dates": 1e9}})
+    table = costs(says)
+    assert [*table.index] == [("low", "dates"), ("high", "dates")]
+    assert table.loc[("high", "dates")].to_dict() == pytest.approx(
+        followed("dates", 1e9), nan_ok=True
+    )
 
 
 def test_a_rank_of_all_layers_has_so_many_times_the_parameters_of_rank_1():
