@@ -27,6 +27,7 @@ from deltarank.study.training import prepare, train
 
 HELD_OUT = 128  # rows at most, and an eighth of those given where they name no split "test"
 LONGEST = 2048  # tokens of a row
+TOKENS = ["prompt_tokens", "answer_tokens"]
 
 
 @dataclass(frozen=True)
@@ -61,29 +62,28 @@ def holding(file: str, model: str = "") -> Holding:
     for a file without prompts and answers, with too few rows, or with one that is too long; and for
     a training that diverged.
     """
-    config = own_probe(file, model)
+    config, counted = own_probe(file, model)
     result = _probed(config)
-    rows = [row for split in load_task(config.task).values() for row in split]
     bits = first_epoch_kbit(result), learned_kbit(result)
-    return Holding(epoch_rows(result), *bits, kinds(rows, config.model))
+    by_kind = counted.assign(rows=1).groupby("kind").sum()
+    return Holding(epoch_rows(result), *bits, by_kind[["rows", *TOKENS]])
 
 
-def own_probe(file: str, model: str = "") -> RunConfig:
-    """The run that tells the bits of a file's rows; writes the split that it is trained on."""
+def own_probe(file: str, model: str = "") -> tuple[RunConfig, pd.DataFrame]:
+    """The run that tells the bits of a file's rows, and count_tokens of these; writes its split."""
     told = probe(file)
     model = model or told.model
     rows = _split_rows(file, told.batch_size)
-    tokenizer = load_tokenizer(model)
-    lengths = [len(encode(row, tokenizer)["labels"]) for row in rows]
-    longest = max(range(len(rows)), key=lengths.__getitem__)
+    counted = count_tokens(rows, model)
+    lengths = counted[TOKENS].sum(axis=1)
+    longest = int(lengths.max())
     require(
-        lengths[longest] <= LONGEST,
-        f"{Path(file).name}: a row has {lengths[longest]:,} tokens: shorten it to {LONGEST:,}: "
-        f"{rows[longest]['prompt'][:60]!r}",
+        longest <= LONGEST,
+        f"{Path(file).name}: a row has {longest:,} tokens: shorten it to {LONGEST:,}: "
+        f"{rows[lengths.argmax()]['prompt'][:60]!r}",
     )
-    return dataclasses.replace(
-        told, task=_written(file, rows), model=model, seq_len=lengths[longest]
-    )
+    task = _written(file, rows)
+    return dataclasses.replace(told, task=task, model=model, seq_len=longest), counted
 
 
 def _split_rows(file: str, batch_size: int) -> list[dict]:
@@ -113,8 +113,8 @@ def _written(file: str, rows: list[dict]) -> str:
     return str(path)
 
 
-def kinds(rows: list[dict], model: str) -> pd.DataFrame:
-    """How many rows and tokens there are of each kind: rows, prompt_tokens, answer_tokens.
+def count_tokens(rows: list[dict], model: str) -> pd.DataFrame:
+    """The tokens of each row, by a model's tokenizer: kind, prompt_tokens, answer_tokens.
 
     A row's kind is what it names in "kind", or else in "task"; those that name none are "rows".
     """
@@ -123,9 +123,8 @@ def kinds(rows: list[dict], model: str) -> pd.DataFrame:
         labels = encode(row, tokenizer)["labels"]
         answer = sum(label != -100 for label in labels)
         kind = str(row.get("kind", row.get("task", "rows")))
-        counts.append((kind, 1, len(labels) - answer, answer))
-    table = pd.DataFrame(counts, columns=["kind", "rows", "prompt_tokens", "answer_tokens"])
-    return table.groupby("kind").sum()
+        counts.append((kind, len(labels) - answer, answer))
+    return pd.DataFrame(counts, columns=["kind", *TOKENS])
 
 
 def _probed(config: RunConfig) -> Result:

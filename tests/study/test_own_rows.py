@@ -7,7 +7,7 @@ import pytest
 from deltarank.runtime import cache_folder
 from deltarank.study import own_rows
 from deltarank.study.gains import first_epoch_kbit, learned_kbit
-from deltarank.study.own_rows import HELD_OUT, holding, kinds, own_probe
+from deltarank.study.own_rows import HELD_OUT, count_tokens, holding, own_probe
 from deltarank.study.profiles import profile
 from deltarank.study.tasks import load_split
 
@@ -21,7 +21,7 @@ def write(path, rows):
 
 
 def test_an_eighth_of_rows_without_splits_is_held_out(tmp_path):
-    config = own_probe(write(tmp_path / "mine.jsonl", RULE))
+    config, _ = own_probe(write(tmp_path / "mine.jsonl", RULE))
     trained, held = (load_split(config.task, split) for split in ("train", "test"))
     assert (len(trained), len(held)) == (70, 10)
     assert sorted(row["prompt"] for row in trained + held) == sorted(r["prompt"] for r in RULE)
@@ -30,25 +30,32 @@ def test_an_eighth_of_rows_without_splits_is_held_out(tmp_path):
 
 def test_named_splits_are_kept(tmp_path):
     rows = [row | {"split": "train"} for row in RULE] + [NOISE[0] | {"split": "test"}]
-    config = own_probe(write(tmp_path / "mine.jsonl", rows))
+    config, _ = own_probe(write(tmp_path / "mine.jsonl", rows))
     assert [row["answer"] for row in load_split(config.task, "test")] == [NOISE[0]["answer"]]
     assert len(load_split(config.task, "train")) == len(RULE)
 
 
 def test_many_rows_hold_out_no_more_than_the_most(tmp_path):
-    config = own_probe(write(tmp_path / "mine.jsonl", RULE * 20))
+    config, _ = own_probe(write(tmp_path / "mine.jsonl", RULE * 20))
     assert len(load_split(config.task, "test")) == HELD_OUT
 
 
-def test_rows_and_tokens_are_told_by_kind():
+def test_tokens_are_counted_by_row_and_told_by_kind(store, tmp_path):
     rows = [
         {"prompt": "ab", "answer": "c", "kind": "x"},
         {"prompt": "a", "answer": "bcd", "kind": "x"},
         {"prompt": "a", "answer": "b"},
     ]
-    table = kinds(rows, profile().model)  # bytes are tokens, a newline ends a row
-    assert table.loc["x"].to_dict() == {"rows": 2, "prompt_tokens": 3, "answer_tokens": 6}
-    assert table.loc["rows"].to_dict() == {"rows": 1, "prompt_tokens": 1, "answer_tokens": 2}
+    table = count_tokens(rows, profile().model)  # bytes are tokens, a newline ends a row
+    assert table.to_dict("list") == {
+        "kind": ["x", "x", "rows"],
+        "prompt_tokens": [2, 1, 1],
+        "answer_tokens": [2, 4, 2],
+    }
+    named = [row | {"kind": "odd"} if i % 2 else row for i, row in enumerate(RULE)]
+    told = holding(write(tmp_path / "mine.jsonl", named)).by_kind
+    assert told["rows"].to_dict() == {"odd": 40, "rows": 40}
+    assert (told > 0).all(axis=None)
 
 
 def test_noise_holds_more_than_a_rule_and_bits_are_those_of_the_run(store, tmp_path):
@@ -56,7 +63,7 @@ def test_noise_holds_more_than_a_rule_and_bits_are_those_of_the_run(store, tmp_p
     found = {name: holding(file) for name, file in files.items()}
     assert found["noise"].code_kbit > found["rule"].code_kbit > 0
     for name, held in found.items():
-        result = own_rows._probed(own_probe(files[name]))
+        result = own_rows._probed(own_probe(files[name])[0])
         assert held.code_kbit == first_epoch_kbit(result)
         assert held.learned_kbit == learned_kbit(result) < held.code_kbit
         seen = result.config.steps * result.config.batch_size  # less than an epoch
