@@ -84,6 +84,8 @@ class RunConfig:
         known = KNOWN_VALUES.copy()
         if not own and not mix_parts(self.task):
             known |= {"task": (*sorted(TASKS), "production+json+facts", "a file.jsonl")}
+        if self.method == "loraplus":
+            known |= {"optimizer": ("adamw_torch_fused",)}
         rules = {
             field: (getattr(self, field) in values, f"unknown; choose one of {', '.join(values)}")
             for field, values in known.items()

@@ -23,7 +23,8 @@ def trials_table() -> pd.DataFrame:
     """One line a trial of the profile's contests, in the order of trying; runs what is not stored.
 
     Columns: task, size, method, trial from 1, lr, knob (of the method, if any), status; gain: the
-    share of the skill gain in the loss of the rows that choose ("valid"), 0 where a run diverged.
+    share of the skill gain in the loss of the rows that choose ("valid"), 0 where a run diverged or
+    ended above the floor, so that neither is worth more than the other.
     """
     return pd.DataFrame(
         {"task": task, "size": size, "method": name, "trial": trial} | _line(name, result, "valid")
@@ -36,7 +37,8 @@ def trials_table() -> pd.DataFrame:
 def finals_table() -> pd.DataFrame:
     """One line a seed of each method at its best setting; runs what is not stored.
 
-    Columns: as of trials_table, with seed, on test rows, and the score.  LoRA comes once more as
+    Columns: as of trials_table, with seed, on test rows, and the score (NaN where a run diverged).
+    LoRA comes once more as
     AGAIN, at the same setting with as many seeds that follow on the profile's.
     """
     lines, seeds = [], profile().seeds
@@ -58,5 +60,5 @@ def _line(method: str, result: Result, split: str) -> dict[str, Any]:
         "lr": result.config.lr,
         "knob": float(getattr(result.config, knob)) if knob else float("nan"),
         "status": result.status,
-        "gain": skill_gain(result, split=split) if finished else 0.0,
+        "gain": max(skill_gain(result, split=split), 0.0) if finished else 0.0,
     }

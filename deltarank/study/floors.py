@@ -48,13 +48,18 @@ def floors(task: str, split: str = "test") -> pd.DataFrame:
     return pd.DataFrame(rows, index=["loss_nats", "score"]).T
 
 
+def has_floor(task: str) -> bool:
+    """Whether LoRA is trained on a task alone, and so on its permuted answers, too."""
+    return task in (*profile().lora_tasks, *profile().forecast_tasks)
+
+
 def skill_kept(value: Measured, full: Result, *, by: str = "loss", split: str = "test") -> Measured:
     """How far `value`, a loss or score or a series of them, goes from the floor to a full run.
 
     The floor is the best of floors(task): the lowest loss or the highest score without the skill.
-    NaN for a task that has no floor, since LoRA is not trained on it alone.
+    NaN for a task that has none (has_floor).
     """
-    if full.config.task not in (*profile().lora_tasks, *profile().forecast_tasks):
+    if not has_floor(full.config.task):
         return value * float("nan")
     without = floors(full.config.task, split)
     floor = without["loss_nats"].min() if by == "loss" else without["score"].max()

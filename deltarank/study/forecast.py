@@ -7,6 +7,8 @@ import math
 import numpy as np
 import pandas as pd
 
+from deltarank.checks import require
+
 # Rank by rows of training data: the proposal of axolotl's pull request 3691 (May 2026).
 RANK_BY_ROWS = {1_000: 8, 10_000: 16, 100_000: 32}
 
@@ -40,6 +42,7 @@ def forecast(measure: pd.Series, needed: pd.Series, asked: pd.Series) -> pd.Seri
     >>> forecast(x, 3 * x**2, pd.Series({"c": 4.0, "new": 8.0})).round(6).to_dict()
     {'c': 48.0, 'new': 192.0}
     """
+    require(bool((asked > 0).all()), f"measures must be above 0, not {dict(asked)}")
     found = {}
     for task, value in asked.items():
         others = [known for known in measure.index if known != task]
@@ -49,10 +52,15 @@ def forecast(measure: pd.Series, needed: pd.Series, asked: pd.Series) -> pd.Seri
 
 
 def fit_line(measure: pd.Series, needed: pd.Series) -> tuple[float, float]:
-    """The line log needed = a + b log measure of least squares, (a, b); all by task, above 0.
+    """The line log needed = a + b log measure of least squares, (a, b).
 
-    Where all measures are the same, b is 0: it says the geometric mean of what is needed.
+    Where all measures are the same, b is 0: it says the geometric mean of what is needed.  Raises
+    ValueError for measures that are not above 0, and where there are none.
     """
+    require(len(measure) > 0, "a line needs one known task or more")
+    require(bool((measure > 0).all()), f"measures must be above 0, not {dict(measure)}")
     x, y = np.log(measure.to_numpy(float)), np.log(needed.to_numpy(float))
+    if np.ptp(x) == 0:
+        return float(y.mean()), 0.0
     [slope], *_ = np.linalg.lstsq((x - x.mean())[:, None], y - y.mean())
     return float(y.mean() - slope * x.mean()), float(slope)

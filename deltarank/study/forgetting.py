@@ -9,6 +9,7 @@ import pandas as pd
 import torch
 from torch import Tensor, nn
 
+from deltarank.checks import require
 from deltarank.spectra import rank_measures
 from deltarank.store import cached
 from deltarank.study.configs import RunConfig
@@ -22,7 +23,7 @@ from deltarank.study.models import load_model, matrices
 from deltarank.study.profiles import entry_folder, profile
 from deltarank.study.runs import run
 from deltarank.study.search import tuned
-from deltarank.study.tasks import PARTS, load_split, mix_parts
+from deltarank.study.tasks import PARTS, load_split
 from deltarank.study.training import train
 from deltarank.study.trials import chosen, trials
 
@@ -73,7 +74,7 @@ def forgotten_table() -> pd.DataFrame:
 def _lost(found: dict, before: dict) -> dict[str, float]:
     """What a look has lost: nats a token above the base model's, by what was read."""
     lost = {kind: found["general"][kind] - nats for kind, nats in before["general"].items()}
-    others = [found["others"][task] - nats for task, nats in before["others"].items()]
+    others = [found["others"][other] - nats for other, nats in before["others"].items()]
     return lost | {"others": sum(others) / len(others)}
 
 
@@ -84,10 +85,21 @@ def forget_run(config: RunConfig) -> dict:
     "end" is of its end.  Each has step; skill: share of the skill gain in the loss of "valid";
     general: nats a token on general text by kind; others: nats a token of the other tasks;
     relative_size: |dW| / |W0| of all matrices together; intruders, by threshold.
-    Of a base run only "end".  A run that diverges has neither.
+    Of a base run only "end".  A run that diverges has neither.  Raises ValueError for a task that
+    is no part of the long mix, and for an entry that was measured on other text or by other rules.
     """
+    known = ", ".join(PARTS)
+    require(config.task in PARTS, f"{config.task}: forgetting is measured of {known}")
     folder = entry_folder(config, "forgetting")
-    return cached(folder, lambda: (measure_forgetting(config), None))[0]
+    record, _ = cached(folder, lambda: (measure_forgetting(config), None))
+    require(record["rules"] == _rules(), f"{folder} is of other text or rules: delete it")
+    return record
+
+
+def _rules() -> dict:
+    """What the looks of a stored entry must have in common with those of now."""
+    looks = {"every": EVERY, "enough": ENOUGH, "other_rows": OTHER_ROWS}
+    return looks | {"general_sha256": general_sha256()}
 
 
 def measure_forgetting(config: RunConfig) -> dict:
@@ -96,11 +108,12 @@ def measure_forgetting(config: RunConfig) -> dict:
     model, _ = prepared(config)
     watch = _Watch(config, model)
     losses = train(config, model, label=config.key, after_step=watch) if config.steps else []
-    finished = all(map(math.isfinite, losses))
+    ended = [*losses, watch.loss(), relative_size(tuned_weights(config, model), config.model)]
+    finished = all(map(math.isfinite, ended))  # the last step may have broken it
     return {
         "run": config.key,
         "config": config.recipe,
-        "general_sha256": general_sha256(),
+        "rules": _rules(),
         "status": "finished" if finished else "diverged",
         "enough": watch.enough,
         "end": watch.look(config.steps) if finished else None,
@@ -125,20 +138,22 @@ class _Watch:
         """The share of the skill gain, in the loss of the rows that choose; None of a base run."""
         if self.full is None:
             return None
+        return float(skill_kept(self.loss(), self.full, split="valid"))
+
+    def loss(self) -> float:
+        """The loss of the rows that choose, in nats a token."""
         rows = load_split(self.config.task, "valid")[: self.config.eval_rows]
-        loss = mean_loss(self.model, self.config, rows)
-        return float(skill_kept(loss, self.full, split="valid"))
+        return mean_loss(self.model, self.config, rows)
 
     def look(self, step: int) -> dict:
         """What the model has lost and how far it went, so far."""
         task, W1 = self.config.task, tuned_weights(self.config, self.model)
-        others = [part for part in PARTS if part not in (task, *mix_parts(task))]
-        rows = {other: load_split(other, "test")[:OTHER_ROWS] for other in others}
+        rows = {t: load_split(t, "test")[:OTHER_ROWS] for t in PARTS if t != task}
         return {
             "step": step,
             "skill": self.skill(),
             "general": general_loss(self.model, self.config),
-            "others": {t: mean_loss(self.model, self.config, rows[t]) for t in others},
+            "others": {t: mean_loss(self.model, self.config, few) for t, few in rows.items()},
             "relative_size": relative_size(W1, self.config.model),
             "intruders": intruder_counts(W1, self.config.model),
         }

@@ -45,17 +45,24 @@ class Law:
 
 
 def fit_law(load: pd.Series, share: pd.Series) -> Law:
-    """The law of least squares in the share.  Raises ValueError for fewer than three points."""
+    """The law of least squares in the share.
+
+    Raises ValueError for fewer than three points, and for loads that are not above 0 or not finite.
+    """
     from scipy.optimize import least_squares
 
     require(len(load) >= 3, f"{len(load)} points: a law needs three or more")
     x, y = load.to_numpy(float), share.to_numpy(float)
+    require(
+        bool(np.isfinite(x * y).all() and (x > 0).all()),
+        "loads must be above 0 and shares finite: leave out runs that diverged",
+    )
 
     def away(logs: np.ndarray) -> np.ndarray:
         return Law(*np.exp(logs)).share(x) - y
 
     bounds = np.log([x.min() / 100, 0.1]), np.log([x.max() * 100, 100.0])
-    start = math.log(float(np.median(x * y))), 0.5
+    start = math.log(max(float(np.median(x * y)), x.min() / 100)), 0.5
     found = least_squares(away, np.clip(start, *bounds), bounds=bounds)
     return Law(*map(float, np.exp(found.x)))
 
@@ -63,13 +70,14 @@ def fit_law(load: pd.Series, share: pd.Series) -> Law:
 def capacity_interval(load: pd.Series, share: pd.Series, groups: pd.Series) -> tuple[float, float]:
     """95 % percentile bootstrap interval of the law's capacity, over groups of points, seed 0.
 
-    Points of one group (runs of one size, say) are drawn together (Efron 1979).
+    Points of one group (runs of one size, say) are drawn together (Efron 1979).  load, share and
+    groups stand in one order.
     """
     rng, names = np.random.default_rng(0), groups.unique()
-    of_group = {name: groups.index[groups == name] for name in names}
+    of_group = {name: np.flatnonzero(groups == name) for name in names}
     found = []
     for picks in rng.integers(0, len(names), (DRAWS, len(names))):
         drawn = np.concatenate([of_group[names[i]] for i in picks])
-        found.append(fit_law(load.loc[drawn], share.loc[drawn]).capacity)
+        found.append(fit_law(load.iloc[drawn], share.iloc[drawn]).capacity)
     low, high = np.percentile(found, [2.5, 97.5])
     return float(low), float(high)

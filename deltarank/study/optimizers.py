@@ -76,6 +76,7 @@ def own_optimizer(config: RunConfig, model: nn.Module) -> Optimizer | None:
             AdamW,
             lr=config.lr,
             loraplus_lr_ratio=config.knob,
+            loraplus_weight_decay=config.weight_decay,
             fused=True,
         )
     if config.optimizer not in MAKERS:

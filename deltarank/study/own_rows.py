@@ -34,7 +34,8 @@ TOKENS = ["prompt_tokens", "answer_tokens"]
 class Holding:
     """What rows hold: kbit of code length, and of it what was learned; by_kind, rows and tokens.
 
-    Both are of the `seen` rows that the training's first epoch saw; by_kind is of all rows.
+    Both are of the `seen` rows that the training's first epoch saw; by_kind is of all rows but
+    those of the file's own split "test".
     """
 
     seen: int
@@ -44,7 +45,7 @@ class Holding:
 
     @property
     def rows(self) -> int:
-        """How many rows there are to train on, those held out among them."""
+        """How many rows there are to train on, those held out here among them."""
         return int(self.by_kind["rows"].sum())
 
     @property
@@ -70,10 +71,17 @@ def holding(file: str, model: str = "") -> Holding:
 
 
 def own_probe(file: str, model: str = "") -> tuple[RunConfig, pd.DataFrame]:
-    """The run that tells the bits of a file's rows, and count_tokens of these; writes its split."""
+    """The run that tells the bits of a file's rows, and count_tokens of those to train on.
+
+    Writes the split that the run is trained on.  Raises ValueError as `holding` does.
+    """
+    require(
+        file.endswith(".jsonl") and Path(file).expanduser().is_file(),
+        f"{file}: there is no such .jsonl file",
+    )
     told = probe(file)
     model = model or told.model
-    rows = _split_rows(file, told.batch_size)
+    rows, to_train = _split_rows(file, told.batch_size)
     counted = count_tokens(rows, model)
     lengths = counted[TOKENS].sum(axis=1)
     longest = int(lengths.max())
@@ -83,16 +91,21 @@ def own_probe(file: str, model: str = "") -> tuple[RunConfig, pd.DataFrame]:
         f"{rows[lengths.argmax()]['prompt'][:60]!r}",
     )
     task = _written(file, rows)
-    return dataclasses.replace(told, task=task, model=model, seq_len=longest), counted
+    return dataclasses.replace(told, task=task, model=model, seq_len=longest), counted[:to_train]
 
 
-def _split_rows(file: str, batch_size: int) -> list[dict]:
-    """The rows of a file, each with its split, "train" or "test"."""
-    given = load_task(file)
+def _split_rows(file: str, batch_size: int) -> tuple[list[dict], int]:
+    """The rows of a file, each with its split, "train" before "test", and how many are to train on.
+
+    All are, those held out here, too, but not those that the file itself calls "test".
+    """
+    given, rng = load_task(file), random.Random(0)
     held = given.pop("test", []) if len(given) > 1 else []  # rows that name no split are of "test"
     rows = [row for split in given.values() for row in split]
+    to_train = len(rows)
+    rng.shuffle(held)
     if not held:
-        random.Random(0).shuffle(rows)
+        rng.shuffle(rows)
         count = min(HELD_OUT, len(rows) // 8)
         held, rows = rows[:count], rows[count:]
     require(
@@ -100,7 +113,7 @@ def _split_rows(file: str, batch_size: int) -> list[dict]:
         f"{Path(file).name} has {len(rows)} rows to train on: give {2 * batch_size} or more",
     )
     named = (rows, "train"), (held[:HELD_OUT], "test")
-    return [row | {"split": split} for part, split in named for row in part]
+    return [row | {"split": split} for part, split in named for row in part], to_train
 
 
 def _written(file: str, rows: list[dict]) -> str:
@@ -122,7 +135,7 @@ def count_tokens(rows: list[dict], model: str) -> pd.DataFrame:
     for row in rows:
         labels = encode(row, tokenizer)["labels"]
         answer = sum(label != -100 for label in labels)
-        kind = str(row.get("kind", row.get("task", "rows")))
+        kind = str(row.get("kind") or row.get("task") or "rows")
         counts.append((kind, len(labels) - answer, answer))
     return pd.DataFrame(counts, columns=["kind", *TOKENS])
 
@@ -136,6 +149,7 @@ def _probed(config: RunConfig) -> Result:
         told = f"training diverged at step {len(losses)}: do the answers fit their prompts?"
         require(math.isfinite(losses[-1]), told)
         left = mean_loss(model, config, load_split(config.task, "test"))
+        require(math.isfinite(left), told)
         record = {"train_loss_nats": losses, "evaluation": {"test": {"loss_nats": left}}}
         return record | {"provenance": provenance(time.perf_counter() - start)}, None
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import math
 from enum import Enum
 from pathlib import Path
 
@@ -14,6 +15,7 @@ from deltarank.study.sizes import trained_parameters
 from deltarank.study.tasks import encode, load_split
 from deltarank.study.training import adapter_config
 
+LAST = 10  # steps whose mean loss is the "train loss"
 SUITE = "MetaMathQA"  # the language suite, under whose name PEFT's processing reads such files
 
 
@@ -21,17 +23,13 @@ def peft_layout(result: Result, *, forgotten: float, memory: int) -> dict:
     """A finished run as method_comparison/MetaMathQA/utils.py of PEFT 5d602fd writes its own.
 
     forgotten: nats a token that general text has lost; memory: peak bytes of the training process,
-    where PEFT has those of the accelerator.  "test accuracy" is the score as a share.  Raises
-    ValueError for a run that diverged.
+    where PEFT has those of the accelerator.  "test accuracy" is the score as a share, and there is
+    none of a split whose rewritings were not scored; file_size is that of the trained numbers
+    alone, in float32.  Raises ValueError for a run that diverged.
     """
     config, told = result.config, result.record["provenance"]
     require(result.status == "finished", f"{config.key} diverged: it has no result")
     parameters = trained_parameters(config)
-    samples = config.steps * config.batch_size
-    metrics = {"step": config.steps, "train samples": samples, "forgetting": forgotten}
-    metrics |= {"train loss": result.record["train_loss_nats"][-1]}
-    metrics |= {"train total tokens": _tokens_a_row(result) * samples}
-    metrics |= {f"{split} accuracy": result.score(split) / 100 for split in ("valid", "test")}
     memories = ("reserved_avg", "max", "reserved_99th")
     return {
         "run_info": {
@@ -47,22 +45,35 @@ def peft_layout(result: Result, *, forgotten: float, memory: int) -> dict:
         "train_info": {f"accelerator_memory_{name}": memory for name in memories}
         | {
             "train_time": told["train_seconds"],
-            "file_size": 4 * parameters,  # float32
+            "file_size": 4 * parameters,
             "num_trainable_params": parameters,
-            "num_total_params": sum(p.numel() for p in skeleton(config.model).parameters()),
+            "num_total_params": sum(p.numel() for p in skeleton(config.model).parameters())
+            + parameters * config.adapter,
             "status": "success",
-            "metrics": [metrics],
+            "metrics": [_metrics(result) | {"forgetting": forgotten}],
         },
         "meta_info": _meta_info(told) | {"model_info": {"sha": config.identity["model_sha256"]}},
     }
 
 
+def _metrics(result: Result) -> dict:
+    """What a run ended at, by PEFT's names."""
+    config, last = result.config, result.record["train_loss_nats"][-LAST:]
+    samples = config.steps * config.batch_size
+    shares = {split: result.score(split) / 100 for split in ("valid", "test")}
+    found = {f"{name} accuracy": share for name, share in shares.items() if not math.isnan(share)}
+    return found | {
+        "step": config.steps,
+        "train samples": samples,
+        "train total tokens": _tokens_a_row(result) * samples,
+        "train loss": sum(last) / len(last),
+    }
+
+
 def experiment(result: Result) -> str:
-    """A run's name in PEFT's manner: method, then model, task, size and seed."""
+    """A run's name in PEFT's manner: method, then model and key, by which no two runs are alike."""
     config = result.config
-    size = f"rank{config.rank}" if config.adapter else "all"
-    name = f"{Path(config.model).name}--{config.task}-{size}-lr{config.lr:g}-seed{config.seed}"
-    return f"{config.method}/{name}"
+    return f"{config.method}/{Path(config.model).name}--{config.key}"
 
 
 def write_peft_layout(folder: Path, results: list[dict]) -> None:
@@ -70,7 +81,7 @@ def write_peft_layout(folder: Path, results: list[dict]) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     for found in results:
         name = found["run_info"]["experiment_name"].replace("/", "--")
-        text = json.dumps(found, indent=2, sort_keys=True) + "\n"
+        text = json.dumps(found, indent=2, sort_keys=True, allow_nan=False) + "\n"
         (folder / f"{name}.json").write_text(text, encoding="utf8")
 
 
@@ -120,5 +131,5 @@ def _meta_info(told: dict) -> dict:
     versions = {f"{name}-version": told.get(name, "none") for name in ("transformers", "peft")}
     versions |= {f"{name}-version": "none" for name in ("datasets", "bitsandbytes")}
     versions["torch-version"] = told["torch"]
-    system = {"accelerator": told["device"], "processor": told["processor"]}
+    system = {"accelerator": told["device"], "processor": told.get("processor", told["device"])}
     return {"dataset_info": {}, "package_info": versions, "system_info": system}

@@ -8,16 +8,19 @@ from collections.abc import Sequence
 import numpy as np
 import pandas as pd
 
+from deltarank.checks import require
 from deltarank.study.configs import RunConfig
 from deltarank.study.floors import skill_gain
 from deltarank.study.forecast import forecast, middle_of, rank_by_rows
-from deltarank.study.gains import first_epoch_kbit, learned_kbit
+from deltarank.study.gains import epoch_rows, first_epoch_kbit, learned_kbit
 from deltarank.study.gradients import first_gradients
 from deltarank.study.profiles import middle, profile
 from deltarank.study.runs import run
 from deltarank.study.search import coarsely_tuned, tuned
 from deltarank.study.sizes import ladder, needed_size, parameters_of, tried_runs
 from deltarank.study.tasks import load_split
+
+LEAST_KBIT = 0.001  # of what rows teach: a measure has a logarithm
 
 
 def probe(task: str) -> RunConfig:
@@ -28,14 +31,18 @@ def probe(task: str) -> RunConfig:
 def read_of(tasks: Sequence[str]) -> pd.DataFrame:
     """What each rule reads of a task, a line a task; runs what is not stored, with the first seed.
 
-    bits: learned_kbit of the probe; code length: its first_epoch_kbit; gradient: the median stable
-    rank of the first gradients; stable rank, n steps: the median of the update of full fine-tuning
-    after so many steps.
+    bits: learned_kbit of the probe, of all training rows as if those not seen taught as much each,
+    and LEAST_KBIT at the least; code length: its first_epoch_kbit, of all rows alike; gradient: the
+    median stable rank of the first gradients; stable rank, n steps: the median of the update of
+    full fine-tuning after so many steps.  Raises ValueError where the probe diverged.
     """
     rows = {}
     for task in tasks:
         told, full = run(probe(task)), run(coarsely_tuned(task))
-        row = {"bits": learned_kbit(told), "code length": first_epoch_kbit(told)}
+        require(told.status == "finished", f"{told.config.key} diverged: it tells no bits")
+        unseen = len(load_split(task, "train")) / epoch_rows(told)
+        row = {"bits": max(unseen * learned_kbit(told), LEAST_KBIT)}
+        row["code length"] = unseen * first_epoch_kbit(told)
         first = first_gradients(profile().config(task, "base"))
         row["gradient"] = first["stable_rank"].median()
         for note in full.record["growth"]:
@@ -69,11 +76,13 @@ def forecasts(known: Sequence[str], asked: Sequence[str], share: float) -> pd.Da
 def followed(task: str, size: float) -> dict[str, float]:
     """What it costs to train an adapter of `size` parameters on a task, told by the sizes tried.
 
-    Returns parameters, the size, but no smaller and no larger than those of tried_runs; lost, its
-    held-out loss above that of full fine-tuning, in nats a token; and kept, its skill gain.  Both
-    are read on straight lines between the sizes tried, over the logarithm of their parameters.
+    Returns parameters, the size, but no smaller and no larger than those tried; lost, its held-out
+    loss above that of full fine-tuning, in nats a token; and kept, its skill gain.  Both are read
+    on straight lines between the sizes of tried_runs that finished, over the logarithm of their
+    parameters.  Raises ValueError where none did.
     """
     results = {count: r for count, r in tried_runs(task).items() if r.status == "finished"}
+    require(bool(results), f"{task}: every size that was tried diverged")
     logs, at = np.log([*results]), math.log(size)
     losses, gains = zip(*((r.loss(), skill_gain(r)) for r in results.values()), strict=True)
     return {

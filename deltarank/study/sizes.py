@@ -13,7 +13,7 @@ from deltarank.checkpoints import layer_and_module
 from deltarank.checks import require
 from deltarank.lora import pattern_value
 from deltarank.study.configs import VARIANTS, RunConfig
-from deltarank.study.floors import skill_gain
+from deltarank.study.floors import has_floor, skill_gain
 from deltarank.study.gains import needed_bracket
 from deltarank.study.models import matrices, skeleton
 from deltarank.study.profiles import profile
@@ -116,8 +116,10 @@ def tried_sizes(task: str, *, shares: Sequence[float] = SHARES, **changes) -> di
     """The sizes of the ladder that a task is trained at, ascending: what halving needs for shares.
 
     Each half of the ladder is kept or left by the skill gain in loss of its middle on the rows that
-    choose (split "valid"), as if a larger size never had less.  changes: as of `sized`.
+    choose (split "valid"), as if a larger size never had less.  changes: as of `sized`.  Raises
+    ValueError for a task without a floor.
     """
+    require(has_floor(task), f"{task} has no floor, from which a skill is read")
     steps, tried = list(ladder().items()), {}
 
     def kept(i: int) -> float:

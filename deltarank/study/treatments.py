@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import time
 from collections.abc import Callable, Iterator
 
 import pandas as pd
@@ -13,11 +14,12 @@ from deltarank.checks import require
 from deltarank.factors import balanced
 from deltarank.gram import leading_factors
 from deltarank.store import cached
-from deltarank.study.configs import RunConfig
+from deltarank.study.configs import FACTORED, RunConfig
 from deltarank.study.evaluation import evaluate
 from deltarank.study.floors import skill_kept
 from deltarank.study.general import general_loss, general_sha256
 from deltarank.study.intruders import TOP
+from deltarank.study.measuring import provenance
 from deltarank.study.models import load_model, matrices
 from deltarank.study.profiles import entry_folder
 from deltarank.study.runs import run, updates
@@ -34,18 +36,28 @@ def treated(config: RunConfig) -> pd.DataFrame:
 
     What is outside the matrices keeps its full update.  Columns: treatment and its amount (of none
     1); skill: share of the skill gain in the loss of test rows; prose and code: nats a token on
-    general text.  Intruders are PEFT's and of LoRA alone.
+    general text.  Intruders are PEFT's and of LoRA alone.  Raises ValueError for an entry that was
+    measured on other text or by other rules.
     """
 
     def compute() -> tuple[dict, None]:
-        rows = list(_measured(config))
-        return {"run": config.key, "general_sha256": general_sha256(), "rows": rows}, None
+        started, rows = time.time(), list(_measured(config))
+        told = {"run": config.key, "rules": _rules(), "rows": rows}
+        return told | {"provenance": provenance(time.time() - started)}, None
 
-    record, _ = cached(entry_folder(config, "treatments"), compute)
+    folder = entry_folder(config, "treatments")
+    record, _ = cached(folder, compute)
+    require(record["rules"] == _rules(), f"{folder} is of other text or rules: delete it")
     table = pd.DataFrame(record["rows"])
     full = run(tuned(config.task, seed=config.seed))
     table["skill"] = skill_kept(table["loss_nats"], full)
     return table
+
+
+def _rules() -> dict:
+    """What the treatments of a stored entry must have in common with those of now."""
+    amounts = {"shrunk": [*SHRUNK], "cut": [*CUT], "intruders": [*MITIGATED]}
+    return amounts | {"general_sha256": general_sha256()}
 
 
 def _measured(config: RunConfig) -> Iterator[dict]:
@@ -73,7 +85,7 @@ def _treatments(config: RunConfig, dW: dict[str, Tensor]) -> Iterator[Treatment]
     for factor in SHRUNK:
         yield "shrunk", factor, lambda name, c=factor: c * dW[name]  # type: ignore[misc]
     for r in CUT:
-        if config.method == "full" or r < config.rank:
+        if config.method not in FACTORED or r < config.rank:
             yield "cut", r, lambda name, r=r: _head(dW[name], r)  # type: ignore[misc]
     if config.method == "lora":
         for left in MITIGATED:
@@ -98,7 +110,7 @@ def without_intruders(config: RunConfig, dW: dict[str, Tensor], left: float) -> 
     layers = lora_layers(model)
     with torch.no_grad():
         for name, layer in layers.items():
-            B, A = balanced(*leading_factors(dW[name], config.rank)[:2])
+            B, A = balanced(*leading_factors(dW[name], layer.r["default"])[:2])
             layer.lora_B["default"].weight.copy_(B / layer.scaling["default"])
             layer.lora_A["default"].weight.copy_(A)
     with quiet_peft():

@@ -35,10 +35,10 @@ class Method:
         """The run of a setting.  Raises ValueError for a size that the method does not have."""
         sizes = ", ".join(map(str, self.fields))
         require(size in self.fields, f"size={size}: the method has the sizes {sizes}")
-        fields = dict(self.fields[size])
-        if self.knob:
-            fields[self.knob] = _rounded(fields[self.knob] * KNOB_STEP ** setting[1])
-        lr = _rounded(self.lr * RATE_STEP ** setting[0])
+        fields, (rate, knob) = dict(self.fields[size]), setting
+        if knob:
+            fields[self.knob] = _rounded(fields[self.knob] * KNOB_STEP**knob)
+        lr = _rounded(self.lr * RATE_STEP**rate)
         return profile().config(task, **fields, lr=lr, seed=seed)
 
 
@@ -167,4 +167,4 @@ def expected_best(values: Sequence[float]) -> pd.Series:
 
 def best_so_far(values: Sequence[float]) -> pd.Series:
     """The highest of the first k values, in the order in which they were tried, by k from 1 on."""
-    return pd.Series(values, pd.RangeIndex(1, len(values) + 1, name="trials")).cummax()
+    return pd.Series([*values], pd.RangeIndex(1, len(values) + 1, name="trials")).cummax()

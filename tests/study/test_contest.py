@@ -32,7 +32,7 @@ def test_a_line_a_trial(two):
     second = table[(table["method"] == "LoRA") & (table["trial"] == 2)].iloc[0]
     result = trials("facts", "LoRA", 1)[1]
     assert (second["lr"], second["knob"]) == (result.config.lr, result.config.alpha)
-    assert second["gain"] == skill_gain(result, split="valid")
+    assert second["gain"] == max(skill_gain(result, split="valid"), 0)
     assert table[table["method"] == "HiRA"]["knob"].isna().all()
 
 
@@ -43,13 +43,20 @@ def test_a_line_a_seed_at_the_best_setting(two):
     tried = trials("facts", "LoRA", 1)
     for _, line in table[table["method"] != "HiRA"].iterrows():
         result = run(chosen(tried, seed=line["seed"]))
-        assert (line["gain"], line["score"]) == (skill_gain(result), result.score())
+        assert (line["gain"], line["score"]) == (max(skill_gain(result), 0), result.score())
 
 
 def test_a_run_that_diverged_has_none_of_the_skill(store):
     config = dataclasses.replace(trials("facts", "LoRA", 1)[0].config, lr=1.0)
     diverged = Result(config, {"status": "diverged", "evaluation": {}}, {})
     assert contest._line("LoRA", diverged, "test")["gain"] == 0
+
+
+def test_a_run_that_ended_worse_than_without_the_skill_is_worth_as_little(store, monkeypatch):
+    result = trials("facts", "LoRA", 1)[0]
+    for gain, worth in ((-3.0, 0), (0.5, 0.5)):
+        monkeypatch.setattr(contest, "skill_gain", lambda result, split, gain=gain: gain)
+        assert contest._line("LoRA", result, "test")["gain"] == worth
 
 
 def test_the_paper_has_six_contests_at_two_sizes():

@@ -6,7 +6,7 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from deltarank.study.forecast import forecast, middle_of, rank_by_rows
+from deltarank.study.forecast import fit_line, forecast, middle_of, rank_by_rows
 
 
 @pytest.mark.parametrize(
@@ -40,6 +40,16 @@ def test_it_is_the_line_of_least_squares_through_the_others():
 def test_a_measure_that_tells_nothing_says_the_mean_of_the_others():
     same = pd.Series([8, 8, 8]), pd.Series([5.0, 10.0, 1000.0])
     assert forecast(*same, same[0])[0] == pytest.approx(100)
+    assert fit_line(pd.Series([12.3] * 11), pd.Series(range(1, 12)))[1] == 0
+
+
+def test_what_has_no_logarithm_is_named():
+    some = pd.Series([1.0, 2.0])
+    for measure, asked in ((some, -some), (some - 1, some)):
+        with pytest.raises(ValueError, match="measures must be above 0"):
+            forecast(measure, some, asked)
+    with pytest.raises(ValueError, match="one known task or more"):
+        forecast(some[:1], some[:1], some[:1])
 
 
 def test_a_bracket_without_an_end_has_one():

@@ -1,7 +1,6 @@
 """Forgetting: looks at a run on its way, which they do not change."""
 
 import dataclasses
-import functools
 
 import pytest
 import torch
@@ -37,7 +36,8 @@ def looks(monkeypatch, store):
 def test_a_run_is_looked_at_where_it_first_has_enough_and_at_its_end(looks):
     config = profile().config("facts", steps=6)
     record = forget_run(config)
-    assert record["status"] == "finished" and record["general_sha256"] == general_sha256()
+    assert record["status"] == "finished"
+    assert record["rules"]["general_sha256"] == general_sha256()
     enough, end = record["enough"], record["end"]
     assert (enough["step"], enough["skill"]) == (4, 0.96)
     assert (end["step"], end["general"]) == (6, TEXT)
@@ -46,18 +46,35 @@ def test_a_run_is_looked_at_where_it_first_has_enough_and_at_its_end(looks):
     assert record == forget_run(config), "stored"
 
 
-def _keep(watched, config, model, step):
-    watched.append(tuned_weights(config, model))
+def test_an_entry_of_other_rules_is_named(looks, monkeypatch):
+    config = profile().config("facts", steps=6)
+    forget_run(config)
+    monkeypatch.setattr(forgetting, "OTHER_ROWS", 3)
+    with pytest.raises(ValueError, match="is of other text or rules: delete it"):
+        forget_run(config)
 
 
-def test_looking_changes_nothing_and_sees_what_the_run_stores(looks):
+def test_a_mix_is_refused(looks):
+    with pytest.raises(ValueError, match="mix: forgetting is measured of"):
+        forget_run(profile().config("mix"))
+
+
+def test_looking_changes_nothing_and_sees_what_the_run_stores(looks, monkeypatch):
+    monkeypatch.setattr(forgetting, "skill_kept", lambda loss, full, split: 0.5)
     recipes = [("full", {}), ("lora", {"rank": 2}), ("dora", {"rank": 2, "alpha": 4.0})]
     for method, fields in recipes:
         config = profile().config("facts", method, steps=4, lr=1e-3, **fields)
         watched = []
         model, _ = prepared(config)
-        watch = functools.partial(_keep, watched, config, model)
-        train(config, model, after_step=watch)
+        watch = forgetting._Watch(config, model)
+
+        def look(step, watch=watch, config=config, model=model, watched=watched):
+            mode = model.training
+            watch.look(step)
+            assert model.training == mode
+            watched.append(tuned_weights(config, model))
+
+        train(config, model, after_step=look)
         W0, dW = matrices(load_model(TINY)), updates(config)
         for name, W1 in watched[-1].items():
             torch.testing.assert_close(W1 - W0[name].detach(), dW[name], atol=2e-6, rtol=1e-4)
@@ -72,8 +89,9 @@ def test_a_base_run_has_only_an_end(looks):
     assert record["end"]["skill"] is None and set(record["end"]["intruders"].values()) == {0}
 
 
-def test_a_run_that_diverges_has_neither(looks):
-    config = profile().config("facts", steps=2, lr=1e30)
+@pytest.mark.parametrize("steps", [1, 2])  # the first breaks in its last update
+def test_a_run_that_diverges_has_neither(looks, steps):
+    config = profile().config("facts", steps=steps, lr=1e30)
     record = forget_run(dataclasses.replace(config, max_grad_norm=1e30))
     assert record["status"] == "diverged" and record["end"] is None
 

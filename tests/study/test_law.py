@@ -32,6 +32,18 @@ def test_two_points_are_no_law():
         fit_law(LOADS[:2], LOADS[:2])
 
 
+def test_points_that_have_no_law_are_named():
+    for loads, shares in ((LOADS - 1, LOADS), (LOADS, LOADS * np.nan)):
+        with pytest.raises(ValueError, match="loads must be above 0 and shares finite"):
+            fit_law(loads, shares)
+
+
+def test_shares_below_zero_are_fitted():
+    """Codes of which nothing was learned have fewer bits than none."""
+    found = fit_law(LOADS, pd.Series([1.0, 0.9, -0.1, -0.2, -0.1, -0.3, -0.3]))
+    assert 0 < found.capacity < 1
+
+
 def test_the_interval_is_over_groups_and_holds_what_was_planted(monkeypatch):
     monkeypatch.setattr(law, "DRAWS", 50)
     points = pd.concat([LOADS.to_frame("load").assign(size=c) for c in (1.0, 1.5, 2.0)])
@@ -41,6 +53,9 @@ def test_the_interval_is_over_groups_and_holds_what_was_planted(monkeypatch):
     low, high = capacity_interval(points["load"], share, points["size"])
     assert 0.99 < low < 1.4 < high < 2.01
     assert capacity_interval(points["load"], share, points["size"]) == (low, high), "seeded"
+    alike = points.assign(share=share).set_index(pd.Index([0] * len(points)))  # one label for all
+    again = capacity_interval(alike["load"], alike["share"], alike["size"])
+    assert again == (low, high), "by place, not by label"
     one = points[points["size"] == 1.5]
     same = capacity_interval(one["load"], share[one.index], one["size"])
     assert same == pytest.approx((1.5, 1.5), rel=1e-3), "one group has no spread"

@@ -35,6 +35,15 @@ def test_named_splits_are_kept(tmp_path):
     assert len(load_split(config.task, "train")) == len(RULE)
 
 
+def test_a_named_split_of_tests_is_held_out_by_chance_and_not_counted(store, tmp_path):
+    held = [row | {"split": "test", "kind": kind} for kind in "ab" for row in RULE * 2]
+    trained = [row | {"split": "train"} for row in RULE]
+    config, counted = own_probe(write(tmp_path / "mine.jsonl", trained + held))
+    kept = load_split(config.task, "test")
+    assert len(kept) == HELD_OUT and {row["kind"] for row in kept} == {"a", "b"}
+    assert len(counted) == len(RULE) == len(load_split(config.task, "train"))
+
+
 def test_many_rows_hold_out_no_more_than_the_most(tmp_path):
     config, _ = own_probe(write(tmp_path / "mine.jsonl", RULE * 20))
     assert len(load_split(config.task, "test")) == HELD_OUT
@@ -44,7 +53,7 @@ def test_tokens_are_counted_by_row_and_told_by_kind(store, tmp_path):
     rows = [
         {"prompt": "ab", "answer": "c", "kind": "x"},
         {"prompt": "a", "answer": "bcd", "kind": "x"},
-        {"prompt": "a", "answer": "b"},
+        {"prompt": "a", "answer": "b", "kind": None},
     ]
     table = count_tokens(rows, profile().model)  # bytes are tokens, a newline ends a row
     assert table.to_dict("list") == {
@@ -91,6 +100,18 @@ def test_bad_rows_are_named_before_any_work(tmp_path, monkeypatch, rows, told):
     monkeypatch.setattr(own_rows, "prepare", lambda config: pytest.fail("worked"))
     with pytest.raises(ValueError, match=told):
         holding(write(tmp_path / "mine.jsonl", rows))
+
+
+@pytest.mark.parametrize("file", ["missing.jsonl", "facts", "."])
+def test_a_file_that_is_not_there_is_named(file):
+    with pytest.raises(ValueError, match=f"^{file}: there is no such .jsonl file"):
+        holding(file)
+
+
+def test_a_training_that_breaks_in_its_last_step_says_so(store, tmp_path, monkeypatch):
+    monkeypatch.setattr(own_rows, "mean_loss", lambda *a: float("nan"))
+    with pytest.raises(ValueError, match="training diverged at step"):
+        holding(write(tmp_path / "mine.jsonl", NOISE[::-1]))
 
 
 def test_a_training_that_diverges_says_so(store, tmp_path, monkeypatch):

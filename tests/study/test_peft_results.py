@@ -5,9 +5,10 @@ import json
 import peft
 import pytest
 
-from deltarank.study.peft_results import experiment, peft_layout, write_peft_layout
+from deltarank.study.models import skeleton
+from deltarank.study.peft_results import LAST, experiment, peft_layout, write_peft_layout
 from deltarank.study.profiles import profile
-from deltarank.study.runs import run
+from deltarank.study.runs import Result, run
 
 # What method_comparison/processing.py of PEFT 5d602fd reads of a file, and the types it casts to.
 READ = {
@@ -59,7 +60,11 @@ def test_what_it_says_is_what_was_measured(result):
     found = peft_layout(result, forgotten=0.25, memory=3)
     (metrics,) = found["train_info"]["metrics"]
     assert metrics["test accuracy"] == result.score() / 100 and metrics["forgetting"] == 0.25
-    trained = found["train_info"]["num_trainable_params"]
+    trained, total = (found["train_info"][f"num_{what}_params"] for what in ("trainable", "total"))
+    losses = result.record["train_loss_nats"][-LAST:]
+    assert metrics["train loss"] == pytest.approx(sum(losses) / len(losses))
+    whole = sum(p.numel() for p in skeleton(result.config.model).parameters())
+    assert total == whole + trained * result.config.adapter
     method, told = result.config.method, found["run_info"]["peft_config"]
     if method == "full":
         assert told is None and trained > 10_000
@@ -67,6 +72,20 @@ def test_what_it_says_is_what_was_measured(result):
         again = peft.LoraConfig(**{k: told[k] for k in ("r", "lora_alpha", "use_dora")})
         assert (again.r, again.use_dora) == (2, method == "dora")
         assert found["train_info"]["file_size"] == 4 * trained < 200_000
+
+
+def test_a_rewriting_has_no_accuracy_where_it_was_not_scored(store, tmp_path):
+    lora = run(profile().config("kjv", "lora", rank=2))
+    write_peft_layout(tmp_path / "results", [peft_layout(lora, forgotten=0.0, memory=0)])
+    [file] = (tmp_path / "results").iterdir()
+    metrics = json.loads(file.read_text("utf8"))["train_info"]["metrics"][0]
+    assert "valid accuracy" not in metrics and metrics["test accuracy"] == lora.score() / 100
+
+
+def test_no_two_runs_have_one_name():
+    fields = ({}, {"rslora": True}, {"alpha": 256.0}, {"modules": ("q_proj",)})
+    runs = [profile().config("facts", "lora", rank=2, **changed) for changed in fields]
+    assert len({experiment(Result(config, {}, {})) for config in runs}) == 4
 
 
 def test_a_run_that_diverged_has_no_result(store):

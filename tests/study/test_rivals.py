@@ -9,9 +9,11 @@ import pytest
 from deltarank.study import rivals
 from deltarank.study.floors import skill_gain
 from deltarank.study.forecast import rank_by_rows
-from deltarank.study.gains import learned_kbit
+from deltarank.study.gains import epoch_rows, first_epoch_kbit, learned_kbit
+from deltarank.study.gradients import first_gradients
 from deltarank.study.profiles import profile
 from deltarank.study.rivals import (
+    LEAST_KBIT,
     costs,
     followed,
     forecasts,
@@ -20,8 +22,8 @@ from deltarank.study.rivals import (
     probe,
     read_of,
 )
-from deltarank.study.runs import run
-from deltarank.study.search import tuned
+from deltarank.study.runs import Result, run
+from deltarank.study.search import coarsely_tuned, tuned
 from deltarank.study.sizes import trained_parameters, tried_runs
 from deltarank.study.tasks import load_split
 
@@ -30,10 +32,24 @@ def test_they_read_what_was_measured(store):
     found = read_of(["facts", "sentiment"])
     told = run(probe("facts"))
     assert (told.config.rank, told.config.method) == (4, "lora")
-    assert found.loc["facts", "bits"] == learned_kbit(told)
-    steps = profile().steps // 2
-    assert found.columns[-1] == f"stable rank, {steps} steps"
-    assert (found.drop(columns="bits") > 0).all(axis=None)
+    unseen = len(load_split("facts", "train")) / epoch_rows(told)
+    assert unseen > 1
+    assert found.loc["facts", "bits"] == max(unseen * learned_kbit(told), LEAST_KBIT)
+    assert found.loc["facts", "code length"] == unseen * first_epoch_kbit(told)
+    gradient = first_gradients(profile().config("facts", "base"))["stable_rank"]
+    assert found.loc["facts", "gradient"] == gradient.median()
+    growth = run(coarsely_tuned("facts")).record["growth"]
+    assert [*found.columns[3:]] == [f"stable rank, {note['step']} steps" for note in growth]
+    last = pd.Series(growth[-1]["stable_rank"]).median()
+    assert found.loc["facts"].iloc[-1] == last and len(growth) > 0
+    assert (found > 0).all(axis=None)
+
+
+def test_a_probe_that_diverged_is_named(store, monkeypatch):
+    told = Result(probe("facts"), {"status": "diverged"}, {})
+    monkeypatch.setattr(rivals, "run", lambda config: told)
+    with pytest.raises(ValueError, match="diverged: it tells no bits"):
+        read_of(["facts"])
 
 
 @pytest.fixture

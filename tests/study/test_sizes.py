@@ -167,3 +167,8 @@ def test_halving_tries_what_each_share_needs(monkeypatch, gains, shares, tried):
     configs = [profile().config("facts", **size) for size in found.values()]
     assert [trained_parameters(config) for config in configs] == tried
     assert sorted(asked) == [(count, "valid", 9) for count in tried], "each once"
+
+
+def test_a_task_without_a_floor_is_named(store):
+    with pytest.raises(ValueError, match="shuffled has no floor"):
+        needed_size("shuffled", 0.95)

@@ -74,6 +74,19 @@ def test_without_intruders_is_what_peft_leaves(monkeypatch, store):
         torch.testing.assert_close(found[name], expected, atol=1e-3, rtol=1e-2)
 
 
+def test_an_adapter_whose_update_is_of_high_rank_is_cut_too(scored):
+    table = treated(profile().config("facts", "hira", rank=2, lr=1e-2))
+    assert [*table["treatment"]] == ["none", *["shrunk"] * 3, *["cut"] * 3]
+
+
+def test_an_entry_of_other_rules_is_named(scored, monkeypatch):
+    config = profile().config("facts", lr=3e-3)
+    treated(config)
+    monkeypatch.setattr(treatments, "CUT", (4,))
+    with pytest.raises(ValueError, match="is of other text or rules: delete it"):
+        treated(config)
+
+
 def test_another_adapter_keeps_its_intruders():
     config = profile().config("facts", "dora", rank=2, alpha=4.0, lr=1e-3)
     with pytest.raises(ValueError, match="PEFT takes intruders out of LoRA alone"):

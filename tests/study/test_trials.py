@@ -4,6 +4,7 @@ import dataclasses
 import itertools
 import math
 
+import pandas as pd
 import pytest
 
 from deltarank.study import trials
@@ -93,6 +94,7 @@ def test_the_centres_are_what_is_documented():
     assert (centre["LoRA"].alpha, centre["PiSSA"].alpha, centre["RandLoRA"].alpha) == (16, 8, 440)
     assert centre["rsLoRA"].rslora and centre["rsLoRA"].scale == pytest.approx(8 / math.sqrt(8))
     assert METHODS["VeRA"].at("facts", 1, (0.0, 0), seed=0).knob == 0.1
+    assert METHODS["RandLoRA"].at("facts", 1, (0.0, 0), seed=0).alpha == 20 * 256
     assert METHODS["LoRA+"].at("facts", 1, (1.0, 1), seed=0).knob == 130.0  # 128, to two digits
     with pytest.raises(ValueError, match="^size=8: the method has the sizes 1"):
         METHODS["VeRA"].at("facts", 8, (0.0, 0), seed=0)
@@ -106,4 +108,6 @@ def test_the_expected_best_is_that_of_all_draws():
 
 
 def test_the_best_so_far_never_falls():
-    assert best_so_far([2.0, 1.0, 3.0]).tolist() == [2.0, 2.0, 3.0]
+    for values in ([2.0, 1.0, 3.0], pd.Series([2.0, 1.0, 3.0], [7, 8, 9])):
+        found = best_so_far(values)
+        assert found.to_dict() == {1: 2.0, 2: 2.0, 3: 3.0}
