@@ -17,7 +17,7 @@ from deltarank.runtime import cache_folder
 from deltarank.store import cached, file_sha256
 from deltarank.study.configs import RunConfig
 from deltarank.study.evaluation import mean_loss
-from deltarank.study.gains import epoch_rows, first_epoch_kbit, learned_kbit
+from deltarank.study.gains import epoch_rows, first_epoch_kbit, learned_kbit, taught_kbit
 from deltarank.study.measuring import provenance
 from deltarank.study.models import load_tokenizer
 from deltarank.study.rivals import probe
@@ -32,26 +32,22 @@ TOKENS = ["prompt_tokens", "answer_tokens"]
 
 @dataclass(frozen=True)
 class Holding:
-    """What rows hold: kbit of code length, and of it what was learned; by_kind, rows and tokens.
+    """What rows hold: kbit of code length and of what was learned; by_kind, rows and tokens.
 
-    Both are of the `seen` rows that the training's first epoch saw; by_kind is of all rows but
-    those of the file's own split "test".
+    code_kbit and learned_kbit are of the `seen` rows that the training's first epoch saw, all_kbit,
+    what is taught, and by_kind of all rows but those of the file's own split "test".
     """
 
     seen: int
     code_kbit: float
     learned_kbit: float
+    all_kbit: float
     by_kind: pd.DataFrame  # one line a kind; rows, prompt_tokens, answer_tokens
 
     @property
     def rows(self) -> int:
         """How many rows there are to train on, those held out here among them."""
         return int(self.by_kind["rows"].sum())
-
-    @property
-    def all_kbit(self) -> float:
-        """The bits learned of all rows, in kbit, as if those not seen taught as much a row."""
-        return self.learned_kbit * self.rows / self.seen
 
 
 def holding(file: str, model: str = "") -> Holding:
@@ -65,7 +61,7 @@ def holding(file: str, model: str = "") -> Holding:
     """
     config, counted = own_probe(file, model)
     result = _probed(config)
-    bits = first_epoch_kbit(result), learned_kbit(result)
+    bits = first_epoch_kbit(result), learned_kbit(result), taught_kbit(result, len(counted))
     by_kind = counted.assign(rows=1).groupby("kind").sum()
     return Holding(epoch_rows(result), *bits, by_kind[["rows", *TOKENS]])
 

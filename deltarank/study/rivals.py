@@ -12,7 +12,7 @@ from deltarank.checks import require
 from deltarank.study.configs import RunConfig
 from deltarank.study.floors import skill_gain
 from deltarank.study.forecast import forecast, middle_of, rank_by_rows
-from deltarank.study.gains import epoch_rows, first_epoch_kbit, learned_kbit
+from deltarank.study.gains import first_epoch_kbit, taught_kbit
 from deltarank.study.gradients import first_gradients
 from deltarank.study.profiles import middle, profile
 from deltarank.study.runs import run
@@ -31,18 +31,16 @@ def probe(task: str) -> RunConfig:
 def read_of(tasks: Sequence[str]) -> pd.DataFrame:
     """What each rule reads of a task, a line a task; runs what is not stored, with the first seed.
 
-    bits: learned_kbit of the probe, of all training rows as if those not seen taught as much each,
-    and LEAST_KBIT at the least; code length: its first_epoch_kbit, of all rows alike; gradient: the
-    median stable rank of the first gradients; stable rank, n steps: the median of the update of
-    full fine-tuning after so many steps.  Raises ValueError where the probe diverged.
+    bits: taught_kbit of the probe, and LEAST_KBIT at the least; code length: its first_epoch_kbit;
+    gradient: the median stable rank of the first gradients; stable rank, n steps: the median of the
+    update of full fine-tuning after so many steps.  Raises ValueError where the probe diverged.
     """
     rows = {}
     for task in tasks:
         told, full = run(probe(task)), run(coarsely_tuned(task))
         require(told.status == "finished", f"{told.config.key} diverged: it tells no bits")
-        unseen = len(load_split(task, "train")) / epoch_rows(told)
-        row = {"bits": max(unseen * learned_kbit(told), LEAST_KBIT)}
-        row["code length"] = unseen * first_epoch_kbit(told)
+        bits = taught_kbit(told, len(load_split(task, "train")))
+        row = {"bits": max(bits, LEAST_KBIT), "code length": first_epoch_kbit(told)}
         first = first_gradients(profile().config(task, "base"))
         row["gradient"] = first["stable_rank"].median()
         for note in full.record["growth"]:

@@ -16,6 +16,7 @@ from deltarank.study.gains import (
     learned_kbit,
     needed_bracket,
     needed_rank,
+    taught_kbit,
 )
 from deltarank.study.profiles import PROFILES
 from deltarank.study.runs import Result
@@ -115,3 +116,16 @@ def test_learned_bits_leave_out_what_the_trained_model_still_loses(small_task):
         record["evaluation"] = {"test": {"loss_nats": left}}
         found = learned_kbit(Result(config, record, {}))
         assert found == pytest.approx(bits * tokens / 1000)
+
+
+def test_rows_that_were_not_seen_teach_as_the_last_did(small_task):
+    """Of four rows two are seen: 3 bits and 1 a token, none left, so that the others teach 1 each."""
+    config = small(steps=2, batch_size=1)
+    tokens = sum(len(row["answer"] + "\n") for row in small_task[:4]) / 4
+    record: dict = {"train_loss_nats": [math.log(8), math.log(2)]}
+    for left, more in ((0.0, 1), (math.log(2), 0), (math.log(4), 0)):
+        record["evaluation"] = {"test": {"loss_nats": left}}
+        result = Result(config, record, {})
+        for rows, unseen in ((2, 0), (4, 2)):
+            expected = learned_kbit(result) + unseen * more * tokens / 1000
+            assert taught_kbit(result, rows) == pytest.approx(expected)

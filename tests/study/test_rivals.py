@@ -9,7 +9,7 @@ import pytest
 from deltarank.study import rivals
 from deltarank.study.floors import skill_gain
 from deltarank.study.forecast import rank_by_rows
-from deltarank.study.gains import epoch_rows, first_epoch_kbit, learned_kbit
+from deltarank.study.gains import first_epoch_kbit, taught_kbit
 from deltarank.study.gradients import first_gradients
 from deltarank.study.profiles import profile
 from deltarank.study.rivals import (
@@ -32,10 +32,9 @@ def test_they_read_what_was_measured(store):
     found = read_of(["facts", "sentiment"])
     told = run(probe("facts"))
     assert (told.config.rank, told.config.method) == (4, "lora")
-    unseen = len(load_split("facts", "train")) / epoch_rows(told)
-    assert unseen > 1
-    assert found.loc["facts", "bits"] == max(unseen * learned_kbit(told), LEAST_KBIT)
-    assert found.loc["facts", "code length"] == unseen * first_epoch_kbit(told)
+    rows = len(load_split("facts", "train"))
+    assert found.loc["facts", "bits"] == max(taught_kbit(told, rows), LEAST_KBIT)
+    assert found.loc["facts", "code length"] == first_epoch_kbit(told)
     gradient = first_gradients(profile().config("facts", "base"))["stable_rank"]
     assert found.loc["facts", "gradient"] == gradient.median()
     growth = run(coarsely_tuned("facts")).record["growth"]
