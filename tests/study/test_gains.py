@@ -119,7 +119,7 @@ def test_learned_bits_leave_out_what_the_trained_model_still_loses(small_task):
 
 
 def test_rows_that_were_not_seen_teach_as_the_last_did(small_task):
-    """Of four rows two are seen, 3 bits and 1 a token: where none is left the others teach 1 each."""
+    """Two of four rows are seen, of 3 bits and 1 a token; where none is left others teach 1."""
     config = small(steps=2, batch_size=1)
     tokens = sum(len(row["answer"] + "\n") for row in small_task[:4]) / 4
     record: dict = {"train_loss_nats": [math.log(8), math.log(2)]}
