@@ -16,7 +16,7 @@ from deltarank.study.gains import first_epoch_kbit, taught_kbit
 from deltarank.study.gradients import first_gradients
 from deltarank.study.profiles import middle, profile
 from deltarank.study.runs import run
-from deltarank.study.search import coarsely_tuned, tuned
+from deltarank.study.search import tuned
 from deltarank.study.sizes import ladder, needed_size, parameters_of, tried_runs
 from deltarank.study.tasks import load_split
 
@@ -33,11 +33,12 @@ def read_of(tasks: Sequence[str]) -> pd.DataFrame:
 
     bits: taught_kbit of the probe, and LEAST_KBIT at the least; code length: its first_epoch_kbit;
     gradient: the median stable rank of the first gradients; stable rank, n steps: the median of the
-    update of full fine-tuning after so many steps.  Raises ValueError where the probe diverged.
+    update of full fine-tuning after so many steps, at the common rate, so that none is searched.
+    Raises ValueError where the probe diverged.
     """
     rows = {}
     for task in tasks:
-        told, full = run(probe(task)), run(coarsely_tuned(task))
+        told, full = run(probe(task)), run(profile().config(task))
         require(told.status == "finished", f"{told.config.key} diverged: it tells no bits")
         bits = taught_kbit(told, len(load_split(task, "train")))
         row = {"bits": max(bits, LEAST_KBIT), "code length": first_epoch_kbit(told)}

@@ -23,7 +23,7 @@ from deltarank.study.rivals import (
     read_of,
 )
 from deltarank.study.runs import Result, run
-from deltarank.study.search import coarsely_tuned, tuned
+from deltarank.study.search import tuned
 from deltarank.study.sizes import trained_parameters, tried_runs
 from deltarank.study.tasks import load_split
 
@@ -37,7 +37,7 @@ def test_they_read_what_was_measured(store):
     assert found.loc["facts", "code length"] == first_epoch_kbit(told)
     gradient = first_gradients(profile().config("facts", "base"))["stable_rank"]
     assert found.loc["facts", "gradient"] == gradient.median()
-    growth = run(coarsely_tuned("facts")).record["growth"]
+    growth = run(profile().config("facts")).record["growth"]
     assert [*found.columns[3:]] == [f"stable rank, {note['step']} steps" for note in growth]
     last = pd.Series(growth[-1]["stable_rank"]).median()
     assert found.loc["facts"].iloc[-1] == last and len(growth) > 0
