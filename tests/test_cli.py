@@ -20,7 +20,7 @@ from safetensors.torch import load_file
 from small_runs import saved_pair
 
 from deltarank import __version__, cli, compare
-from deltarank.study import healing, models, runs
+from deltarank.study import healing, models, own_rows, runs
 
 ROOT = Path(cli.__file__).resolve().parent.parent
 
@@ -375,13 +375,55 @@ def test_healing_needs_the_extra_and_says_so(to_heal, capsys, monkeypatch):
     assert status == 2 and "deltarank[study]" in errors and errors.count("\n") == 1
 
 
-@pytest.mark.parametrize("command", [[], ["inspect"], ["extract"]])
+@pytest.fixture
+def rows(tmp_path):
+    """A file of rows that a model of bytes learns something of in a few steps."""
+    file = tmp_path / "rows.jsonl"
+    file.write_text("".join(f'{{"prompt": "{n} is", "answer": "odd"}}\n' for n in range(40)))
+    return file
+
+
+def test_plan_says_what_rows_teach_and_which_rank_is_enough(rows, store, capsys):
+    status, told, errors = said(capsys, "plan", rows)
+    assert status == 0 and errors == "", errors
+    lines = told.splitlines()
+    assert lines[0].startswith("rows.jsonl: 40 rows, ")
+    assert any("trained parameters" in line for line in lines)
+    assert re.fullmatch(r"(Rank \d+ on all linear layers is enough|Take rank \d+)\.", lines[-1])
+
+
+def test_plan_refuses_bad_rows_in_one_line(tmp_path, capsys):
+    file = tmp_path / "bad.jsonl"
+    file.write_text('{"prompt": "x"}\n')
+    status, told, errors = said(capsys, "plan", file)
+    assert status == 2 and told == "" and errors.count("\n") == 1
+    assert "bad.jsonl, line 1: a row lacks answer" in errors
+
+
+def test_an_interrupt_of_plan_says_that_nothing_was_written(rows, store, capsys, monkeypatch):
+    def interrupted(*arguments, **options):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(own_rows, "train", interrupted)
+    rows.write_text(rows.read_text().replace("odd", "even"))  # measured by no other test
+    status, told, errors = said(capsys, "plan", rows)
+    assert status == 130 and told == ""
+    assert errors == "deltarank: interrupted; nothing was written\n"
+
+
+def test_plan_needs_the_extra_and_says_so(rows, capsys, monkeypatch):
+    monkeypatch.setattr(cli.importlib.util, "find_spec", lambda name: None)
+    status, _, errors = said(capsys, "plan", rows)
+    assert status == 2 and "deltarank[study]" in errors and errors.count("\n") == 1
+
+
+@pytest.mark.parametrize("command", [[], ["inspect"], ["extract"], ["plan"]])
 def test_help_has_an_example(command, capsys):
     with pytest.raises(SystemExit) as stop:
         cli.main([*command, "--help"])
     out = capsys.readouterr().out
     assert stop.value.code == 0 and "examples:\n  deltarank " in out
-    if command:
+    if command in (["inspect"], ["extract"]):
         assert f"usage: deltarank {command[0]} [options] BASE TUNED" in out
         assert f"\n       deltarank {command[0]} [options] ADAPTER" in out
 

@@ -15,7 +15,6 @@ class LadderGrid:
     module of every layer.
     """
 
-    tasks: tuple[str, ...] = ("facts", "sorbian", "kjv", "arithmetic", "sentiment")
     tiny_rank: int = 4
     tiny_vectors: tuple[int, ...] = (16, 128, 1024)
     tiny_lrs: tuple[float, ...] = (1e-4, 3e-4, 1e-3, 3e-3, 1e-2, 3e-2, 1e-1)

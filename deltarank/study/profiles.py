@@ -21,7 +21,7 @@ from deltarank.study.tasks import PARTS, encode, load_task, mix_of, mix_parts
 Number = TypeVar("Number", int, float)
 
 # Written by `RECORD=yes make bench`: time and memory of pairs, what tools say of a planted rank
-# (both in notebook 9), and time and memory of a step of each method and of `make report`.
+# (both in notebook 10), and time and memory of a step of each method and of `make report`.
 PAIR_TIMES = ROOT / "data" / "bench_pairs.csv"
 PLANTED_RANKS = ROOT / "data" / "bench_planted.csv"
 VARIANT_TIMES = ROOT / "data" / "bench_variants.csv"
@@ -161,7 +161,6 @@ PROFILES = {
         seeds=(0, 1),
         lora_lrs=(1e-3, 1e-2),
         ladder=LadderGrid(
-            tasks=("sentiment", "facts"),
             tiny_rank=2,
             tiny_vectors=(8, 32),
             tiny_lrs=(1e-2, 1e-1),
@@ -225,7 +224,6 @@ PROFILES = {
         full_lrs=(1e-4,),
         lora_lrs=(1e-3,),
         ladder=LadderGrid(
-            tasks=("facts",),
             tiny_vectors=(128,),
             tiny_lrs=(1e-2,),
             layers=(3,),

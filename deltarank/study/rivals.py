@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 
 import numpy as np
@@ -17,7 +16,14 @@ from deltarank.study.gradients import first_gradients
 from deltarank.study.profiles import middle, profile
 from deltarank.study.runs import run
 from deltarank.study.search import tuned
-from deltarank.study.sizes import ladder, needed_size, parameters_of, tried_runs
+from deltarank.study.sizes import (
+    ladder,
+    needed_size,
+    parameters_of,
+    sized,
+    trained_parameters,
+    tried_runs,
+)
 from deltarank.study.tasks import load_split
 
 LEAST_KBIT = 0.001  # of what rows teach: a measure has a logarithm
@@ -72,33 +78,35 @@ def forecasts(known: Sequence[str], asked: Sequence[str], share: float) -> pd.Da
     return table
 
 
-def followed(task: str, size: float) -> dict[str, float]:
-    """What it costs to train an adapter of `size` parameters on a task, told by the sizes tried.
+def paid(task: str) -> pd.DataFrame:
+    """What adapters cost on a task, a line a size, by ascending number of trained parameters.
 
-    Returns parameters, the size, but no smaller and no larger than those tried; lost, its held-out
-    loss above that of full fine-tuning, in nats a token; and kept, its skill gain.  Both are read
-    on straight lines between the sizes of tried_runs that finished, over the logarithm of their
-    parameters.  Raises ValueError where none did.
+    The sizes are those of tried_runs and the usual rank, without runs that diverged.  lost:
+    held-out loss above that of full fine-tuning, in nats a token; kept: skill_gain.  Raises
+    ValueError where all diverged.
     """
-    results = {count: r for count, r in tried_runs(task).items() if r.status == "finished"}
+    always = sized(task, {"method": "lora", "rank": middle(profile().lora_ranks)})
+    tried = tried_runs(task) | {trained_parameters(always): run(always)}
+    results = {count: r for count, r in sorted(tried.items()) if r.status == "finished"}
     require(bool(results), f"{task}: every size that was tried diverged")
-    logs, at = np.log([*results]), math.log(size)
-    losses, gains = zip(*((r.loss(), skill_gain(r)) for r in results.values()), strict=True)
-    return {
-        "parameters": float(np.clip(size, min(results), max(results))),
-        "lost": float(np.interp(at, logs, losses)) - run(tuned(task)).loss(),
-        "kept": float(np.interp(at, logs, gains)),
-    }
+    full = run(tuned(task)).loss()
+    rows = {count: (r.loss() - full, skill_gain(r)) for count, r in results.items()}
+    return pd.DataFrame.from_dict(rows, orient="index", columns=["lost", "kept"])
 
 
 def costs(says: pd.DataFrame) -> pd.DataFrame:
-    """`followed` for what every rule says of every task: a line a rule and task.
+    """What it costs to follow what every rule says of every task: a line a rule and task.
 
-    says: as forecasts gives it.
+    says: as forecasts gives it.  Columns: parameters, the size that is named, but none below those
+    of `paid`; lost and kept, read on straight lines between these over the logarithm of the
+    parameters; a size above all of them has what the largest has.
     """
-    lines = {
-        (rule, task): followed(str(task), size)
-        for rule, sizes in says.items()
-        for task, size in sizes.items()
-    }
-    return pd.DataFrame(lines).T.rename_axis(["rule", "task"])
+    lines = {}
+    for task, sizes in says.iterrows():
+        table = paid(str(task))
+        logs, at = np.log(table.index), np.log(sizes.astype(float))
+        costs = {name: np.interp(at, logs, table[name]) for name in table}
+        costs["parameters"] = sizes.clip(lower=min(table.index)).to_numpy(float)
+        lines[task] = pd.DataFrame(costs, sizes.index)
+    found = pd.concat(lines, names=["task", "rule"]).swaplevel()
+    return found.loc[[*says], ["parameters", "lost", "kept"]]

@@ -22,6 +22,7 @@ from deltarank.study.capacity import code_folder
 from deltarank.study.code_runs import CodeRun
 from deltarank.study.configs import RunConfig
 from deltarank.study.profiles import PROFILES, entry_folder, profile
+from deltarank.study.rivals import read_of
 from deltarank.study.sizes import size_gains
 
 STORE = PROFILES["paper"].store
@@ -186,9 +187,10 @@ def ask_for_controls():
 
 
 def ask_for_ladders():
-    """Ask for the runs by which notebook 7 tells needed sizes."""
-    for task in profile().ladder.tasks:
+    """Ask for the runs of which notebook 7 tells needed sizes, and notebook 8 what rules read."""
+    for task in profile().lora_tasks:
         size_gains(task)
+    read_of([*profile().lora_tasks, *profile().forecast_tasks])
 
 
 def ask_for_the_rate_between():
@@ -251,4 +253,4 @@ def test_the_paper_is_rendered_without_training(monkeypatch, no_training, record
     assert len(asked_for) > 300
     others = [folder for folder in RUNS + PAIRS + HEALS + CODES if folder not in asked]
     by_matrix = [folder for folder in others if records[folder]["config"].get("rank_pattern")]
-    assert others == by_matrix, "no notebook reads these"  # notebook 9 has ranks by matrix
+    assert others == by_matrix, "no notebook reads these"  # notebook 10 has ranks by matrix

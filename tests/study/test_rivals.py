@@ -15,9 +15,9 @@ from deltarank.study.profiles import profile
 from deltarank.study.rivals import (
     LEAST_KBIT,
     costs,
-    followed,
     forecasts,
     known_sizes,
+    paid,
     parameters_of,
     probe,
     read_of,
@@ -78,31 +78,55 @@ def test_a_forecast_goes_by_the_known_tasks(three):
     assert table.loc["kjv", "by rows"] == one * rank_by_rows(rows)
 
 
-def test_following_a_rule_costs_what_the_sizes_tried_cost(store):
-    tried, full = tried_runs("dates"), run(tuned("dates")).loss()
-    counts = [*tried]
-    for asked, taken in ((1, counts[0]), (counts[1], counts[1]), (1e9, counts[-1])):
-        found = followed("dates", asked)
-        result = tried[taken]
-        assert found["parameters"] == taken
-        assert found["lost"] == pytest.approx(result.loss() - full)
-        assert found["kept"] == pytest.approx(skill_gain(result), nan_ok=True)
+@pytest.fixture
+def dates(store):
+    """The sizes of dates that were tried, and what full fine-tuning ends at."""
+    return tried_runs("dates"), run(tuned("dates")).loss()
 
 
-def test_between_two_sizes_it_is_read_over_the_logarithm(store):
-    (low, below), (high, above), *_ = tried_runs("dates").items()
-    found, full = followed("dates", math.sqrt(low * high)), run(tuned("dates")).loss()
-    assert found["parameters"] == pytest.approx(math.sqrt(low * high))
+def test_what_is_paid_is_what_the_sizes_tried_end_at(dates):
+    tried, full = dates
+    table = paid("dates")
+    assert [*table.index] == sorted(table.index)
+    for count, result in tried.items():
+        assert table.loc[count, "lost"] == pytest.approx(result.loss() - full)
+        assert table.loc[count, "kept"] == pytest.approx(skill_gain(result), nan_ok=True)
+
+
+def test_a_size_beyond_those_tried_costs_what_the_last_does(dates):
+    table = paid("dates")
+    asked = {"below": 1, "second": table.index[1], "above": 1e9}
+    found = costs(pd.DataFrame(asked, ["dates"])).xs("dates", level="task")
+    assert [*found["parameters"]] == [table.index[0], table.index[1], 1e9]
+    for name in table:
+        assert found[name].tolist() == pytest.approx([*table[name].iloc[[0, 1, -1]]], nan_ok=True)
+
+
+def test_between_two_sizes_it_is_read_over_the_logarithm(dates):
+    tried, full = dates
+    (low, below), (high, above), *_ = tried.items()
+    middle = math.sqrt(low * high)
+    [found] = costs(pd.DataFrame({"middle": middle}, ["dates"])).to_dict("records")
+    assert found["parameters"] == pytest.approx(middle)
     assert found["lost"] == pytest.approx((below.loss() + above.loss()) / 2 - full)
 
 
+def test_the_usual_rank_is_among_what_is_paid(dates):
+    usual = 4 * parameters_of({"method": "lora", "rank": 1})
+    assert usual in paid("dates").index and {*dates[0]} <= {*paid("dates").index}
+
+
 def test_costs_have_a_line_a_rule_and_task(store):
-    says = pd.DataFrame({"low": {"dates": 1.0}, "high": {"dates": 1e9}})
-    table = costs(says)
-    assert [*table.index] == [("low", "dates"), ("high", "dates")]
-    assert table.loc[("high", "dates")].to_dict() == pytest.approx(
-        followed("dates", 1e9), nan_ok=True
-    )
+    says = pd.DataFrame({"low": [1.0, 1.0], "high": [1e9, 1e9]}, ["dates", "facts"])
+    assert [*costs(says).index] == [(rule, task) for rule in says for task in says.index]
+
+
+def test_a_task_of_which_all_diverged_is_named(store, monkeypatch):
+    diverged = Result(probe("dates"), {"status": "diverged"}, {})
+    monkeypatch.setattr(rivals, "tried_runs", lambda task: {8: diverged})
+    monkeypatch.setattr(rivals, "run", lambda config: diverged)
+    with pytest.raises(ValueError, match="dates: every size that was tried diverged"):
+        paid("dates")
 
 
 def test_a_rank_of_all_layers_has_so_many_times_the_parameters_of_rank_1():
