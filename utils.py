@@ -18,6 +18,7 @@ from deltarank.spectra import (
 )
 from deltarank.store import load_entry
 from deltarank.study import taskdata
+from deltarank.study.advice import FORECAST
 from deltarank.study.capacity import code_sweep
 from deltarank.study.claims import assert_claims, assert_table
 from deltarank.study.codes import draw_codes
@@ -41,6 +42,7 @@ from deltarank.study.figures import (
     task_grid,
 )
 from deltarank.study.floors import copied, copy_score, floors, skill_gain, skill_kept
+from deltarank.study.forecast import fit_line
 from deltarank.study.gains import (
     at_gain,
     bracket_text,
@@ -73,6 +75,7 @@ from deltarank.study.plan import (
     warmup_configs,
 )
 from deltarank.study.profiles import PAIR_TIMES, PLANTED_RANKS, PROFILES, profile
+from deltarank.study.rivals import costs, forecasts, known_sizes, read_of
 from deltarank.study.runs import Result, example_update, run, spectral_gap, stored, sweep
 from deltarank.study.search import coarse_search, coarsely_tuned, lr_between, lr_search, tuned
 from deltarank.study.sizes import ladder, parameters_of, size_gains

@@ -1,4 +1,4 @@
-"""The command `deltarank`: inspect a pair of checkpoints or an adapter, extract an adapter."""
+"""The command `deltarank`: inspect checkpoints or an adapter, extract an adapter, plan one."""
 
 from __future__ import annotations
 
@@ -22,12 +22,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run the command; returns 0, 2 for bad input (named in one line on stderr), 130 for Ctrl-C."""
     arguments = parse(argv)
     try:
-        (_inspect if arguments.command == "inspect" else _extract)(arguments)
+        {"inspect": _inspect, "extract": _extract, "plan": _plan}[arguments.command](arguments)
         sys.stdout.flush()
     except KeyboardInterrupt:
         kept = "what was measured is kept: the same command goes on"
-        healing = "heal" in arguments and arguments.heal
-        return _failed(f"interrupted; {'nothing was written' if healing else kept}", 130)
+        trains = arguments.command == "plan" or ("heal" in arguments and arguments.heal)
+        return _failed(f"interrupted; {'nothing was written' if trains else kept}", 130)
     except BrokenPipeError:  # `deltarank inspect ... | head -1`
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     except ImportError as error:
@@ -149,9 +149,7 @@ def _require_healing(arguments: argparse.Namespace) -> None:
         raise ValueError("--heal trains factors alone: leave --norms out")
     if arguments.allow_pickle:
         raise ValueError("--heal runs both models, from safetensors: leave --allow-pickle out")
-    for package in ("transformers", "peft"):
-        if importlib.util.find_spec(package) is None:
-            raise ImportError(f"--heal needs {package}")
+    _require_packages("--heal")
 
 
 def _healed(arguments: argparse.Namespace):
@@ -162,6 +160,23 @@ def _healed(arguments: argparse.Namespace):
     options = {name: value for name, value in given.items() if value is not None}
     options |= {name: getattr(arguments, name) for name in ("dtype", "patterns")}
     return extract_healed(*arguments.paths, rows=arguments.heal, rule=rule(arguments), **options)
+
+
+def _plan(arguments: argparse.Namespace) -> None:
+    """Measure rows on a base model, and print the rank that is enough for them."""
+    _require_packages("plan")
+    from deltarank.study.advice import advice
+
+    with _one_line_warnings():
+        told = advice(arguments.paths[0], arguments.model)
+    print(told)
+
+
+def _require_packages(what: str) -> None:
+    """Raise ImportError, before any work, where what trains is not installed."""
+    for package in ("transformers", "peft"):
+        if importlib.util.find_spec(package) is None:
+            raise ImportError(f"{what} needs {package}")
 
 
 def _writable(name: str | None) -> Path | None:

@@ -15,11 +15,36 @@ EXTRA = "pip install 'deltarank[study]'"
 PATHS = {  # of each command: how many there may be, and which
     "inspect": ((1, 2), "BASE TUNED | ADAPTER"),
     "extract": ((2, 3), "BASE TUNED OUT | ADAPTER OUT"),
+    "plan": ((1,), "ROWS"),
 }
-EXTRACT_EXAMPLES = """examples:
-  deltarank extract base tuned out --rank 16
-  deltarank extract adapter out --rank 8 --dtype bfloat16
-  deltarank extract base tuned out --rank 8 --heal rows.jsonl --steps 30"""
+SAID: dict[str, dict[str, Any]] = {  # in the help of each command
+    "inspect": {
+        "usage": "deltarank inspect [options] BASE TUNED\n"
+        "       deltarank inspect [options] ADAPTER",
+        "help": "say how low-rank the update is, where, and which ranks hold it",
+        "description": "Say how low-rank TUNED - BASE is, where, and which ranks hold it; or what "
+        "of its rank a LoRA uses.",
+        "epilog": "examples:\n  deltarank inspect base tuned --html page.html --energy 0.95\n"
+        "  deltarank inspect adapter",
+    },
+    "extract": {
+        "usage": "deltarank extract [options] BASE TUNED OUT\n"
+        "       deltarank extract [options] ADAPTER OUT",
+        "help": "write the cut of the update as a PEFT adapter",
+        "description": "Write the cut of TUNED - BASE, or of a LoRA, as a PEFT adapter into the "
+        "folder OUT; an adapter that is there is replaced.",
+        "epilog": "examples:\n  deltarank extract base tuned out --rank 16\n"
+        "  deltarank extract adapter out --rank 8 --dtype bfloat16\n"
+        "  deltarank extract base tuned out --rank 8 --heal rows.jsonl --steps 30",
+    },
+    "plan": {
+        "usage": "deltarank plan [options] ROWS",
+        "help": "say, before training, which rank rows need",
+        "description": "Train a small adapter on ROWS for 120 steps, measure the bits that it "
+        f"learns, and say which rank is enough for them (needs {EXTRA}).",
+        "epilog": "examples:\n  deltarank plan rows.jsonl --model my-base",
+    },
+}
 
 
 def parse(argv: Sequence[str] | None) -> argparse.Namespace:
@@ -66,32 +91,13 @@ def _parsers() -> tuple[_Parser, dict[str, _Parser]]:
     )
     parser.add_argument("--version", action="version", version=f"deltarank {__version__}")
     commands = parser.add_subparsers(dest="command", metavar="COMMAND", required=True)
-    inspect = commands.add_parser(
-        "inspect",
-        usage="deltarank inspect [options] BASE TUNED\n       deltarank inspect [options] ADAPTER",
-        help="say how low-rank the update is, where, and which ranks hold it",
-        description="Say how low-rank TUNED - BASE is, where, and which ranks hold it; or what of "
-        "its rank a LoRA uses.",
-        epilog="examples:\n  deltarank inspect base tuned --html page.html --energy 0.95\n"
-        "  deltarank inspect adapter",
-        formatter_class=look,
-    )
-    extract = commands.add_parser(
-        "extract",
-        usage="deltarank extract [options] BASE TUNED OUT\n"
-        "       deltarank extract [options] ADAPTER OUT",
-        help="write the cut of the update as a PEFT adapter",
-        description="Write the cut of TUNED - BASE, or of a LoRA, as a PEFT adapter into the "
-        "folder OUT; an adapter that is there is replaced.",
-        epilog=EXTRACT_EXAMPLES,
-        formatter_class=look,
-    )
-    found = {"inspect": inspect, "extract": extract}
-    for name, command in found.items():
-        _add_paths_and_rule(command, PATHS[name][1])
-    _add_reports(inspect)
-    _add_form(extract)
-    _add_healing(extract)
+    found = {name: commands.add_parser(name, formatter_class=look, **SAID[name]) for name in SAID}
+    for name in ("inspect", "extract"):
+        _add_paths_and_rule(found[name], PATHS[name][1])
+    _add_reports(found["inspect"])
+    _add_form(found["extract"])
+    _add_healing(found["extract"])
+    _add_rows(found["plan"])
     return parser, found
 
 
@@ -144,7 +150,7 @@ def _add_healing(parser: argparse.ArgumentParser) -> None:
 
 
 def _add_paths_and_rule(parser: argparse.ArgumentParser, metavar: str) -> None:
-    """The arguments of both commands: what is read, and one rule for the ranks."""
+    """The arguments of inspect and extract: what is read, and one rule for the ranks."""
     parser.add_argument(
         "paths",
         nargs="+",
@@ -168,6 +174,20 @@ def _add_paths_and_rule(parser: argparse.ArgumentParser, metavar: str) -> None:
     )
     parser.add_argument(
         "--allow-pickle", action="store_true", help="read .bin files too, if you trust them"
+    )
+
+
+def _add_rows(parser: argparse.ArgumentParser) -> None:
+    """The arguments of plan: what is read, and on which base."""
+    parser.add_argument(
+        "paths",
+        nargs="+",
+        metavar=PATHS["plan"][1],
+        help="a .jsonl file with a prompt and an answer in each line, and a kind if there are "
+        'several; lines of the split "test" are held out, or an eighth of all',
+    )
+    parser.add_argument(
+        "--model", default="", help="folder or hub id of the base (default: that of the report)"
     )
 
 

@@ -105,8 +105,8 @@ def costs(says: pd.DataFrame) -> pd.DataFrame:
     for task, sizes in says.iterrows():
         table = paid(str(task))
         logs, at = np.log(table.index), np.log(sizes.astype(float))
-        costs = {name: np.interp(at, logs, table[name]) for name in table}
-        costs["parameters"] = sizes.clip(lower=min(table.index)).to_numpy(float)
-        lines[task] = pd.DataFrame(costs, sizes.index)
+        read = {name: np.interp(at, logs, table[name]) for name in table}
+        read["parameters"] = sizes.clip(lower=min(table.index)).to_numpy(float)
+        lines[task] = pd.DataFrame(read, sizes.index)
     found = pd.concat(lines, names=["task", "rule"]).swaplevel()
     return found.loc[[*says], ["parameters", "lost", "kept"]]

@@ -1,0 +1,95 @@
+"""Advice: the rank that a reader's rows need, forecast from the bits that they teach, in words."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from pathlib import Path
+
+from deltarank.checks import require
+from deltarank.study.models import matrices, skeleton
+from deltarank.study.own_rows import Holding, holding
+from deltarank.study.profiles import middle, profile
+from deltarank.study.sizes import parameters_of
+
+
+@dataclass(frozen=True)
+class Forecast:
+    """log size = start + slope * log kbit: the trained parameters enough for what rows teach.
+
+    Fitted in notebook 8 to tasks of least to most kbit.  Of tasks left out of the fit it misses
+    what they need by `factor`, up or down, in the geometric mean.
+    """
+
+    start: float
+    slope: float
+    factor: float
+    least: float
+    most: float
+
+    def size(self, kbit: float) -> float:
+        """The trained parameters that are enough."""
+        return math.exp(self.start + self.slope * math.log(kbit))
+
+
+FORECAST = Forecast(start=9.49, slope=1.93, factor=13.0, least=0.6, most=9.0)
+
+
+def advice(file: str, model: str = "") -> str:
+    """What to train on the rows of a file, in lines of text; measures them as `holding` does.
+
+    Raises ValueError as that does, and for rows of which the short training learned nothing that
+    holds of those held out.
+    """
+    model = model or profile().model
+    held = holding(file, model)
+    name = Path(file).name
+    require(
+        held.learned_kbit > 0,
+        f"{name}: a short training learned nothing that holds of the rows held out (code length "
+        f"{held.code_kbit:.1f} kbit, learned {held.learned_kbit:.1f}): give more rows, or rows "
+        "whose answers follow from their prompts",
+    )
+    return "\n".join([_rows(name, held), *_kinds(held), _bits(held, model), *_rank(held, model)])
+
+
+def _rows(name: str, held: Holding) -> str:
+    """How many rows and tokens there are."""
+    prompts, answers = held.by_kind[["prompt_tokens", "answer_tokens"]].sum()
+    return f"{name}: {held.rows:,} rows, {prompts:,} tokens of prompts, {answers:,} of answers"
+
+
+def _kinds(held: Holding) -> list[str]:
+    """A line a kind of rows, where there are several."""
+    if len(held.by_kind) == 1:
+        return []
+    table = held.by_kind.rename_axis(None).rename(columns=lambda name: name.replace("_", " "))
+    return table.to_string().splitlines()
+
+
+def _bits(held: Holding, model: str) -> str:
+    """The bits that the rows teach, and on which of them they were measured."""
+    each = f"{1000 * held.learned_kbit / held.seen:.1f} bits a row"
+    return f"They teach {model} {held.all_kbit:.1f} kbit: {each}, by {held.seen:,} of them."
+
+
+def _rank(held: Holding, model: str) -> list[str]:
+    """The forecast as a rank on all linear layers, and whether the usual rank is enough."""
+    one = parameters_of({"method": "lora", "rank": 1, "model": model})
+    most = min(min(weight.shape) for weight in matrices(skeleton(model)).values())
+    usual, size = middle(profile().lora_ranks), FORECAST.size(held.all_kbit)
+    low, high = size / FORECAST.factor, size * FORECAST.factor
+    load = 1000 * held.all_kbit / one
+    lines = [
+        f"Forecast: {size:,.0f} trained parameters ({low:,.0f} to {high:,.0f}: a factor of "
+        f"{FORECAST.factor:.0f}, by which it misses tasks left out in the mean); rank 1 on all "
+        f"linear layers has {one:,}, a load of {load:.2g} bits each."
+    ]
+    if not FORECAST.least <= held.all_kbit <= FORECAST.most:
+        span = f"{FORECAST.least:g} to {FORECAST.most:g} kbit"
+        lines.append(f"That is beyond the {span} of the tasks that it is fitted to.")
+    if high <= usual * one:
+        return [*lines, f"Rank {usual} on all linear layers is enough."]
+    rank = min(math.ceil(high / one), most)
+    return [*lines, f"Take rank {usual}, which lost less in tasks left out than this forecast did, "
+            f"score it, and score rank {rank} beside it."]  # fmt: skip
