@@ -135,6 +135,14 @@ def test_every_notebook_is_committed_as_it_ran():
     assert [n for n, found in counts.items() if found != list(range(1, len(found) + 1))] == []
 
 
+def test_every_figure_of_a_notebook_is_saved_and_said_in_words():
+    shown = [output for book in NOTEBOOKS.values() for cell in book["cells"]
+             for output in cell.get("outputs", []) if "image/png" in output.get("data", {})]  # fmt: skip
+    assert len(shown) > 20
+    silent = [output for output in shown if "alt" not in output["metadata"]["image/png"]]
+    assert [output["data"]["text/plain"] for output in silent] == []
+
+
 def test_no_notebook_holds_a_widget():
     found = [
         name
