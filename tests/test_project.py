@@ -136,8 +136,9 @@ def test_every_notebook_is_committed_as_it_ran():
 
 
 def test_every_figure_of_a_notebook_is_saved_and_said_in_words():
-    shown = [output for book in NOTEBOOKS.values() for cell in book["cells"]
-             for output in cell.get("outputs", []) if "image/png" in output.get("data", {})]  # fmt: skip
+    cells = [cell for book in NOTEBOOKS.values() for cell in book["cells"]]
+    outputs = [output for cell in cells for output in cell.get("outputs", [])]
+    shown = [output for output in outputs if "image/png" in output.get("data", {})]
     assert len(shown) > 20
     silent = [output for output in shown if "alt" not in output["metadata"]["image/png"]]
     assert [output["data"]["text/plain"] for output in silent] == []
