@@ -389,7 +389,8 @@ def test_plan_says_what_rows_teach_and_which_rank_is_enough(rows, store, capsys)
     lines = told.splitlines()
     assert lines[0].startswith("rows.jsonl: 40 rows, ")
     assert any("trained parameters" in line for line in lines)
-    assert re.fullmatch(r"(Rank \d+ on all linear layers is enough|Take rank \d+,.*)\.", lines[-1])
+    answer = r"(By it rank \d+ on all linear layers is enough|Take rank \d+,.*)\."
+    assert re.fullmatch(answer, lines[-1])
 
 
 def test_plan_refuses_bad_rows_in_one_line(tmp_path, capsys):

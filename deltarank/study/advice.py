@@ -89,7 +89,7 @@ def _rank(held: Holding, model: str) -> list[str]:
         span = f"{FORECAST.least:g} to {FORECAST.most:g} kbit"
         lines.append(f"That is beyond the {span} of the tasks that it is fitted to.")
     if high <= usual * one:
-        return [*lines, f"Rank {usual} on all linear layers is enough."]
+        return [*lines, f"By it rank {usual} on all linear layers is enough."]
     rank = min(math.ceil(high / one), most)
     return [*lines, f"Take rank {usual}, which lost less in tasks left out than this forecast did, "
             f"score it, and score rank {rank} beside it."]  # fmt: skip

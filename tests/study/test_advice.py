@@ -46,7 +46,7 @@ def test_rows_bits_and_forecast_are_told_in_this_order(told):
 def test_the_usual_rank_is_enough_up_to_its_parameters(told):
     one, usual = parameters_of(RANK_1), 4
     fits = usual * one / 2 / 1000  # kbit, whose upper end is just the usual rank
-    assert told(fits * 0.99 / 2)[-1] == "Rank 4 on all linear layers is enough."
+    assert told(fits * 0.99 / 2)[-1] == "By it rank 4 on all linear layers is enough."
     assert told(fits * 1.01 / 2)[-1].endswith(f"score rank {usual + 1} beside it.")
     assert told(fits)[-1].endswith(f"score rank {2 * usual} beside it.")
 
