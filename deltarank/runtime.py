@@ -11,6 +11,7 @@ import subprocess
 import sys
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextvars import ContextVar
 from pathlib import Path
 
 import platformdirs
@@ -25,9 +26,22 @@ def _setting(name: str, default: str = "") -> str:
     return os.environ.get(name) or default
 
 
+_AT_WORK: ContextVar[str] = ContextVar("at_work", default="")
+
+
 def profile_name() -> str:
-    """The name of the report's size that is at work: PROFILE, or paper."""
-    return _setting("PROFILE", "paper")
+    """The name of the report's size that is at work: that of at_profile, PROFILE, or paper."""
+    return _AT_WORK.get() or _setting("PROFILE", "paper")
+
+
+@contextlib.contextmanager
+def at_profile(name: str) -> Iterator[None]:
+    """The profile that is at work within, whatever PROFILE says."""
+    token = _AT_WORK.set(name)
+    try:
+        yield
+    finally:
+        _AT_WORK.reset(token)
 
 
 def own_model() -> str:

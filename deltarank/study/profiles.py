@@ -4,16 +4,17 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import itertools
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TypeVar
+from typing import Any, TypeVar
 
 from deltarank.checks import require
 from deltarank.runtime import ROOT, build_folder, own_model, profile_name, venue
 from deltarank.study.configs import RunConfig
-from deltarank.study.convert import GEMMA
+from deltarank.study.convert import GEMMA, SMOLLM
 from deltarank.study.grids import CodeGrid, HealGrid, LadderGrid, MixGrid, OptimizerGrid
 from deltarank.study.models import TINY, load_tokenizer
 from deltarank.study.tasks import PARTS, encode, load_task, mix_of, mix_parts
@@ -60,12 +61,8 @@ class Profile:
     trials: int = 6  # settings of a method that are tried on a task (see trials)
     # Tasks with the size, that of a LoRA of this rank, at which methods compete on them.
     contests: tuple[tuple[str, int], ...] = (
-        ("facts", 1),
-        ("sorbian", 1),
-        ("kjv", 1),
-        ("arithmetic", 1),
-        ("facts", 8),
-        ("sorbian", 8),
+        *(("facts", 1), ("sorbian", 1), ("kjv", 1), ("arithmetic", 1)),
+        *(("facts", 8), ("sorbian", 8)),
     )
     fine_tasks: tuple[str, ...] = ()  # whose rates are searched finer, once those runs are stored
     # Tasks in which a low rank falls short: their LoRAs take the best of these alphas.
@@ -84,18 +81,16 @@ class Profile:
     scaling_lrs: tuple[float, ...] = (1e-4, 3e-4, 1e-3, 3e-3)  # ... at each of these rates
     # Tasks in which a low rank falls short, by LoRA of this rank (0: full fine-tuning) ...
     budget_runs: tuple[tuple[str, int], ...] = (
-        ("facts", 0),
-        ("facts", 1),
-        ("kjv", 0),
-        ("kjv", 1),
-        ("sorbian", 0),
-        ("sorbian", 1),
+        *itertools.product(("facts", "kjv", "sorbian"), (0, 1)),
     )
     budgets: tuple[int, ...] = (1, 2)  # ... with so many times the steps
     heals: HealGrid = HealGrid()
     codes: CodeGrid = CodeGrid()
     optimizers: OptimizerGrid = OptimizerGrid()
     compile: bool = True
+    committed: bool = False  # whether its results belong to the repository
+    second: str = ""  # the profile of another model, on which what is found is looked for again
+    seed_tasks: tuple[str, ...] = ()  # of a second model: those with every seed
 
     @property
     def folder(self) -> Path:
@@ -109,8 +104,8 @@ class Profile:
 
     @property
     def store(self) -> Path:
-        """The results store."""
-        return self.folder / "data"
+        """The results store: the repository's where what it holds is committed."""
+        return (ROOT if self.committed and not own_model() else self.folder) / "data"
 
     @property
     def figures(self) -> Path:
@@ -141,9 +136,24 @@ def middle(values: Sequence[Number]) -> Number:
     return sorted(values)[len(values) // 2]
 
 
+WITHOUT: dict[str, Any] = {  # what a profile has that is without the paper's side questions
+    "forecast_tasks": (),
+    "contests": (),
+    "direction_tasks": (),
+    "reading_tasks": (),
+    "mixes": MixGrid(lrs=(), twice_lrs=(), sparse=()),
+    "warmup_lrs": (),
+    "embedding_tasks": (),
+    "again_tasks": (),
+    "scaling_ranks": (),
+    "heals": HealGrid(tasks=()),
+    "optimizers": OptimizerGrid(tasks=(), lora_tasks=()),
+}
 PROFILES = {
     "smoke": Profile(
         "smoke",
+        second="smoke",  # the same model: it is to run, and nothing is read off it
+        seed_tasks=("facts",),
         model=TINY,
         tasks=("sentiment", "pirate", "facts", "json"),
         steps=6,
@@ -161,11 +171,7 @@ PROFILES = {
         seeds=(0, 1),
         lora_lrs=(1e-3, 1e-2),
         ladder=LadderGrid(
-            tiny_rank=2,
-            tiny_vectors=(8, 32),
-            tiny_lrs=(1e-2, 1e-1),
-            layers=(1,),
-            place_runs=(("facts", 1),),
+            2, tiny_vectors=(8, 32), tiny_lrs=(1e-2, 1e-1), layers=(1,), place_runs=(("facts", 1),)
         ),
         trials=3,
         contests=(("facts", 1),),
@@ -217,35 +223,42 @@ PROFILES = {
         control_ranks=(),
         lora_tasks=("facts",),
         lora_ranks=(8,),
-        forecast_tasks=(),
-        contests=(),
-        direction_tasks=(),
-        reading_tasks=(),
         full_lrs=(1e-4,),
         lora_lrs=(1e-3,),
         ladder=LadderGrid(
-            tiny_vectors=(128,),
-            tiny_lrs=(1e-2,),
-            layers=(3,),
-            modules=(),
-            place_runs=(),
+            tiny_vectors=(128,), tiny_lrs=(1e-2,), layers=(3,), modules=(), place_runs=()
         ),
         seeds=(0,),
-        mixes=MixGrid(lrs=(), twice_lrs=(), sparse=()),
-        warmup_lrs=(),
-        embedding_tasks=(),
-        again_tasks=(),
-        scaling_ranks=(),
         budgets=(),
-        heals=HealGrid(tasks=()),
         codes=CodeGrid(sizes=()),
-        optimizers=OptimizerGrid(tasks=(), lora_tasks=()),
         compile=False,  # takes longer than it saves on so few steps
+        **WITHOUT,
     ),
     "paper": Profile(
         "paper",
+        second="smollm2",
+        committed=True,
         fine_tasks=("facts", "sorbian", "sentiment", "json", "code", "mix"),
         alpha_tasks=("facts", "sorbian", "kjv", "arithmetic", "code", "mix"),
+    ),
+    "smollm2": Profile(
+        "smollm2",
+        model=SMOLLM,
+        committed=True,
+        tasks=ALL_TASKS,
+        seed_tasks=("facts", "kjv", "arithmetic", "json"),
+        alpha_tasks=("facts",),
+        seq_len=64,
+        ladder=LadderGrid(tiny_vectors=(1024,), layers=(1, 5), modules=(), place_runs=()),
+        budget_runs=(),
+        codes=CodeGrid(
+            sizes=(((24,), (), 1),),  # as deep, of 30 layers, as the first model's of 18
+            loads=(0.5, 1.0, 2.0),
+            seed_size=((24,), (), 1),
+            seed_loads=(0.5, 2.0),
+            longer_loads=(),
+        ),
+        **WITHOUT,
     ),
 }
 
@@ -272,7 +285,7 @@ def profile(name: str = "") -> Profile:
         return found
     mixes = [mix_of(PARTS)] * bool(found.mixes.lrs)
     longest = longest_row(model, (*found.tasks, *mixes))
-    return dataclasses.replace(found, model=model, seq_len=longest)
+    return dataclasses.replace(found, model=model, seq_len=longest, second="")
 
 
 @functools.lru_cache

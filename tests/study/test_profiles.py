@@ -61,9 +61,8 @@ def another(tmp_path, monkeypatch):
 def test_another_model_has_a_folder_of_its_own_and_room_for_its_words(monkeypatch, another, name):
     monkeypatch.setenv("PROFILE", name)
     found = profile()
-    assert dataclasses.replace(found, model=PROFILES[name].model, seq_len=48) == (
-        dataclasses.replace(PROFILES[name], seq_len=48)
-    )
+    own = {"model": another, "seq_len": found.seq_len, "second": ""}
+    assert found == dataclasses.replace(PROFILES[name], **own)
     assert found.model == another and found.config("facts").model == another
     folder = build_folder() / f"{name}-another"
     assert entry_folder(found.config("facts"), "runs").is_relative_to(folder / "data")

@@ -1,0 +1,149 @@
+"""Replication: what the report claims of its model, asked of another by the same measures."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import pandas as pd
+
+from deltarank.study.advice import FORECAST
+from deltarank.study.cuts import cut
+from deltarank.study.floors import skill_gain
+from deltarank.study.gains import learned_kbit, needed_bracket, taught_kbit
+from deltarank.study.loads import capacity_table, code_configs
+from deltarank.study.plan import cut_until
+from deltarank.study.profiles import middle, profile
+from deltarank.study.rivals import LEAST_KBIT, probe
+from deltarank.study.runs import run
+from deltarank.study.search import tuned
+from deltarank.study.sizes import needed_size
+from deltarank.study.tables import cut_gains, gain, spearman, spectra_table
+from deltarank.study.tasks import load_split
+
+SHARE = 0.95  # of a gain, that counts as enough
+MEASURES = ["r90", "r90_over_null", "stable_rank", "energy_8"]
+EASY, HARD = ("json", "pirate"), ("facts", "sorbian")  # tasks that need least, and most
+
+
+def task_measures(task: str, seed: int) -> dict[str, float]:
+    """What the report measures of a task, with one seed; runs what is not stored.
+
+    MEASURES of the spectrum, medians over the matrices; gain and skill: the shares that LoRA of the
+    profile's lowest and of its middle rank has; lora: the first of its ranks from which on the gain
+    is enough, and cut the same of the cut update; kept: the gain of the cut to the middle rank;
+    above and needed: the bracket of the needed size; kbit: what full fine-tuning learned; taught:
+    what the probe says that the rows teach; lr: full fine-tuning's, and LoRA's over it.
+    """
+    full, ranks = run(tuned(task, seed=seed)), sorted(profile().lora_ranks)
+    loras = {rank: run(tuned(task, "lora", rank=rank, seed=seed)) for rank in ranks}
+    gains = pd.Series({rank: gain(lora) for rank, lora in loras.items()})
+    cuts = cut_gains(full.config, cut_until(full.config, SHARE)).set_index("rank")["kept_loss"]
+    [kept] = cut_gains(full.config, cut(full.config, [middle(ranks)]))["kept_loss"]
+    spectra = spectra_table([full])
+    found = {name: float(spectra[name].median()) for name in MEASURES}
+    for name, rank in {"low": min(ranks), "middle": middle(ranks)}.items():
+        found |= {f"gain, {name}": gains[rank], f"skill, {name}": skill_gain(loras[rank])}
+    found |= {"lora": needed_bracket(gains, SHARE)[1]}
+    found |= {"cut": needed_bracket(cuts.drop(0), SHARE)[1], "kept": kept}
+    found["above"], found["needed"] = needed_size(task, SHARE, shares=(SHARE,), seed=seed)
+    taught = taught_kbit(run(probe(task)), len(load_split(task, "train")))
+    found |= {"kbit": learned_kbit(full), "taught": max(taught, LEAST_KBIT), "lr": full.config.lr}
+    return found | {"lr, LoRA over full": loras[middle(ranks)].config.lr / full.config.lr}
+
+
+def measures_table(tasks: Sequence[str], seed: int) -> pd.DataFrame:
+    """task_measures of some tasks, one line a task."""
+    return pd.DataFrame({task: task_measures(task, seed) for task in tasks}).T.rename_axis("task")
+
+
+def codes_table() -> pd.DataFrame:
+    """capacity_table of the size that has every seed, by its load to one digit."""
+    size = profile().codes.seed_size
+    same = [c for c in code_configs() if (c.layers, c.modules, c.rank) == size]
+    return capacity_table(same).round({"load": 1}).set_index("load")
+
+
+@dataclass(frozen=True)
+class Claim:
+    """What the report says of its model, as a number and the bound that it keeps."""
+
+    words: str
+    of: Callable[[pd.DataFrame], float]  # measures_table, or codes_table
+    least: float = float("-inf")
+    most: float = float("inf")
+
+    def holds(self, value: float) -> bool:
+        """Whether a number keeps the bound; NaN does not."""
+        return self.least <= value <= self.most
+
+
+def _missed(table: pd.DataFrame) -> pd.Series:
+    """By which factor the line of bits misses the bracket that a task needs; 1 or less within."""
+    said = table["taught"].map(FORECAST.size)
+    return pd.concat([said / table["needed"], table["above"] / said], axis=1).max(axis=1)
+
+
+def _over(table: pd.DataFrame) -> float:
+    """The least that a hard task is known to need over the most that an easy one does."""
+    return table.loc[[*HARD], "above"].min() / table.loc[[*EASY], "needed"].max()
+
+
+CLAIMS = [
+    Claim(
+        "r90 over the rank that LoRA needs, least of all tasks",
+        lambda t: (t["r90"] / t["lora"]).min(),
+        least=4,
+    ),
+    Claim("r90 over noise's, most of all tasks", lambda t: t["r90_over_null"].max(), most=0.6),
+    Claim("loss gain of LoRA, rank 8, least", lambda t: t["gain, middle"].min(), least=SHARE),
+    Claim(
+        "tasks with 95 % of the loss gain at rank 1",
+        lambda t: (t["gain, low"] >= SHARE).mean(),
+        least=0.5,
+    ),
+    Claim(
+        "tasks that have it in loss at rank 1 and not in skill",
+        lambda t: ((t["gain, low"] >= SHARE) & (t["skill, low"] < SHARE)).sum(),
+        least=1,
+    ),
+    Claim(
+        "tasks with 95 % of the skill at rank 8",
+        lambda t: (t["skill, middle"] >= SHARE).mean(),
+        least=2 / 3,
+    ),
+    Claim(
+        "tasks in which the cut to rank 8 keeps less than LoRA",
+        lambda t: (t["kept"] < t["gain, middle"]).mean(),
+        least=0.8,
+    ),
+    Claim("needs of facts and Sorbian over those of JSON and pirate", _over, least=4),
+    Claim(
+        "tasks that need more than two parameters a bit learned",
+        lambda t: (t["above"] > 2000 * t["kbit"]).mean(),
+        least=0.5,
+    ),
+    Claim(
+        "stable rank and the rank that the cut needs, Spearman's",
+        lambda t: spearman(t["stable_rank"], t["cut"])["spearman"],
+        least=0.5,
+    ),
+    Claim("LoRA's rate over full's, median", lambda t: t["lr, LoRA over full"].median(), least=3),
+    Claim(
+        "tasks whose need the bits forecast within their factor",
+        lambda t: (_missed(t) <= FORECAST.factor).mean(),
+        least=2 / 3,
+    ),
+]
+CODE_CLAIMS = [
+    Claim(
+        "codes recalled at half a bit a parameter, least",
+        lambda t: t.loc[[0.5], "recall"].min(),
+        least=0.99,
+    ),
+    Claim(
+        "codes recalled at two bits a parameter, most",
+        lambda t: t.loc[[2.0], "recall"].max(),
+        most=0.5,
+    ),
+]
