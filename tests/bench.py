@@ -1,12 +1,14 @@
 """make bench: what the report computes, against stock recipes run beside it.
 
-A training step, the spectra of one model, checkpoint pairs, and the whole quick report.  Timings
-need an otherwise idle machine; nothing is asserted.  `make bench ONLY=pairs` runs one part
-(spectra, training, planted, pairs with planted, variants, report).  With RECORD=yes what was
-measured of pairs, variants and report is stored for the notebooks and the README.
+A training step, the spectra of one model, checkpoint pairs, a plan, and the whole quick report.
+Timings need an otherwise idle machine; nothing is asserted.  `make bench ONLY=pairs` runs one part
+(spectra, training, planted, pairs with planted, variants, plan, report).  With RECORD=yes what was
+measured of pairs, variants, plan and report is stored for the notebooks and the README.
 """
 
 import dataclasses
+import os
+import subprocess
 import sys
 import tempfile
 import time
@@ -20,13 +22,14 @@ from bench_variants import bench_variants
 from timing import machine, record, timed
 from training_steps import Stamps, our_step, peak_memory
 
-from deltarank.runtime import cache_folder, device
+from deltarank.runtime import ROOT, cache_folder, device
 from deltarank.spectra import singular_values
 from deltarank.study.configs import RunConfig
 from deltarank.study.models import load_model, load_tokenizer
-from deltarank.study.profiles import PROFILES, REPORT_TIMES
+from deltarank.study.profiles import PLAN_TIMES, PROFILES, REPORT_TIMES
 from deltarank.study.tasks import collate, encode, load_split
 
+PLAN_ROWS = ROOT / "data" / "tasks" / "entities.jsonl"  # as in the README
 STEPS = 10  # the first four warm up and compile
 
 
@@ -110,6 +113,19 @@ def bench_spectra() -> None:
     )
 
 
+def bench_plan() -> None:
+    """Print what `deltarank plan` says of a task, and its time and memory without a cache."""
+    command = [str(Path(sys.executable).with_name("deltarank")), "plan", str(PLAN_ROWS)]
+    with tempfile.TemporaryDirectory(dir=cache_folder()) as scratch:
+        took = timed(command, Path(scratch))
+        again = os.environ | {"LOWRANK_CACHE": scratch, "PROGRESS": "off"}
+        said = subprocess.run(command, env=again, capture_output=True, text=True, check=True).stdout
+    minutes, memory = took["seconds"] / 60, took["GB"]
+    print(f"{said}deltarank plan: {minutes:.1f} min, {memory:.1f} GB")
+    times = {"said": [said], "minutes": [round(minutes, 1)], "GB": [round(memory, 1)]}
+    record(pd.DataFrame(times), PLAN_TIMES)
+
+
 def bench_report() -> None:
     """Print time and memory of `make report` from an empty cache, packages apart."""
     with tempfile.TemporaryDirectory(dir=cache_folder()) as scratch:
@@ -127,6 +143,7 @@ PARTS = {
     "planted": [bench_planted],
     "pairs": [bench_planted, bench_pairs],
     "variants": [bench_variants],
+    "plan": [bench_plan],
     "report": [bench_report],
 }
 
