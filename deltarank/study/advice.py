@@ -17,7 +17,7 @@ from deltarank.study.sizes import parameters_of
 class Forecast:
     """log size = start + slope * log kbit: the trained parameters enough for what rows teach.
 
-    Fitted in notebook 8 to tasks of least to most kbit.  Of tasks left out of the fit it misses
+    Fitted in notebook 9 to tasks of least to most kbit.  Of tasks left out of the fit it misses
     what they need by `factor`, up or down, in the geometric mean.
     """
 

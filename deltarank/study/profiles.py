@@ -22,7 +22,7 @@ from deltarank.study.tasks import PARTS, encode, load_task, mix_of, mix_parts
 Number = TypeVar("Number", int, float)
 
 # Written by `RECORD=yes make bench`: time and memory of pairs, what tools say of a planted rank
-# (both in notebook 10), and time and memory of a step of each method, a plan and `make report`.
+# (both in notebook 11), and time and memory of a step of each method, a plan and `make report`.
 PAIR_TIMES = ROOT / "data" / "bench_pairs.csv"
 PLANTED_RANKS = ROOT / "data" / "bench_planted.csv"
 VARIANT_TIMES = ROOT / "data" / "bench_variants.csv"
@@ -180,8 +180,8 @@ PROFILES = {
             steps=2,
             eval_rows=4,
             generate_rows=1,
-            lrs=((0, (1e-3,)), (1, (1e-3, 1e-2))),
-            twice_lrs=((0, (1e-3,)), (1, (1e-3, 1e-2))),
+            lrs=((0, (1e-3,)), (1, (1e-3, 1e-2)), (8, (1e-3,))),
+            twice_lrs=((0, (1e-3,)), (1, (1e-3, 1e-2)), (8, (1e-3,))),
             sparse=((1, (1e-2,)),),
             orders=(0, 1),
             counts=(1, 8),

@@ -67,7 +67,9 @@ def test_the_long_mix_twice_as_long_has_the_rows_of_whole_tasks(monkeypatch):
     monkeypatch.setattr(diversity, "sweep", sweep)
     found = long_mix(twice=True)
     assert {c.steps for c in asked} == {2 * profile().config("production").steps}
-    assert {rank: result.config.lr for rank, result in found.items()} == {0: 1e-3, 1: 1e-3}
+    assert {rank: result.config.lr for rank, result in found.items()} == dict.fromkeys(
+        (0, 1, 8), 1e-3
+    )
     monkeypatch.setenv("PROFILE", "paper")
     one, whole = (profile().config(task) for task in ("facts", "production"))
     assert 2 * whole.steps == len(PARTS) * one.steps
@@ -76,9 +78,10 @@ def test_the_long_mix_twice_as_long_has_the_rows_of_whole_tasks(monkeypatch):
 def test_sizes_ascend_after_full_fine_tuning():
     groups = mix_configs(MIX)
     assert [(g[0].method, g[0].rank, g[0].layers) for g in groups] == [
-        ("full", 0, ()), ("lora", 1, (1,)), ("lora", 1, ()),
+        ("full", 0, ()), ("lora", 1, (1,)), ("lora", 1, ()), ("lora", 8, ()),
     ]  # fmt: skip
-    assert [[config.lr for config in group] for group in groups] == [[1e-3], [1e-2], [1e-3, 1e-2]]
+    rates = [[config.lr for config in group] for group in groups]
+    assert rates == [[1e-3], [1e-2], [1e-3, 1e-2], [1e-3]]
     assert {config.eval_rows for group in groups for config in group} == {8}, "four a part"
 
 
@@ -105,7 +108,7 @@ def measured(monkeypatch):
 
 
 def test_a_size_takes_the_rate_of_the_lowest_held_out_loss(measured):
-    assert [run.config.lr for run in mix_runs(MIX)] == [1e-3, 1e-2, 1e-3]
+    assert [run.config.lr for run in mix_runs(MIX)] == [1e-3, 1e-2, 1e-3, 1e-3]
 
 
 def test_a_size_that_diverged_at_every_rate_is_named(monkeypatch):
@@ -118,14 +121,14 @@ def test_a_size_that_diverged_at_every_rate_is_named(monkeypatch):
 
 
 def test_a_part_needs_what_keeps_the_share_of_its_own_gain(measured):
-    one_layer, rank_1 = (trained_parameters(group[0]) for group in mix_configs(MIX)[1:])
+    one_layer, rank_1, rank_8 = (trained_parameters(c[0]) for c in mix_configs(MIX)[1:])
     gains = part_gains(MIX)
     assert gains.loc[one_layer].to_dict() == {"json": 1.0, "facts": 0.25}
     assert gains.loc[rank_1].to_dict() == {"json": 1.0, "facts": pytest.approx(0.95)}
     assert needed_by_part(MIX, 0.9).T.to_dict("list") == {
         "json": [0, one_layer], "facts": [one_layer, rank_1],
     }  # fmt: skip
-    assert needed_by_part(MIX, 0.99).loc["facts"].tolist() == [rank_1, math.inf]
+    assert needed_by_part(MIX, 0.99).loc["facts"].tolist() == [rank_8, math.inf]
 
 
 def test_parts_stand_in_one_order():

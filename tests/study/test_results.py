@@ -187,7 +187,7 @@ def ask_for_controls():
 
 
 def ask_for_ladders():
-    """Ask for the runs of which notebook 7 tells needed sizes, and notebook 8 what rules read."""
+    """Ask for the runs of which notebook 7 tells needed sizes, and notebook 9 what rules read."""
     for task in profile().lora_tasks:
         size_gains(task)
     read_of([*profile().lora_tasks, *profile().forecast_tasks])
@@ -253,4 +253,4 @@ def test_the_paper_is_rendered_without_training(monkeypatch, no_training, record
     assert len(asked_for) > 300
     others = [folder for folder in RUNS + PAIRS + HEALS + CODES if folder not in asked]
     by_matrix = [folder for folder in others if records[folder]["config"].get("rank_pattern")]
-    assert others == by_matrix, "no notebook reads these"  # notebook 10 has ranks by matrix
+    assert others == by_matrix, "no notebook reads these"  # notebook 11 has ranks by matrix
