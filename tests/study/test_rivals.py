@@ -116,6 +116,14 @@ def test_the_usual_rank_is_among_what_is_paid(dates):
     assert usual in paid("dates").index and {*dates[0]} <= {*paid("dates").index}
 
 
+def test_costs_are_those_of_the_sizes_that_a_share_asks_for(dates):
+    high = {*tried_runs("dates", shares=(1e9,))}  # which no size keeps
+    usual = 4 * parameters_of({"method": "lora", "rank": 1})
+    assert high != {*dates[0]} and {*paid("dates", shares=(1e9,)).index} == high | {usual}
+    asked = pd.DataFrame({"any": [1.0]}, ["dates"])
+    assert costs(asked, shares=(1e9,))["parameters"].item() == min(high | {usual})
+
+
 def test_costs_have_a_line_a_rule_and_task(store):
     says = pd.DataFrame({"low": [1.0, 1.0], "high": [1e9, 1e9]}, ["dates", "facts"])
     assert [*costs(says).index] == [(rule, task) for rule in says for task in says.index]
