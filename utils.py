@@ -47,6 +47,7 @@ from deltarank.study.gains import (
     at_gain,
     bracket_text,
     captured_energy,
+    epoch_rows,
     first_epoch_kbit,
     gain_kept,
     learned_kbit,
@@ -56,6 +57,7 @@ from deltarank.study.gains import (
 )
 from deltarank.study.guidance import guidance_table
 from deltarank.study.heals import heal_configs, heals_table
+from deltarank.study.law import capacity_interval, fit_law
 from deltarank.study.loads import capacity_table, code_configs, curves_table, longer_configs
 from deltarank.study.measuring import measure
 from deltarank.study.models import load_model, load_tokenizer, matrices
