@@ -83,8 +83,9 @@ class CodeGrid:
     """Codes learned by a few layers (see loads.code_configs).
 
     What is trained: no modules are all linear ones, rank 0 all parameters of the layers.  The loads
-    are bits of codes a trained parameter, as far as codes are not more than `most`; `steps` are at
-    most.  A size takes the best of these rates; rank 0 has rates and loads of its own.
+    are bits of codes a trained parameter, as far as codes are not more than `most`, or those that a
+    size has of its own; `steps` are at most.  A size takes the best of these rates; rank 0 has its
+    own.
     """
 
     sizes: tuple[Size, ...] = (
@@ -96,7 +97,7 @@ class CodeGrid:
     )
     digits: int = 6
     loads: tuple[float, ...] = (0.05, 0.2, 0.5, 1.0, 2.0, 5.0)
-    full_loads: tuple[float, ...] = (0.001, 0.01)
+    own_loads: tuple[tuple[Size, tuple[float, ...]], ...] = ((((14,), (), 0), (0.001, 0.01)),)
     most: int = 5000
     steps: int = 4000
     lrs: tuple[float, ...] = (1e-4, 3e-4, 1e-3, 3e-3, 1e-2)

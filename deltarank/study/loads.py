@@ -44,12 +44,12 @@ def _codes_a_bit(config: CodeRun) -> float:
 
 
 def loads_of(size: Size) -> list[float]:
-    """The profile's loads of codes at which a size has at least 2 codes, and no more than its most.
+    """The profile's loads of a size, its own or all, of 2 codes or more and no more than its most.
 
     Raises ValueError where there are none.
     """
     grid, each = profile().codes, _codes_a_bit(_smallest(size, 1.0, 0))
-    given = grid.loads if size[-1] else grid.full_loads
+    given = dict(grid.own_loads).get(size, grid.loads)
     found = [load for load in given if 2 <= round(load * each) <= grid.most]
     cure = f"none of {given} makes 2 to {grid.most} codes"
     require(bool(found), f"the loads of {size}: {cure}")
