@@ -54,6 +54,7 @@ from deltarank.study.gains import (
     median_bracket,
     needed_bracket,
     needed_rank,
+    taught_kbit,
 )
 from deltarank.study.guidance import guidance_table
 from deltarank.study.heals import heal_configs, heals_table
