@@ -22,7 +22,7 @@ report paper: export OMP_WAIT_POLICY ?= active# trains faster; elsewhere spinnin
 help: ## print this list
 	@grep -E '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
 
-report: export PROFILE := $(if $(filter smoke,$(PROFILE)),smoke,quick)
+report: override export PROFILE := $(if $(filter smoke,$(PROFILE)),smoke,quick)
 report: $(READY) ## [MODEL=yours]: run the quick profile from scratch; notebooks, HTML, figures in build
 	$(elsewhere)
 
@@ -33,7 +33,7 @@ define elsewhere
 	@echo "Done. Open $(FOLDER)/html/00_read_the_report.html"
 endef
 
-paper: export PROFILE = paper
+paper: override export PROFILE = paper
 ifdef MODEL
 paper: $(READY)
 	$(elsewhere)
@@ -43,7 +43,7 @@ paper: $(READY) ## run the committed notebooks in place: load what is stored, co
 	@$(FIGURE_LIST) notebooks figures/README.md
 endif
 
-figures: export PROFILE = paper
+figures: override export PROFILE = paper
 figures: export VENUE := $(or $(VENUE),default)
 figures: $(READY) ## [VENUE=neurips|icml|acl|nature]: every figure and table at a venue's sizes
 	@$(BIN)/python -c "import utils; utils.set_style()"

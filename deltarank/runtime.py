@@ -18,6 +18,8 @@ import platformdirs
 import torch
 from tqdm import tqdm
 
+from deltarank.checks import require
+
 ROOT = Path(__file__).resolve().parent.parent  # the checkout, where the package runs from one
 
 
@@ -36,7 +38,8 @@ def profile_name() -> str:
 
 @contextlib.contextmanager
 def at_profile(name: str) -> Iterator[None]:
-    """The profile that is at work within, whatever PROFILE says."""
+    """The profile that is at work within, in this thread, whatever PROFILE says."""
+    require(bool(name), "at_profile needs the name of a profile")
     token = _AT_WORK.set(name)
     try:
         yield

@@ -3,9 +3,12 @@
 import json
 import os
 import re
+import subprocess
 import sys
 import time
+from pathlib import Path
 
+import bench
 import bench_pairs
 import bench_planted
 import bench_variants
@@ -213,6 +216,30 @@ def test_every_method_and_size_has_a_line(tmp_path, monkeypatch):
         ("VeRA", 1),
     ]
     assert set(found["seconds"]) == {0.5} and (found["parameters"] > 0).all()
+
+
+def test_a_plan_is_timed_without_a_cache_and_quoted_from_it(tmp_path, monkeypatch, capsys):
+    caches = []
+
+    def run(command, *, env, **options):
+        caches.append(env["LOWRANK_CACHE"])
+        return subprocess.CompletedProcess(command, 0, "entities.jsonl: 2 rows\n", "")
+
+    def timed(command, scratch):
+        caches.append(str(scratch))
+        return {"seconds": 90.0, "GB": 2.0}
+
+    monkeypatch.setattr(bench, "timed", timed)
+    monkeypatch.setattr(bench.subprocess, "run", run)
+    monkeypatch.setattr(bench, "PLAN_TIMES", tmp_path / "times.csv")
+    monkeypatch.setenv("RECORD", "yes")
+    monkeypatch.setattr(timing, "machine", dict)
+    bench.bench_plan()
+    assert capsys.readouterr().out == "entities.jsonl: 2 rows\ndeltarank plan: 1.5 min, 2.0 GB\n"
+    [found] = pd.read_csv(tmp_path / "times.csv").to_dict("records")
+    assert found == {"said": "entities.jsonl: 2 rows\n", "minutes": 1.5, "GB": 2.0}
+    assert len({*caches}) == 1 and not Path(caches[0]).exists()
+    assert bench.PLAN_ROWS.exists()
 
 
 # What the tools say

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pandas as pd
 
+from deltarank.runtime import at_profile
 from deltarank.study.gains import Measured, gain_kept
 from deltarank.study.plan import floor_configs
 from deltarank.study.profiles import profile
@@ -61,7 +62,8 @@ def skill_kept(value: Measured, full: Result, *, by: str = "loss", split: str = 
     """
     if not has_floor(full.config.task):
         return value * float("nan")
-    without = floors(full.config.task, split)
+    with at_profile(full.config.profile):
+        without = floors(full.config.task, split)
     floor = without["loss_nats"].min() if by == "loss" else without["score"].max()
     return gain_kept(value, floor, getattr(full, by)(split))
 
@@ -71,5 +73,6 @@ def skill_gain(result: Result, *, by: str = "loss", split: str = "test") -> floa
 
     The full fine-tune has the run's task and seed and the task's best learning rate.
     """
-    full = run(tuned(result.config.task, seed=result.config.seed))
+    with at_profile(result.config.profile):
+        full = run(tuned(result.config.task, seed=result.config.seed))
     return skill_kept(getattr(result, by)(split), full, by=by, split=split)

@@ -7,6 +7,7 @@ import itertools
 
 import pandas as pd
 
+from deltarank.runtime import at_profile
 from deltarank.study.configs import RunConfig
 from deltarank.study.cuts import cut
 from deltarank.study.gains import gain_kept
@@ -167,7 +168,8 @@ def lora_until(full: RunConfig, share: float) -> list[Result]:
     ends = run(sizes.config(full.task, "base")), run(full)
     rank, reached, found = min(sizes.lora_ranks), False, []
     while rank <= max(sizes.lora_ranks) and not reached:
-        lora = run(tuned(full.task, "lora", rank=rank, seed=full.seed))
+        with at_profile(full.profile):
+            lora = run(tuned(full.task, "lora", rank=rank, seed=full.seed))
         reached = all(  # not by a run that diverged, whose loss is NaN
             gain_kept(lora.loss(split), *(end.loss(split) for end in ends)) >= share
             for split in ("valid", "test")

@@ -250,7 +250,7 @@ PROFILES = {
         seed_tasks=("facts", "kjv", "arithmetic", "json"),
         alpha_tasks=("facts",),
         seq_len=64,
-        ladder=LadderGrid(tiny_vectors=(1024,), layers=(1, 5), modules=(), place_runs=()),
+        ladder=LadderGrid(layers=(2, 5, 10, 15), place_runs=()),  # of 30, as 1 to 9 of 18
         budget_runs=(),
         codes=CodeGrid(
             sizes=(((24,), (), 1),),  # as deep, of 30 layers, as the first model's of 18

@@ -17,6 +17,7 @@ from deltarank.study.profiles import middle, profile
 from deltarank.study.runs import run
 from deltarank.study.search import tuned
 from deltarank.study.sizes import (
+    SHARES,
     ladder,
     needed_size,
     parameters_of,
@@ -78,15 +79,15 @@ def forecasts(known: Sequence[str], asked: Sequence[str], share: float) -> pd.Da
     return table
 
 
-def paid(task: str, **fields) -> pd.DataFrame:
+def paid(task: str, *, shares: Sequence[float] = SHARES) -> pd.DataFrame:
     """What adapters cost on a task, a line a size, by ascending number of trained parameters.
 
-    The sizes are those of tried_runs and the usual rank, without runs that diverged; fields: as of
-    tried_runs.  lost: held-out loss above that of full fine-tuning, in nats a token; kept:
+    The sizes are those that tried_runs has for the shares and the usual rank, without runs that
+    diverged.  lost: held-out loss above that of full fine-tuning, in nats a token; kept:
     skill_gain.  Raises ValueError where all diverged.
     """
     always = sized(task, {"method": "lora", "rank": middle(profile().lora_ranks)})
-    tried = tried_runs(task, **fields) | {trained_parameters(always): run(always)}
+    tried = tried_runs(task, shares=shares) | {trained_parameters(always): run(always)}
     results = {count: r for count, r in sorted(tried.items()) if r.status == "finished"}
     require(bool(results), f"{task}: every size that was tried diverged")
     full = run(tuned(task)).loss()
@@ -94,16 +95,16 @@ def paid(task: str, **fields) -> pd.DataFrame:
     return pd.DataFrame.from_dict(rows, orient="index", columns=["lost", "kept"])
 
 
-def costs(says: pd.DataFrame, **fields) -> pd.DataFrame:
+def costs(says: pd.DataFrame, *, shares: Sequence[float] = SHARES) -> pd.DataFrame:
     """What it costs to follow what every rule says of every task: a line a rule and task.
 
-    says: as forecasts gives it; fields: as of tried_runs.  Columns: parameters, the size that is
+    says: as forecasts gives it; shares: as of paid.  Columns: parameters, the size that is
     named, but none below those of `paid`; lost and kept, read on straight lines between these over
     the logarithm of the parameters; a size above all of them has what the largest has.
     """
     lines = {}
     for task, sizes in says.iterrows():
-        table = paid(str(task), **fields)
+        table = paid(str(task), shares=shares)
         logs, at = np.log(table.index), np.log(sizes.astype(float))
         read = {name: np.interp(at, logs, table[name]) for name in table}
         read["parameters"] = sizes.clip(lower=min(table.index)).to_numpy(float)

@@ -11,6 +11,7 @@ import pandas as pd
 from torch import Tensor
 
 from deltarank.checkpoints import layer_and_module
+from deltarank.runtime import at_profile
 from deltarank.spectra import energy_rank, spectrum_measures
 from deltarank.store import cached
 from deltarank.study.configs import RunConfig
@@ -40,6 +41,7 @@ def keep_table(name: str, compute: Callable[[], pd.DataFrame]) -> pd.DataFrame:
             columns["shape"] = ["x".join(map(str, shape)) for shape in columns["shape"]]
         return {"columns": columns, "attrs": table.attrs}, spectra
 
+    name = name if profile().name == "paper" else f"{profile().name}-{name}"
     record, spectra = cached(profile().store / "tables" / name, found)
     table = pd.DataFrame(record["columns"])
     table.attrs = record["attrs"]
@@ -53,8 +55,9 @@ def ends(config: RunConfig) -> tuple[Result, Result]:
 
     The full fine-tune has the run's task and seed and the task's best learning rate.
     """
-    base = profile(config.profile).config(config.task, "base")
-    return run(base), run(tuned(config.task, seed=config.seed))
+    with at_profile(config.profile):
+        base = profile().config(config.task, "base")
+        return run(base), run(tuned(config.task, seed=config.seed))
 
 
 def gain(result: Result, *, by: str = "loss") -> float:

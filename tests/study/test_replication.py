@@ -2,27 +2,41 @@
 
 import math
 
+import numpy as np
 import pandas as pd
 import pytest
 
 from deltarank.runtime import ROOT, at_profile
+from deltarank.study import replication
 from deltarank.study.advice import FORECAST
+from deltarank.study.configs import RunConfig
+from deltarank.study.cuts import cut
+from deltarank.study.floors import skill_gain
+from deltarank.study.gains import learned_kbit
 from deltarank.study.profiles import PROFILES, profile
-from deltarank.study.replication import CLAIMS, CODE_CLAIMS, Claim, measures_table
-from deltarank.study.runs import run
+from deltarank.study.replication import (
+    CLAIMS,
+    CODE_CLAIMS,
+    SHARE,
+    bracket,
+    codes_table,
+    measures_table,
+    taught,
+)
+from deltarank.study.runs import Result, run
 from deltarank.study.search import tuned
-from deltarank.study.tables import spectra_table
+from deltarank.study.sizes import ladder, parameters_of, tried_runs
+from deltarank.study.tables import cut_gains, ends, gain, keep_table, spectra_table
+
+# The claims, by numbers made to keep each by a way
 
 
 @pytest.fixture
 def table():
-    """Four tasks that keep every claim, as if measured: each bound is passed by some way."""
-    tasks = {"json": 1e3, "pirate": 2e3, "facts": 1e6, "sorbian": 2e6}
-    found = pd.DataFrame({"needed": tasks})
-    found["above"] = found["needed"] / 2
-    found["taught"] = [
-        math.exp((math.log(n) - FORECAST.start) / FORECAST.slope) for n in tasks.values()
-    ]
+    """Four tasks that keep every claim, as if measured."""
+    needed = pd.Series({"json": 1e3, "pirate": 2e3, "facts": 1e6, "sorbian": 2e6})
+    found = pd.DataFrame({"needed": needed, "above": needed / 2})
+    found["taught"] = np.exp((np.log(needed) - FORECAST.start) / FORECAST.slope)
     found["kbit"] = found["above"] / 4000
     found["r90"], found["r90_over_null"], found["lora"] = 50.0, 0.3, [1.0, 1.0, 8.0, 8.0]
     found["stable_rank"], found["cut"] = [1.0, 2.0, 3.0, 4.0], [1.0, 8.0, 64.0, math.inf]
@@ -32,47 +46,73 @@ def table():
     return found
 
 
+def claim(words):
+    """The one claim whose words begin so."""
+    [found] = [claim for claim in CLAIMS if claim.words.startswith(words)]
+    return found
+
+
 @pytest.mark.parametrize("claim", CLAIMS, ids=lambda claim: claim.words)
 def test_a_table_made_to_keep_the_claims_keeps_each(table, claim):
     assert claim.holds(claim.of(table)), (claim, claim.of(table))
 
 
-BROKEN = {
-    "r90 over the rank": {"r90": 3.0},
-    "r90 over noise": {"r90_over_null": 0.7},
-    "loss gain of LoRA": {"gain, middle": 0.94},
-    "tasks with 95 % of the loss gain": {"gain, low": 0.9},
-    "tasks that have it in loss": {"skill, low": 1.0},
-    "tasks with 95 % of the skill": {"skill, middle": 0.9},
-    "tasks in which the cut": {"kept": 0.98},
-    "needs of facts": {"above": 1.0},
-    "tasks that need more than two": {"kbit": 1e6},
-    "stable rank and": {"stable_rank": [4.0, 3.0, 2.0, 1.0]},
-    "LoRA's rate": {"lr, LoRA over full": 2.0},
-    "tasks whose need": {"taught": 1e3},
-}
+BROKEN = [  # a claim, and the one cell that breaks it
+    ("r90 over the rank", "facts", {"r90": 31.0}),
+    ("r90 over noise", "facts", {"r90_over_null": 0.7}),
+    ("loss gain of LoRA", "json", {"gain, middle": 0.94}),
+    ("tasks with 95 % of the loss gain", "json", {"gain, low": 0.9}),
+    ("tasks that have it in loss", "pirate", {"skill, low": 1.0}),
+    ("tasks with 95 % of the skill", "json", {"skill, middle": 0.9}),
+    ("tasks in which the cut", "json", {"kept": 0.98}),
+    ("needs of facts", "facts", {"above": 7e3}),
+    ("needs of facts", "pirate", {"needed": 2e5}),
+    ("needs of facts", "pirate", {"needed": math.inf}),
+    ("LoRA's rate", ["json", "pirate", "facts"], {"lr, LoRA over full": 2.0}),
+    ("stable rank and", ["json", "sorbian"], {"stable_rank": [4.0, 1.0]}),
+    ("tasks that need more", ["json", "pirate", "facts"], {"kbit": 1e6}),
+    ("tasks that need more", ["json", "pirate", "facts"], {"above": 0.0, "kbit": 0.0}),
+    ("tasks whose need", ["json", "pirate"], {"taught": 1e3}),
+    ("tasks whose need", ["facts", "sorbian"], {"taught": 1e-3}),
+]
 
 
-@pytest.mark.parametrize("words, change", BROKEN.items())
-def test_each_claim_can_be_broken_by_what_it_reads(table, words, change):
-    [claim] = [claim for claim in CLAIMS if claim.words.startswith(words)]
-    assert not claim.holds(claim.of(table.assign(**change)))
+@pytest.mark.parametrize("words, tasks, change", BROKEN)
+def test_a_claim_is_broken_by_the_cells_that_it_reads(table, words, tasks, change):
+    table.loc[tasks, [*change]] = pd.DataFrame(change, np.atleast_1d(tasks)).to_numpy()
+    assert not claim(words).holds(claim(words).of(table))
 
 
-def test_every_claim_has_a_test_that_breaks_it():
-    assert all(any(claim.words.startswith(words) for words in BROKEN) for claim in CLAIMS)
+def test_every_claim_has_a_case_that_breaks_it():
+    assert {claim(words).words for words, *_ in BROKEN} == {claim.words for claim in CLAIMS}
+
+
+@pytest.mark.parametrize("words", ["loss gain of LoRA", "r90 over noise", "LoRA's rate"])
+def test_a_task_whose_run_diverged_keeps_no_bound(table, words):
+    table.loc["json", ["gain, middle", "r90_over_null", "lr, LoRA over full"]] = math.nan
+    assert math.isnan(claim(words).of(table)) and not claim(words).holds(claim(words).of(table))
+
+
+def test_tasks_that_were_not_measured_keep_no_bound(table):
+    found = claim("needs of facts")
+    assert not found.holds(found.of(table.drop(index="facts")))
 
 
 @pytest.mark.parametrize(
-    "recall, held", [([1.0, 1.0, 0.2], [True, True]), ([0.9, 0.9, 0.6], [False, False])]
+    ("recall", "held"),
+    [
+        ([1.0, 0.0, 0.2, 0.9], [True, True]),  # what other seeds recall does not count
+        ([0.9, 1.0, 0.6, 0.1], [False, False]),
+        ([math.nan, 1.0, math.nan, 0.1], [False, False]),
+    ],
 )
-def test_codes_are_kept_at_half_a_bit_and_lost_at_two(recall, held):
-    table = pd.DataFrame({"recall": recall}, index=[0.5, 0.5, 2.0])
+def test_codes_are_kept_at_half_a_bit_and_lost_at_two_by_the_first_seed(recall, held):
+    table = pd.DataFrame({"recall": recall, "seed": [0, 1, 0, 1]}, index=[0.5, 0.5, 2.0, 2.0])
     assert [claim.holds(claim.of(table)) for claim in CODE_CLAIMS] == held
+    assert not any(claim.holds(claim.of(table[table.index == 1.0])) for claim in CODE_CLAIMS)
 
 
-def test_a_number_that_is_none_keeps_no_bound():
-    assert not Claim("any", lambda table: math.nan).holds(math.nan)
+# The profile at work
 
 
 def test_a_profile_is_at_work_within_and_no_longer_than_that():
@@ -85,21 +125,94 @@ def test_a_profile_is_at_work_within_and_no_longer_than_that():
     with pytest.raises(RuntimeError), at_profile("quick"):
         raise RuntimeError
     assert profile() == before
+    with pytest.raises(ValueError, match="name of a profile"), at_profile(""):
+        pass
 
 
-def test_the_second_model_is_stored_beside_the_first(monkeypatch):
+def test_the_second_model_is_stored_beside_the_first_and_drawn_apart(monkeypatch):
     paper = PROFILES["paper"]
     second = PROFILES[paper.second]
     assert second.store == paper.store == ROOT / "data" and second.model != paper.model
-    assert {*second.seed_tasks} < {*second.lora_tasks} <= {*paper.lora_tasks}
+    assert not second.figures.is_relative_to(ROOT)  # BUILD is a temporary folder here
+    assert {*second.seed_tasks} < {*second.lora_tasks} == {*paper.lora_tasks}
+    assert second.lora_alphas == paper.lora_alphas and second.alpha_tasks == ("facts",)
+    with at_profile("smollm2"):
+        assert [*ladder()] == [
+            "TinyLoRA of 16", "TinyLoRA of 128", "TinyLoRA of 1,024", "rank 1 on 2 layers",
+            "rank 1 on q_proj", "rank 1 on 5 layers", "rank 1 on 10 layers", "rank 1 on 15 layers",
+            "rank 1", "rank 8", "rank 64",
+        ]  # fmt: skip
+        assert RunConfig(task="facts", method="base").profile == "smollm2"
     monkeypatch.setenv("MODEL", "anything")
     assert not second.store.is_relative_to(ROOT / "data")
 
 
+@pytest.fixture
+def another(store, monkeypatch):
+    """A profile that differs from smoke in its rates, so that its best ones do."""
+    found = PROFILES["smoke"]
+    rates = {"full_lrs": (3e-4, 3e-3), "lora_lrs": (3e-3, 3e-2)}
+    monkeypatch.setitem(
+        PROFILES, "another", type(found)(**{**vars(found), **rates, "name": "another"})
+    )
+    return "another"
+
+
+def test_a_run_is_measured_by_the_profile_that_made_it(another):
+    with at_profile(another):
+        lora = run(tuned("facts", "lora", rank=1))
+        found = gain(lora), skill_gain(lora), [end.config for end in ends(lora.config)]
+    assert lora.config.profile == another and lora.config.lr in (3e-3, 3e-2)
+    assert (gain(lora), skill_gain(lora)) == found[:2]
+    assert [end.config for end in ends(lora.config)] == found[2]
+    assert found[2][1].lr in (3e-4, 3e-3)
+
+
+def test_a_table_belongs_to_the_profile_that_made_it(another):
+    first = keep_table("any", lambda: pd.DataFrame({"x": [1]}))
+    with at_profile(another):
+        assert keep_table("any", lambda: pd.DataFrame({"x": [2]}))["x"].item() == 2
+    assert keep_table("any", lambda: 1 / 0).equals(first)
+
+
+# What is measured, against the runs themselves
+
+
 def test_measures_are_those_of_the_runs(store):
-    """One task of the smoke profile, against what its runs say themselves."""
-    [found] = measures_table(["facts"], 0).to_dict("records")
-    full = run(tuned("facts", seed=0))
+    [found] = measures_table("smoke", 1, ["facts"]).to_dict("records")
+    full = run(tuned("facts", seed=1))
+    low, middle = (run(tuned("facts", "lora", rank=rank, seed=1)) for rank in (1, 4))
     assert found["lr"] == full.config.lr
+    assert found["lr, LoRA over full"] == middle.config.lr / full.config.lr
     assert found["r90"] == spectra_table([full])["r90"].median()
-    assert found["above"] < found["needed"]
+    assert (found["gain, low"], found["gain, middle"]) == (gain(low), gain(middle))
+    assert (found["skill, low"], found["skill, middle"]) == (skill_gain(low), skill_gain(middle))
+    assert found["kept"] == cut_gains(full.config, cut(full.config, [4]))["kept_loss"].item()
+    assert (found["above"], found["needed"]) == bracket("facts", 1)
+    assert found["kbit"] == max(learned_kbit(full), 0) and found["taught"] == taught("facts")
+
+
+def test_a_bracket_has_the_ranks_beside_the_sizes_that_halving_tries(store, monkeypatch):
+    """All short but the largest rank, which halving, led by other rows, never comes to."""
+    ranks = [parameters_of({"method": "lora", "rank": rank}) for rank in (1, 4, 8)]
+    size = replication.trained_parameters
+    monkeypatch.setattr(replication, "skill_gain", lambda r: float(size(r.config) == ranks[-1]))
+    assert bracket("facts", 0) == (ranks[1], ranks[2])
+    monkeypatch.setattr(replication, "skill_gain", lambda r: 1.0)
+    least = min(tried_runs("facts", shares=(SHARE,)))
+    assert bracket("facts", 0) == (0, min(least, ranks[0]))
+
+
+def test_a_run_that_diverged_is_named_before_anything_is_read_off_it(store, monkeypatch):
+    diverged = Result(profile().config("facts"), {"status": "diverged"}, {})
+    monkeypatch.setattr(replication, "run", lambda config: diverged)
+    with pytest.raises(ValueError, match="facts-full-.*no yardstick"):
+        measures_table("smoke", 0, ["facts"])
+    with pytest.raises(ValueError, match="tells no bits"):
+        taught("facts")
+
+
+def test_codes_are_those_of_the_size_with_every_seed(store):
+    table = codes_table("smoke")
+    assert {*table["trained"]} == {"rank 1 on 1 layer"} and {*table["seed"]} == {0, 1}
+    assert table.index.min() == pytest.approx(0.1, abs=0.05)
