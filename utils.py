@@ -78,7 +78,7 @@ from deltarank.study.plan import (
     warmup_configs,
 )
 from deltarank.study.profiles import PAIR_TIMES, PLANTED_RANKS, PROFILES, profile
-from deltarank.study.rivals import costs, forecasts, known_sizes, read_of
+from deltarank.study.rivals import against_chance, costs, dealt, forecasts, known_sizes, read_of
 from deltarank.study.runs import Result, example_update, run, spectral_gap, stored, sweep
 from deltarank.study.search import coarse_search, coarsely_tuned, lr_between, lr_search, tuned
 from deltarank.study.sizes import ladder, parameters_of, size_gains

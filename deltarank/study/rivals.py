@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Sequence
 
 import numpy as np
@@ -111,3 +112,31 @@ def costs(says: pd.DataFrame, *, shares: Sequence[float] = SHARES) -> pd.DataFra
         lines[task] = pd.DataFrame(read, sizes.index)
     found = pd.concat(lines, names=["task", "rule"]).swaplevel()
     return found.loc[[*says], ["parameters", "lost", "kept"]]
+
+
+def dealt(read: pd.DataFrame, needed: pd.Series, draws: int) -> pd.DataFrame:
+    """What rules would say of known tasks if their readings were dealt to these at random, seed 0.
+
+    read: as read_of gives it; one line a task, one column a rule and draw ("bits: 0").
+    """
+    rng, found = np.random.default_rng(0), {}
+    for name, draw in itertools.product(read, range(draws)):
+        x = pd.Series(rng.permutation(read[name]), read.index)
+        found[f"{name}: {draw}"] = forecast(x, needed, x)
+    return pd.DataFrame(found)
+
+
+def against_chance(spent: pd.DataFrame, rules: Sequence[str], sizes: Sequence[str]) -> pd.DataFrame:
+    """Rules beside their readings dealt at random, a line a rule, by the line of one size for all.
+
+    spent: costs of the rules, of `dealt` and of sizes that are the same for all tasks, which draw
+    the line: nats lost over the mean logarithm of the parameters.  Columns: nats, lost above it;
+    dealt, the median of the draws; as low, the share of them that lies as low as the rule.
+    """
+    means = spent.assign(parameters=np.log(spent["parameters"])).groupby("rule").mean()
+    line = means.loc[[*sizes]].sort_values("parameters")
+    nats = means["lost"] - np.interp(means["parameters"], line["parameters"], line["lost"])
+    draws = {name: nats[nats.index.str.startswith(f"{name}: ")] for name in rules}
+    found = {"nats": nats[[*rules]], "dealt": {name: x.median() for name, x in draws.items()}}
+    found["as low"] = {name: (x <= nats[name]).mean() for name, x in draws.items()}
+    return pd.DataFrame(found)

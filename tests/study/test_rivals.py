@@ -8,13 +8,15 @@ import pytest
 
 from deltarank.study import rivals
 from deltarank.study.floors import skill_gain
-from deltarank.study.forecast import rank_by_rows
+from deltarank.study.forecast import forecast, rank_by_rows
 from deltarank.study.gains import first_epoch_kbit, taught_kbit
 from deltarank.study.gradients import first_gradients
 from deltarank.study.profiles import profile
 from deltarank.study.rivals import (
     LEAST_KBIT,
+    against_chance,
     costs,
+    dealt,
     forecasts,
     known_sizes,
     paid,
@@ -129,9 +131,30 @@ def test_costs_have_a_line_a_rule_and_task(store):
     assert [*costs(says).index] == [(rule, task) for rule in says for task in says.index]
 
 
+def test_dealt_readings_are_those_of_other_tasks():
+    read = pd.DataFrame({"bits": {"pirate": 1.0, "json": 2.0, "facts": 4.0}})
+    needed = read["bits"] ** 2
+    found = dealt(read, needed, 20)
+    assert [*found] == [f"bits: {i}" for i in range(20)] and [*found.index] == [*read.index]
+    true = forecast(read["bits"], needed, read["bits"])
+    same = [np.allclose(found[column], true) for column in found]
+    assert 0 < sum(same) < 20, "of six orders one is that of the tasks"
+    assert dealt(read, needed, 20).equals(found)
+
+
+def test_a_rule_is_as_low_as_the_draws_that_lie_no_lower():
+    """Two sizes for all draw the line 2 - log10 parameters; draws lie 0, 1 and 2 above it."""
+    rows = {"10": (10.0, 1.0), "100": (100.0, 0.0), "rule": (10.0, 1.5), "rule: 0": (10.0, 1.0)}
+    rows |= {"rule: 1": (100.0, 1.0), "rule: 2": (10**1.5, 2.5)}
+    spent = pd.DataFrame(rows, ["parameters", "lost"]).T
+    spent.index = pd.MultiIndex.from_product([spent.index, ["facts"]], names=["rule", "task"])
+    found = against_chance(spent, ["rule"], ["100", "10"]).loc["rule"]
+    assert found.round(6).to_dict() == {"nats": 0.5, "dealt": 1.0, "as low": round(1 / 3, 6)}
+
+
 def test_a_task_of_which_all_diverged_is_named(store, monkeypatch):
     diverged = Result(probe("dates"), {"status": "diverged"}, {})
-    monkeypatch.setattr(rivals, "tried_runs", lambda task: {8: diverged})
+    monkeypatch.setattr(rivals, "tried_runs", lambda task, shares: {8: diverged})
     monkeypatch.setattr(rivals, "run", lambda config: diverged)
     with pytest.raises(ValueError, match="dates: every size that was tried diverged"):
         paid("dates")
