@@ -42,7 +42,7 @@ from deltarank.study.figures import (
     task_grid,
 )
 from deltarank.study.floors import copied, copy_score, floors, skill_gain, skill_kept
-from deltarank.study.forecast import fit_line, forecast
+from deltarank.study.forecast import fit_line
 from deltarank.study.gains import (
     at_gain,
     bracket_text,
