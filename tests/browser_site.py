@@ -151,7 +151,7 @@ def test_a_citation_shows_the_title_of_notebook_14_on_hover(open_page):
 
 @pytest.mark.parametrize("name", ["index.html", "13_define_the_ranks.html"])
 def test_the_contents_are_folded_on_a_phone_and_open_beside_the_text(open_page, name):
-    phone, last = open_page(name, viewport=NARROW), "13 · Relate to prior work"
+    phone, last = open_page(name, viewport=NARROW), "14 · Relate to prior work"
     link = phone.locator("nav.contents").get_by_role("link", name=last)
     assert not link.is_visible()
     assert phone.locator("h1").bounding_box()["y"] < NARROW["height"] / 3
