@@ -8,7 +8,7 @@ import pytest
 
 from deltarank.runtime import ROOT, build_folder
 from deltarank.study.models import TINY
-from deltarank.study.profiles import PAIR_TIMES, PROFILES, REPORT_TIMES
+from deltarank.study.profiles import PAIR_TIMES, PLAN_TIMES, PROFILES, REPORT_TIMES
 from deltarank.study.runs import Result
 
 README = (ROOT / "README.md").read_text(encoding="utf8")
@@ -66,4 +66,13 @@ def test_what_the_report_takes_is_what_the_bench_measured():
     cores = {2: "two"}[took["threads"]]
     told = f"On {cores} {took['device']} cores without a GPU `make report` took "
     told += f"{took['minutes']:.0f} minutes and {took['GB']:.1f} GB of memory"
+    assert told in " ".join(README.split())
+
+
+def test_what_plan_says_and_takes_is_what_the_bench_measured():
+    [took] = pd.read_csv(PLAN_TIMES).to_dict("records")
+    shown = f"$ deltarank plan data/tasks/entities.jsonl\n{took['said']}```"
+    assert shown in README and took["threads"] == 2
+    told = "On two cores, from an empty cache, this took "
+    told += f"{took['minutes']} minutes and {took['GB']} GB"
     assert told in " ".join(README.split())
