@@ -9,7 +9,14 @@ import pytest
 import torch
 
 from deltarank import runtime
-from deltarank.runtime import build_folder, by_core, cache_folder, commit, progress
+from deltarank.runtime import (
+    build_folder,
+    by_core,
+    cache_folder,
+    commit,
+    product_dtype,
+    progress,
+)
 
 # Folders
 
@@ -80,6 +87,26 @@ def test_progress_is_silent_where_nobody_watches(monkeypatch, capfd):
     with progress(3, "comparing") as bar:
         bar.update(3)
     assert capfd.readouterr() == ("", "")
+
+
+# The type of products
+
+
+@pytest.mark.parametrize(
+    ("capability", "place", "expected"),
+    [
+        ("AVX2", "cpu", torch.float32),
+        ("AVX2", "cuda", torch.bfloat16),
+        ("AVX512", "cpu", torch.bfloat16),
+    ],
+)
+def test_float32_stands_in_for_bfloat16_where_that_is_slow(
+    monkeypatch, capability, place, expected
+):
+    monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: capability)
+    monkeypatch.setattr(runtime, "device", lambda: torch.device(place))
+    assert product_dtype("bfloat16") == expected
+    assert product_dtype("float32") == torch.float32
 
 
 # The commit

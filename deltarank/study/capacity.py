@@ -8,8 +8,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
-import torch
 
+from deltarank.runtime import product_dtype
 from deltarank.store import cached
 from deltarank.study.code_runs import CodeRun, code_model
 from deltarank.study.codes import code_scores, digit_tokens, draw_codes, encode_codes
@@ -142,6 +142,6 @@ def code_upper(config: CodeRun, label: str = "") -> Upper:
         batch,
         ids=digit_tokens(tokenizer),
         targets=digits,
-        dtype=getattr(torch, config.dtype),
+        dtype=product_dtype(config.dtype),
         label=f"{label}: states",
     )

@@ -44,7 +44,7 @@ class RunConfig:
     the base weight cut to rank `rank`, and R (rank, rank) the sum of fixed random matrices, each
     times its number.  VARIANTS are other adapters, whose `rank` is what their size goes by.
     `layers` and `modules` say which linear layers have the adapter.  `dtype` is the autocast type
-    of forward and backward passes; master weights and deltas are float32.
+    of forward and backward passes (see product_dtype); master weights and deltas are float32.
     `profile` says in whose store results go, and is no part of what is run.
     Raises ValueError, naming field and cure, for values that cannot run.
     """

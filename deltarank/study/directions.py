@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from deltarank.checks import require
 from deltarank.gram import gram_matrix, leading_factors
+from deltarank.runtime import product_dtype
 from deltarank.store import cached
 from deltarank.study.configs import RunConfig
 from deltarank.study.losses import answer_hidden, autocast, scoring
@@ -59,7 +60,7 @@ def _layer_inputs(
     """
     tokenizer = load_tokenizer(config.model)
     encoded = [encode(row, tokenizer, config.seq_len) for row in rows]
-    dtype, place = getattr(torch, config.dtype), model.get_input_embeddings().weight.device
+    dtype, place = product_dtype(config.dtype), model.get_input_embeddings().weight.device
     with scoring(model), _watched(model) as inputs:
         for picked in batches([len(row["labels"]) for row in encoded]):
             part = [encoded[i] for i in picked]

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from deltarank.runtime import progress
+from deltarank.runtime import product_dtype, progress
 from deltarank.study.configs import RunConfig
 from deltarank.study.evaluation import continuations, newline
 from deltarank.study.losses import (
@@ -107,7 +107,7 @@ def _hidden_states(
     model: nn.Module, config: RunConfig, rows: Sequence[dict[str, list[int]]]
 ) -> Iterator[tuple[Tensor, Tensor]]:
     """Yield, batch by batch, places (n,) and hidden states (n, width) of the answers' tokens."""
-    dtype, place = getattr(torch, config.dtype), model.get_output_embeddings().weight.device
+    dtype, place = product_dtype(config.dtype), model.get_output_embeddings().weight.device
     for picked in batches([len(row["labels"]) for row in rows]):
         batch = a_line_each([rows[i] for i in picked])
         places = batch["places"][batch["labels"] != -100]  # row by row, as answer_hidden has them
@@ -201,7 +201,7 @@ def distil(
     teacher: the head that belongs to the lessons.  Returns the divergence of every step, in nats
     a token; stops at one that is NaN or infinite, which is then the last one.
     """
-    student = Student(model, getattr(torch, config.dtype), taught, teacher)
+    student = Student(model, product_dtype(config.dtype), taught, teacher)
     return fit(config, student, taught.rows, label=label)
 
 

@@ -10,6 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from deltarank.runtime import product_dtype
 from deltarank.study.configs import RunConfig
 from deltarank.study.losses import answer_hidden, autocast, logit_rule, scoring
 from deltarank.study.models import load_tokenizer
@@ -26,7 +27,7 @@ def score_rows(model: nn.Module, config: RunConfig, rows: Sequence[dict]) -> pd.
     tokenizer = load_tokenizer(config.model)
     encoded = [encode(row, tokenizer, config.seq_len) for row in rows]
     head, rule = model.get_output_embeddings().weight.float(), logit_rule(model)
-    dtype = getattr(torch, config.dtype)
+    dtype = product_dtype(config.dtype)
     scores: list[dict] = [{}] * len(rows)
     for picked in batches([len(row["labels"]) for row in encoded]):
         batch = a_line_each([encoded[i] for i in picked])
@@ -67,7 +68,7 @@ def continuations(
     padded = [[0] * n + prompt for n, prompt in zip(missing, prompts, strict=True)]
     mask = [[0] * n + [1] * (length - n) for n in missing]
     ids, seen = (torch.tensor(part, device=place) for part in (padded, mask))
-    dtype = getattr(torch, config.dtype)
+    dtype = product_dtype(config.dtype)
     with autocast(place, dtype):
         tokens = model.generate(
             input_ids=ids,

@@ -7,7 +7,7 @@ import json
 import torch
 from torch import nn
 
-from deltarank.runtime import ROOT
+from deltarank.runtime import ROOT, product_dtype
 from deltarank.store import file_sha256
 from deltarank.study.configs import RunConfig
 from deltarank.study.losses import answer_loss, scoring
@@ -38,7 +38,7 @@ def general_loss(model: nn.Module, config: RunConfig) -> dict[str, float]:
 
     Passages begin with the token that begins a text, and the newline that ends one counts.
     """
-    tokenizer, dtype = load_tokenizer(config.model), getattr(torch, config.dtype)
+    tokenizer, dtype = load_tokenizer(config.model), product_dtype(config.dtype)
     head = model.get_output_embeddings().weight.to(dtype)
 
     def mean(texts: list[str]) -> float:

@@ -8,7 +8,7 @@ import pandas as pd
 import torch
 from torch import Tensor, nn
 
-from deltarank.runtime import progress
+from deltarank.runtime import product_dtype, progress
 from deltarank.spectra import rank_measures, singular_values
 from deltarank.store import cached
 from deltarank.study.configs import RunConfig
@@ -43,7 +43,7 @@ def gradient_spectra(model: nn.Module, config: RunConfig) -> dict[str, Tensor]:
 
     Of the mean answer loss of the first training rows of a run, a line each, in its autocast type.
     """
-    tokenizer, dtype = load_tokenizer(config.model), getattr(torch, config.dtype)
+    tokenizer, dtype = load_tokenizer(config.model), product_dtype(config.dtype)
     rows = load_split(config.task, "train")[:GRADIENT_ROWS]
     encoded = [encode(row, tokenizer, config.seq_len) for row in rows]
     tokens = sum(label != -100 for row in encoded for label in row["labels"])

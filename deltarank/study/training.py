@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from deltarank.checks import require
-from deltarank.runtime import device, progress
+from deltarank.runtime import device, product_dtype, progress
 from deltarank.study.configs import OWN_OPTIMIZERS, VARIANTS, RunConfig
 from deltarank.study.losses import AnswerModel, packs, require_own_loss
 from deltarank.study.models import load_model, load_tokenizer, matrices
@@ -153,7 +153,7 @@ def train(
     Calls `after_step` with the number of steps done.  Raises ValueError for fewer rows than a
     batch.
     """
-    trained = AnswerModel(model, getattr(torch, config.dtype))
+    trained = AnswerModel(model, product_dtype(config.dtype))
     return fit(config, trained, _training_rows(config), label=label, after_step=after_step)
 
 

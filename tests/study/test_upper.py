@@ -6,6 +6,7 @@ import torch
 import torch.nn.functional as F
 from small_codes import small_codes, stir
 
+from deltarank.runtime import product_dtype
 from deltarank.study.code_runs import code_model
 from deltarank.study.codes import digit_tokens, draw_codes, encode_codes
 from deltarank.study.models import TINY, load_tokenizer
@@ -16,7 +17,7 @@ from deltarank.study.upper import ROWS, Skip, decoder_layers, upper_part
 def plain_logits(config, model, rows):
     """Logits (codes, digits, vocabulary) of the whole model, as it computes them itself."""
     batch, digits = encode_codes(rows, load_tokenizer(config.model))
-    dtype = getattr(torch, config.dtype)
+    dtype = product_dtype(config.dtype)
     with torch.autocast("cpu", dtype, enabled=dtype != torch.float32):
         hidden = model.get_decoder()(input_ids=batch["input_ids"]).last_hidden_state
     logits = hidden.float() @ model.get_output_embeddings().weight.T
@@ -37,7 +38,7 @@ RUNS = {
 def small_upper(config, rows):
     """The upper part of the run's model, stirred, with these rows."""
     batch, digits = encode_codes(rows, load_tokenizer(config.model))
-    dtype = getattr(torch, config.dtype)
+    dtype = product_dtype(config.dtype)
     model, first = code_model(config), config.layers[0]
     upper = upper_part(model, first, batch, ids=IDS, targets=digits, dtype=dtype)
     stir(upper.model)
