@@ -70,7 +70,9 @@ def _kinds(held: Holding) -> list[str]:
 def _bits(held: Holding, model: str) -> str:
     """The bits that the rows teach, and on which of them they were measured."""
     each = f"{1000 * held.learned_kbit / held.seen:.1f} bits a row"
-    return f"They teach {model} {held.all_kbit:.1f} kbit: {each}, by {held.seen:,} of them."
+    return (
+        f"They teach {model} {held.all_kbit:.1f} kbit: {each}, measured on {held.seen:,} of them."
+    )
 
 
 def _rank(held: Holding, model: str) -> list[str]:

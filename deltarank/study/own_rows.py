@@ -35,7 +35,7 @@ class Holding:
     """What rows hold: kbit of code length and of what was learned; by_kind, rows and tokens.
 
     code_kbit and learned_kbit are of the `seen` rows that the training's first epoch saw, all_kbit,
-    what is taught, and by_kind of all rows but those of the file's own split "test".
+    what is taught, and by_kind of all rows to train on, those held out among them.
     """
 
     seen: int
@@ -46,16 +46,17 @@ class Holding:
 
     @property
     def rows(self) -> int:
-        """How many rows there are to train on, those held out here among them."""
+        """How many rows there are to train on."""
         return int(self.by_kind["rows"].sum())
 
 
 def holding(file: str, model: str = "") -> Holding:
     """What the rows of a JSON-lines file hold beyond a model, the profile's where none is named.
 
-    Each line has prompt and answer, and may name its kind ("kind") and its split; rows of "test"
-    are held out, or a random eighth where there are none.  A LoRA is trained on the others as in
-    rivals.probe, and what was measured is kept in the cache.  Raises ValueError, before any work,
+    Each line has prompt and answer, and may name its kind ("kind") and its split: those to train on
+    are the rows of "train", or all but those of "test" where there is none.  Of "test", or else of
+    the rows to train on, some are held out.  A LoRA is trained on the others as in rivals.probe,
+    and what was measured is kept in the cache.  Raises ValueError, before any work,
     for a file without prompts and answers, with too few rows, or with one that is too long; and for
     a training that diverged.
     """
@@ -93,11 +94,11 @@ def own_probe(file: str, model: str = "") -> tuple[RunConfig, pd.DataFrame]:
 def _split_rows(file: str, batch_size: int) -> tuple[list[dict], int]:
     """The rows of a file, each with its split, "train" before "test", and how many are to train on.
 
-    All are, those held out here, too, but not those that the file itself calls "test".
+    Those held out of the rows to train on are among these.
     """
     given, rng = load_task(file), random.Random(0)
     held = given.pop("test", []) if len(given) > 1 else []  # rows that name no split are of "test"
-    rows = [row for split in given.values() for row in split]
+    rows = given.get("train") or [row for split in given.values() for row in split]
     to_train = len(rows)
     rng.shuffle(held)
     if not held:

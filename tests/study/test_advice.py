@@ -35,7 +35,9 @@ def test_rows_bits_and_forecast_are_told_in_this_order(told):
     one = parameters_of(RANK_1)
     rows, bits, forecast, last = told(2.5)
     assert rows == "mine.jsonl: 80 rows, 400 tokens of prompts, 160 of answers"
-    assert "teach" in bits and "5.0 kbit: 62.5 bits a row, by 40 of them" in bits  # 80 of 40 rows
+    assert (
+        "teach" in bits and "5.0 kbit: 62.5 bits a row, measured on 40 of them" in bits
+    )  # 80 rows
     told = "Forecast: 5,000 trained parameters (2,500 to 10,000: a factor of 2, by which it misses"
     assert forecast.startswith(told)
     assert f"has {one:,}, a load of {5_000 / one:.2g} bits each" in forecast

@@ -35,6 +35,20 @@ def test_named_splits_are_kept(tmp_path):
     assert len(load_split(config.task, "train")) == len(RULE)
 
 
+def test_of_named_splits_only_train_is_trained_on(store, tmp_path):
+    others = [row | {"split": split} for split in ("valid", "paraphrase") for row in NOISE]
+    trained = [row | {"split": "train"} for row in RULE]
+    config, counted = own_probe(write(tmp_path / "mine.jsonl", others + trained))
+    kept = [row["answer"] for split in ("train", "test") for row in load_split(config.task, split)]
+    assert set(kept) == {"odd", "even"} and len(kept) == len(counted) == len(RULE)
+
+
+def test_without_a_split_of_training_all_but_tests_are_trained_on(store, tmp_path):
+    rows = [row | {"split": "mine"} for row in RULE] + [NOISE[0] | {"split": "test"}]
+    _, counted = own_probe(write(tmp_path / "mine.jsonl", rows))
+    assert len(counted) == len(RULE)
+
+
 def test_a_named_split_of_tests_is_held_out_by_chance_and_not_counted(store, tmp_path):
     held = [row | {"split": "test", "kind": kind} for kind in "ab" for row in RULE * 2]
     trained = [row | {"split": "train"} for row in RULE]
