@@ -26,7 +26,7 @@ from deltarank.peft_format import (
     require_replaceable,
     write_adapter,
 )
-from deltarank.ranks import ranks_of, recommend_ranks
+from deltarank.ranks import ranks_of, recommend_ranks, require_rule
 from deltarank.runtime import by_core, device
 
 SHORTFALL = 1e-3  # share of the squared update by which an adapter may miss the best of its rank
@@ -54,8 +54,9 @@ def extract_adapter(
     norms: those that changed go whole, as float32, into modules_to_save, which PEFT alone reads.
 
     Returns one line a changed tensor: name, part ("lora", "modules_to_save", "left_out" for norms,
-    "dropped" for what no LoRA can hold), rank, squared_norm, kept (the share of it that the adapter
-    holds), best (the most that its rank can hold), rounding (the share lost to the dtype);
+    "not_chosen" by the rule, "dropped" for what no LoRA can hold), rank, squared_norm, kept (the
+    share of it that the adapter holds), best (the most that its rank can hold), rounding (the share
+    lost to the dtype);
     attrs["lora"]: LoraConfig's arguments.  An adapter that `out` holds is replaced.  Raises as
     open_pair and find_places, ValueError for a bad rank and, before any work, FileExistsError for
     a folder that is there and is no adapter.
@@ -87,8 +88,10 @@ def plan_adapter(
     places = find_places(pair.base.config, pair.base.shapes).renamed(pair.names)
     require(bool(places.linear), f"{tuned} has no linear layer that a LoRA can adapt")
     if rank is None and ranks is None:
-        table = compare_pair(pair)
-        layers = table[table["name"].isin(places.linear)]  # a budget goes to what can be written
+        shapes = [pair.shape(name) for name in places.linear]
+        require_rule(map(min, shapes), shapes, None, energy, budget)
+        table = compare_pair(pair)  # a budget goes to what can be written, a classifier's head too
+        layers = table[table["name"].isin(places.linear)].assign(kind="matrix")
         ranks = recommend_ranks(layers, energy=energy, budget=budget)
     chosen, rest = _sorted_out(pair, places, rank, ranks)
     saved = _whole_norms(places, rest) if norms else []
@@ -188,13 +191,20 @@ class AdapterPlan:
             for m, note in notes.items()
         ]
         for name, norm in self.rest.items():
-            part = "left_out" if name in self.places.norms else "dropped"
-            part, kept = ("modules_to_save", 1.0) if name in self.saved else (part, 0.0)
-            row = {"name": name, "part": part, "rank": 0, "squared_norm": norm}
+            kept = float(name in self.saved)
+            row = {"name": name, "part": self.part(name), "rank": 0, "squared_norm": norm}
             rows.append(row | {"kept": kept, "best": kept, "rounding": 0.0})
         table = pd.DataFrame(rows)
         table.attrs["lora"] = self.factors().arguments()
         return table
+
+    def part(self, name: str) -> str:
+        """What becomes of a tensor that changed and gets no factors."""
+        if name in self.saved:
+            return "modules_to_save"
+        if name in self.places.norms:
+            return "left_out"
+        return "not_chosen" if name in self.places.linear else "dropped"
 
     def factorise(self, name: str) -> Cut:
         """B, A and what they hold of one matrix."""

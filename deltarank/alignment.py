@@ -31,7 +31,8 @@ class Pair:
     def matrices(self) -> dict[str, tuple[str, int | None]]:
         """What has a spectrum, {label: (tensor in tuned, expert)}: 2-D, experts of a 3-D one.
 
-        The biases of experts are 2-D, a row for each, and no matrix.
+        Experts are in a layer, and no convolution.  Their biases are 2-D, a row for each, and no
+        matrix.
         """
         found: dict[str, tuple[str, int | None]] = {}
         for name in self.names:
@@ -39,7 +40,12 @@ class Pair:
             entries = math.prod(shape)
             if len(shape) == 2 and entries and not name.endswith("bias"):
                 found[name] = (name, None)
-            elif len(shape) == 3 and entries and "conv" not in name:
+            elif (
+                len(shape) == 3
+                and entries
+                and layer_and_module(name)[0] >= 0
+                and "conv" not in name
+            ):
                 found |= {f"{name}[{i}]": (name, i) for i in range(shape[0])}
         return found
 
@@ -108,20 +114,29 @@ def open_pair(base: str, tuned: str, *, allow_pickle: bool = False) -> Pair:
 
 
 def _warn_of_what_is_new(pair: Pair, base: str, tuned: str) -> None:
-    """Warn of the tuned model's rows and tensors that are no update of anything in the base."""
+    """Warn of rows and tensors that one side alone has: they are no update, or an unknown one."""
     grown = [f"{n}[{-more}:]" for n, more in pair.added_rows().items() if more > 0]
     new = grown + pair.only_tuned
     if new:
         more = f" and {len(new) - 3} more" if len(new) > 3 else ""
         told = f"{tuned} has {', '.join(new[:3])}{more}, which {base} has not"
         warnings.warn(f"{told}: no adapter holds them, copy them from {tuned}", stacklevel=3)
+    if pair.only_base:
+        told = f"{base} has {', '.join(pair.only_base[:3])}, which {tuned} has not"
+        warnings.warn(f"{told}: what became of it is not measured", stacklevel=3)
 
 
 def _without_tied_heads(checkpoint: Checkpoint, other: Checkpoint) -> Checkpoint:
-    """Without the head that is only another name of the embedding and that `other` leaves out."""
-    if not all(side.config.get("tie_word_embeddings", True) for side in (checkpoint, other)):
+    """Without the head that is only another name of the embedding.
+
+    That is one which `other` leaves out, or whose tie both configs state.
+    """
+    ties = [side.config.get("tie_word_embeddings") for side in (checkpoint, other)]
+    heads = {name for name in checkpoint.files if name.endswith("lm_head.weight")}
+    if not all(ties) or heads >= {*filter(is_vocabulary, checkpoint.files)}:
+        heads -= set(other.files)
+    if any(tie is False for tie in ties):
         return checkpoint
-    heads = {n for n in checkpoint.files if n.endswith("lm_head.weight")} - set(other.files)
     files = {name: file for name, file in checkpoint.files.items() if name not in heads}
     return dataclasses.replace(checkpoint, files=files)
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import functools
 import json
-import pickle
 import re
 import zipfile
 from dataclasses import dataclass
@@ -183,9 +182,18 @@ def _listed_files(index: Path, files: dict[str, Path]) -> list[Path]:
 
 @functools.lru_cache(maxsize=2)
 def _unpickle(file: Path) -> dict[str, Tensor]:
-    """The tensors of a pickle, mapped where torch can; nothing but tensors is unpickled."""
+    """The tensors of a pickle, mapped where torch can; nothing but tensors is unpickled.
+
+    Raises ValueError for what is no dictionary of tensors, without torch's advice to trust it.
+    """
     mapped = zipfile.is_zipfile(file)  # torch before 1.6 wrote no zip
-    tensors = torch.load(file, map_location="cpu", mmap=mapped, weights_only=True)
+    where = f"{file.parent.name}/{file.name}"
+    try:
+        tensors = torch.load(file, map_location="cpu", mmap=mapped, weights_only=True)
+    except Exception as error:  # a torn pickle may raise anything
+        told = f"{where} is torn, or holds more than tensors"
+        raise ValueError(f"{told}: fetch it again, or as safetensors") from error
+    require(isinstance(tensors, dict), f"{where} holds no tensors by name: save it as safetensors")
     return {name: tensor for name, tensor in tensors.items() if isinstance(tensor, Tensor)}
 
 
@@ -207,5 +215,5 @@ def read_header(file: Path) -> dict[str, tuple[str, tuple[int, ...]]]:
         with safe_open(file, "pt") as opened:
             slices = {name: opened.get_slice(name) for name in opened.keys()}  # noqa: SIM118
             return {n: (s.get_dtype(), tuple(s.get_shape())) for n, s in slices.items()}
-    except (SafetensorError, RuntimeError, EOFError, pickle.UnpicklingError) as error:
+    except SafetensorError as error:
         raise ValueError(f"{where} is torn ({first_line(error)}): fetch it again") from error

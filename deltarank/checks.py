@@ -22,15 +22,15 @@ def all_finite(X: Tensor) -> bool:
 
 def first_line(error: Exception) -> str:
     """What an error says, without the advice and traces that libraries append."""
-    return str(error).strip().splitlines()[0]
+    return (str(error).strip().splitlines() or [type(error).__name__])[0]
 
 
-def require_disk(folder: Path, gigabytes: float) -> None:
+def require_disk(
+    folder: Path, gigabytes: float, *, cure: str = "make room, or move the cache with LOWRANK_CACHE"
+) -> None:
     """Raise OSError before any work is done when `folder` has less free space than needed."""
     folder.mkdir(parents=True, exist_ok=True)
     free = shutil.disk_usage(folder).free / 1e9
     if free < gigabytes:
-        raise OSError(
-            f"{folder.name} has {free:.1f} GB free and needs {gigabytes:.1f} GB: make room, or "
-            "move the cache with LOWRANK_CACHE"
-        )
+        told = f"{folder.name} has {free:.2g} GB free and needs {gigabytes:.2g} GB"
+        raise OSError(f"{told}: {cure}")

@@ -15,6 +15,7 @@ from pathlib import Path
 from deltarank.options import EXTRA, parse, rule
 
 CUT_RANKS = (4, 16, 64)  # the cuts that are scored when a task is given
+RULES = ("rank", "energy", "budget")  # for ranks
 FORM = ("dtype", "patterns", "allow_pickle")  # what both kinds of extraction take
 
 
@@ -26,8 +27,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         sys.stdout.flush()
     except KeyboardInterrupt:
         kept = "what was measured is kept: the same command goes on"
-        trains = arguments.command == "plan" or ("heal" in arguments and arguments.heal)
-        return _failed(f"interrupted; {'nothing was written' if trains else kept}", 130)
+        told = kept if _keeps(arguments) else "nothing was written"
+        return _failed(f"interrupted; {told}", 130)
     except BrokenPipeError:  # `deltarank inspect ... | head -1`
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     except ImportError as error:
@@ -35,6 +36,14 @@ def main(argv: Sequence[str] | None = None) -> int:
     except (ValueError, OSError) as error:
         return _failed(str(error).replace("pass allow_pickle=True", "give --allow-pickle"), 2)
     return 0
+
+
+def _keeps(arguments: argparse.Namespace) -> bool:
+    """Whether the command measures two checkpoints matrix by matrix, each of which it keeps."""
+    if arguments.command == "inspect":
+        return len(arguments.paths) == 2
+    whole = arguments.command == "extract" and len(arguments.paths) == 3
+    return whole and arguments.rank is None and not arguments.heal
 
 
 def _failed(message: str, status: int) -> int:
@@ -62,7 +71,9 @@ def _lines(caught: list[warnings.WarningMessage]) -> tuple[str, ...]:
 
 def _inspect(arguments: argparse.Namespace) -> None:
     """Measure a pair or an adapter; write the page and the numbers; print verdict and table."""
-    html, numbers = (_writable(path) for path in (arguments.html, arguments.json))
+    html, numbers = (_writable(path, arguments.paths) for path in (arguments.html, arguments.json))
+    if html and html == numbers:
+        raise ValueError(f"--html and --json both name {arguments.html}: give two files")
     if arguments.task:
         _require_task(arguments)
     from deltarank.page import Inspection, as_html, as_json, as_text
@@ -70,11 +81,20 @@ def _inspect(arguments: argparse.Namespace) -> None:
 
     paths, ranks_by = arguments.paths, rule(arguments)
     with _one_line_warnings() as caught:
-        table = _table(paths, arguments.allow_pickle)
+        table = _table(paths, ranks_by, arguments.allow_pickle)
         lora = None if changed_matrices(table).empty else recommend_ranks(table, **ranks_by)
         losses = _losses(arguments, table) if arguments.task else None
         base = paths[0] if len(paths) == 2 else None
-        found = Inspection(base, paths[-1], ranks_by, table, lora, losses, _lines(caught))
+        found = Inspection(
+            base,
+            paths[-1],
+            ranks_by,
+            table,
+            lora,
+            losses,
+            warnings=_lines(caught),
+            allow_pickle=arguments.allow_pickle,
+        )
         for path, text in ((html, as_html), (numbers, as_json)):
             if path:
                 _replace(path, text(found))
@@ -83,15 +103,21 @@ def _inspect(arguments: argparse.Namespace) -> None:
         print(f"Written: {path}")
 
 
-def _table(paths: list[str], allow_pickle: bool):
-    """The table of a pair or of an adapter."""
+def _table(paths: list[str], ranks_by: dict, allow_pickle: bool):
+    """The table of an adapter, or of a pair for which the rule gives something."""
     if len(paths) == 1:
         from deltarank.lora import adapter_spectra
 
         return adapter_spectra(paths[0], allow_pickle=allow_pickle)
-    from deltarank.compare import compare_checkpoints
+    from deltarank.alignment import open_pair
+    from deltarank.compare import compare_pair
+    from deltarank.ranks import require_rule
 
-    return compare_checkpoints(*paths, allow_pickle=allow_pickle)
+    pair = open_pair(*paths, allow_pickle=allow_pickle)
+    shapes = [pair.shape(name)[-2:] for name, _ in pair.matrices().values()]
+    if shapes:
+        require_rule(map(min, shapes), shapes, **dict.fromkeys(RULES) | ranks_by)
+    return compare_pair(pair)
 
 
 def _require_task(arguments: argparse.Namespace) -> None:
@@ -179,11 +205,16 @@ def _require_packages(what: str) -> None:
             raise ImportError(f"{what} needs {package}")
 
 
-def _writable(name: str | None) -> Path | None:
-    """The file to write to; raises OSError, before any work, where that is not possible."""
+def _writable(name: str | None, read: Sequence[str]) -> Path | None:
+    """The file to write to; raises OSError, before any work, where that is not possible.
+
+    read: the folders that are read, of which no file is replaced but a page.
+    """
     if not name:
         return None
     path = Path(name).expanduser().resolve()
+    if path.exists() and path.parent in map(_resolved, read) and path.suffix != ".html":
+        raise OSError(f"{name} cannot be written: it is a file of what is read; name another")
     if path.exists() and not path.is_file():
         raise OSError(f"{name} cannot be written: it is no file")
     if not path.parent.is_dir():
@@ -193,6 +224,10 @@ def _writable(name: str | None) -> Path | None:
     except OSError as error:
         raise OSError(f"{name} cannot be written: {error.strerror}") from error
     return path
+
+
+def _resolved(folder: str) -> Path:
+    return Path(folder).expanduser().resolve()
 
 
 def _replace(path: Path, text: str) -> None:

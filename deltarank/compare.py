@@ -21,6 +21,8 @@ from deltarank.spectra import spectrum_measures
 from deltarank.store import cached, digest
 
 MANTISSA_BITS = {"F16": 10, "BF16": 7}  # stored bits; one ulp of w in [2^e, 2^(e+1)) is 2^(e-bits)
+LOW_BITS = {"F16": 0x1FFF, "BF16": 0xFFFF}  # of a float32, that are 0 in values of these types
+OUT_OF_RANGE = "the update is out of the range of float32: rescale both checkpoints"
 NEAR_ROUNDING = 0.05  # share of rounding noise in the squared update above which ranks mean little
 
 
@@ -30,17 +32,19 @@ def compare_checkpoints(base: str, tuned: str, *, allow_pickle: bool = False) ->
     Columns: name, layer, module, kind ("matrix", "vocabulary", or "expert", their routers too),
     shape (m, n), S (the singular values of the update, descending, float32), dtype_base,
     dtype_tuned; relative_size |dW| / |W0| and changed_share of the entries; those of
-    spectrum_measures; rounding_share, what rounding to the stored type is expected to add to
-    |dW|^2, as a share of it (at most 1; too high for updates below the spacing of the type);
-    above_rounding, how many singular values exceed that noise; near_rounding, a share over 5 %.
+    spectrum_measures; rounding_share, what rounding the tuned weights is expected to add to |dW|^2,
+    as a share of it (at most 1; too high for updates below the spacing of the type), by the
+    narrowest type that holds them: float32 may be a copy of bfloat16; above_rounding, how many
+    singular values exceed that noise; near_rounding, a share over 5 %; base_rounding_share, that of
+    base weights in a narrower type than the tuned ones.
 
     attrs: "rest" {tensor that is no matrix: |dW|^2}, "only_base", "only_tuned", "added_rows"
     {tensor: rows that only tuned has}.
     Memory: of each matrix at work (one a core, four at most) slices of 2 M entries of both, and
     three times the Gram matrix of its small side (float64): the sum, and what adding to it or its
     eigenvalues need.  What was measured is kept, so that a killed call goes on.  Raises and warns
-    as open_pair does; raises for NaN or infinite weights, warns of an identical and of an
-    unrelated pair.
+    as open_pair does; raises for NaN or infinite weights, warns of an identical pair, an
+    unrelated one, and one whose base may be a rounded copy of what training started from.
     """
     return compare_pair(open_pair(base, tuned, allow_pickle=allow_pickle))
 
@@ -80,7 +84,7 @@ def _pair_digest(pair: Pair) -> str:
     files = sorted({*pair.base.files.values(), *pair.tuned.files.values()})
     stats = {str(f.resolve()): (f.stat().st_size, f.stat().st_mtime_ns) for f in files}
     sides = [str(side.folder.resolve()) for side in (pair.base, pair.tuned)]
-    return digest({"files": stats, "sides": sides, "version": 1})[:16]
+    return digest({"files": stats, "sides": sides, "version": 2})[:16]
 
 
 def differences(pair: Pair, name: str, expert: int | None) -> Iterator[tuple[Tensor, ...]]:
@@ -90,7 +94,9 @@ def differences(pair: Pair, name: str, expert: int | None) -> Iterator[tuple[Ten
         W0, W1 = (W if W.dtype == torch.float64 else W.float() for W in (W0, W1))
         dW = W1 - W0
         if not all_finite(dW):
-            broken = pair.tuned if all_finite(W0) else pair.base
+            whole = all_finite(W0), all_finite(W1)
+            require(not all(whole), f"{name}: {OUT_OF_RANGE}")
+            broken = pair.tuned if whole[0] else pair.base
             tensor = name if broken is pair.tuned else pair.names[name]
             where = f"{broken.folder.name}/{broken.files[tensor].name}"
             raise ValueError(f"{where}: {tensor} holds NaN or infinite values; repair it")
@@ -101,14 +107,18 @@ def _compare_matrix(pair: Pair, name: str, expert: int | None) -> tuple[dict, di
     """Sums over one matrix, in float64, and S of its update, from one pass over its slices."""
     m, n = pair.shape(name)[-2:]
     gram = torch.zeros(min(m, n), min(m, n), dtype=torch.float64, device=device())
-    sums = dict.fromkeys(("base", "update", "changed", "rounding"), 0.0)
+    sums = dict.fromkeys(("base", "update", "changed"), 0.0)
+    stored = pair.base.dtypes[pair.names[name]], pair.tuned.dtypes[name]
+    before, after = map(_Rounding, stored)
     for W0, W1, dW in differences(pair, name, expert):
         sums["base"] += float(torch.linalg.vector_norm(W0, dtype=torch.float64)) ** 2
         sums["changed"] += int(torch.count_nonzero(dW))
-        sums["rounding"] += _rounding_variance(W1, pair.tuned.dtypes[name])
+        before.add(W0)
+        after.add(W1)
         if sums["changed"]:
             gram += gram_matrix((dW if m >= n else dW.T).double())
     sums["update"] = float(gram.trace())
+    sums |= {"rounding": after.variance(), "base_rounding": before.beyond(after)}
     S = root_spectrum(gram).float().cpu()
     if sums["update"]:
         require_float32(S[0], name)
@@ -118,13 +128,38 @@ def _compare_matrix(pair: Pair, name: str, expert: int | None) -> tuple[dict, di
 def require_float32(size: Tensor, name: str) -> None:
     """Raise ValueError for an update of doubles whose size became zero or infinite in float32."""
     fits = 0 < float(size) < math.inf
-    require(fits, f"{name}: the update is out of the range of float32: rescale both checkpoints")
+    require(fits, f"{name}: {OUT_OF_RANGE}")
+
+
+class _Rounding:
+    """What rounding to a type adds to the weights of one tensor, seen slice by slice.
+
+    The type is the narrowest that holds all of them: a tensor stored as float32 may be a copy.
+    """
+
+    def __init__(self, stored: str) -> None:
+        self.sums = {kind: 0.0 for kind in MANTISSA_BITS if stored in (kind, "F32")}
+        self.stored = stored
+
+    def add(self, W: Tensor) -> None:
+        """See more of the weights, float32 (or float64, which no type here holds)."""
+        for kind in [*self.sums]:
+            if self.stored == "F32" and bool((W.view(torch.int32) & LOW_BITS[kind]).any()):
+                del self.sums[kind]
+            else:
+                self.sums[kind] += _rounding_variance(W, kind)
+
+    def variance(self) -> float:
+        """Expected squared norm of the rounding error; 0 for weights that need all of float32."""
+        return max(self.sums.values(), default=0.0)
+
+    def beyond(self, other: _Rounding) -> float:
+        """The variance, if `other` has none: these weights are of a narrower type."""
+        return 0.0 if other.sums else self.variance()
 
 
 def _rounding_variance(W: Tensor, dtype: str) -> float:
     """Expected squared norm of the error of rounding W to its stored type: sum of ulp^2 / 12."""
-    if dtype not in MANTISSA_BITS:
-        return 0.0
     biased = (W.view(torch.int32) >> 23 & 255).flatten()  # 127 more than the exponent
     counts = torch.bincount(biased, minlength=256).double()
     counts[0] = 0  # zeros; a subnormal bfloat16 is as good as zero
@@ -146,10 +181,13 @@ def _pair_row(pair: Pair, label: str, name: str, entry: tuple[dict, dict[str, Te
     row["relative_size"] = math.sqrt(sums["update"] / sums["base"]) if sums["base"] else math.inf
     row["changed_share"] = sums["changed"] / (m * n)
     row |= spectrum_measures(S, (m, n))
-    share = min(1.0, sums["rounding"] / sums["update"]) if sums["update"] else 0.0
+    share, of_base = (
+        min(1.0, sums[added] / sums["update"]) if sums["update"] else 0.0
+        for added in ("rounding", "base_rounding")
+    )
     edge = math.sqrt(sums["rounding"]) * (m**-0.5 + n**-0.5)
     row |= {"rounding_share": share, "above_rounding": int((edge < S).sum())}
-    return row | {"near_rounding": share > NEAR_ROUNDING}
+    return row | {"near_rounding": share > NEAR_ROUNDING, "base_rounding_share": of_base}
 
 
 def difference(pair: Pair, name: str) -> float:
@@ -158,7 +196,7 @@ def difference(pair: Pair, name: str) -> float:
 
 
 def _warn_of_strange_pairs(table: pd.DataFrame, base: str, tuned: str) -> None:
-    """Warn of an identical pair, and of an update that dwarfs the weights."""
+    """Warn of an identical pair, an update that dwarfs the weights, and a base that was rounded."""
     rest = sum(table.attrs["rest"].values())
     if not table["squared_norm"].sum() + rest:
         warnings.warn(f"{base} and {tuned} are identical: there is no update", stacklevel=3)
@@ -166,5 +204,12 @@ def _warn_of_strange_pairs(table: pd.DataFrame, base: str, tuned: str) -> None:
         warnings.warn(
             f"the update is {table['relative_size'].median():.1f} times as large as the weights "
             f"(median): is {base} really the base of {tuned}?",
+            stacklevel=3,
+        )
+    coarse = int((table["base_rounding_share"] > NEAR_ROUNDING).sum())
+    if coarse:
+        warnings.warn(
+            f"{base} is stored in a narrower type than {tuned}: unless training started from these "
+            f"rounded weights, {coarse} of {len(table)} matrices are near its rounding",
             stacklevel=3,
         )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -49,7 +50,11 @@ class Factors:
 
     def stored_rank(self, module: str) -> int:
         """The rank that the factors of a module have in the file."""
-        return self.ranks[module] if self.form.patterns else max(self.ranks.values())
+        return self.ranks[module] if self.form.patterns else self._largest
+
+    @functools.cached_property
+    def _largest(self) -> int:
+        return max(self.ranks.values())
 
     def layout(self) -> dict[str, tuple[torch.dtype, tuple[int, ...]]]:
         """Name in the adapter's file, type and shape of every factor, in the order of `tensors`."""

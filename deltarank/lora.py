@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 import re
 import warnings
@@ -21,7 +22,7 @@ from deltarank.checkpoints import (
     read_header,
     read_json,
 )
-from deltarank.checks import all_finite, require
+from deltarank.checks import all_finite, first_line, require
 from deltarank.compare import require_float32
 from deltarank.peft_format import CONFIG, WEIGHTS
 from deltarank.runtime import by_core, device, progress
@@ -232,9 +233,17 @@ def _matrix(checkpoint: Checkpoint, module: str, parts: dict[str, str]) -> LoraM
 
 
 def _rank_and_scale(config: dict, module: str) -> tuple[int, float]:
-    """r and alpha / r, or alpha / sqrt(r) of rsLoRA, as PEFT has them for a module."""
-    r = int(pattern_value(config.get("rank_pattern") or {}, module, config.get("r", 8)))
-    alpha = pattern_value(config.get("alpha_pattern") or {}, module, config.get("lora_alpha", 8))
+    """r and alpha / r, or alpha / sqrt(r) of rsLoRA, as PEFT has them for a module.
+
+    Raises ValueError for a pattern that is no regular expression, and for what is no number.
+    """
+    ranks, alphas = (config.get(f"{of}_pattern") or {} for of in ("rank", "alpha"))
+    try:
+        r = int(pattern_value(ranks, module, config.get("r", 8)))
+        alpha = float(pattern_value(alphas, module, config.get("lora_alpha", 8)))
+    except (re.error, TypeError, AttributeError) as error:
+        told = f"{CONFIG}: the rank or alpha of {module} cannot be read ({first_line(error)})"
+        raise ValueError(f"{told}: correct r, lora_alpha or their patterns") from error
     return r, alpha / (math.sqrt(r) if config.get("use_rslora") else r) if r else 0.0
 
 
@@ -247,5 +256,11 @@ def pattern_value(pattern: dict[str, Number], module: str, default: Number) -> N
     >>> pattern_value({"[qk]_proj": 4, "q_proj": 2}, "h.0.q_proj", 8)
     4
     """
-    keys = (key for key in pattern if re.match(rf"(.*\.)?({key})$", module))
+    keys = (key for key in pattern if _ending(key).match(module))
     return pattern.get(next(keys, module), default)
+
+
+@functools.lru_cache(maxsize=2**16)  # re keeps 512: an adapter may have a key for every expert
+def _ending(key: str) -> re.Pattern:
+    """The names that a key of a pattern is for."""
+    return re.compile(rf"(.*\.)?({key})$")

@@ -55,6 +55,7 @@ class Inspection:
     losses: pd.DataFrame | None = None  # from score_pair
     warnings: tuple[str, ...] = ()
     versions: dict[str, str] = dataclasses.field(default_factory=versions)
+    allow_pickle: bool = False  # as it was read, and is to be read again
 
     @property
     def sources(self) -> list[str]:
@@ -94,7 +95,8 @@ class Inspection:
 
     def command(self) -> str:
         """The command that writes the adapter of these ranks."""
-        return f"deltarank extract {shlex.join(self.sources)} OUT {self.rule_text()}"
+        pickles = " --allow-pickle" if self.allow_pickle else ""
+        return f"deltarank extract {shlex.join(self.sources)} OUT {self.rule_text()}{pickles}"
 
 
 def _labels(table: pd.DataFrame) -> list[str]:
@@ -128,7 +130,8 @@ def as_text(found: Inspection) -> str:
     headings = ["module", "matrices", *(COLUMNS[c].heading for c in IN_TERMINAL)]
     rows = [[heading.replace("cut rank", "rank").replace("’", "'") for heading in headings]]
     for row in found.by_module().to_dict("records"):
-        label = row["label"] if len(row["label"]) <= 26 else f"…{row['label'][-25:]}"
+        label = row["label"] if row["kind"] == "matrix" else f"{row['label']} ({row['kind']})"
+        label = label if len(label) <= 26 else f"…{label[-25:]}"
         rows.append([label, str(row["matrices"])])
         rows[-1] += [COLUMNS[column].show(row[column]) for column in IN_TERMINAL]
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]

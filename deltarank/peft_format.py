@@ -19,6 +19,7 @@ from deltarank.checkpoints import EXPERT, STORED, layer_and_module
 from deltarank.checks import require, require_disk
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
+CARD = "README.md"  # of the reader's own writing
 Layout = dict[str, tuple[torch.dtype, tuple[int, ...]]]  # a file's tensors: name, type and shape
 
 # What the names of tensors and config.json say of a language model, as transformers builds it.
@@ -160,11 +161,17 @@ def lora_config(arguments: dict, **more) -> dict:
 
 
 def require_replaceable(folder: Path) -> None:
-    """Raise FileExistsError for a folder that is there and is more than an adapter."""
+    """Raise FileExistsError for a folder that is there and is more than an adapter.
+
+    And NotADirectoryError for one that cannot be made, since it would be inside of a file.
+    """
     if not os.path.lexists(folder):
+        above = next(parent for parent in folder.parents if os.path.lexists(parent))
+        if not above.is_dir():
+            raise NotADirectoryError(f"{above} is no folder: name another place for {folder.name}")
         return
     held = {file.name for file in folder.iterdir()} if folder.is_dir() else set()
-    if CONFIG not in held or held - {CONFIG, WEIGHTS, "README.md"}:
+    if CONFIG not in held or held - {CONFIG, WEIGHTS, CARD}:
         raise FileExistsError(
             f"{folder} exists and is no adapter: delete it or name another folder"
         )
@@ -173,11 +180,12 @@ def require_replaceable(folder: Path) -> None:
 def write_adapter(folder: Path, config: dict, layout: Layout, tensors: Iterable[Tensor]) -> None:
     """Write config and tensors beside the folder, then rename: whole or not at all.
 
-    An adapter that is there stays until the new one is complete.  Raises FileExistsError for a
-    folder that is more than an adapter, OSError where the disk is too full.
+    An adapter that is there stays until the new one is complete, and its README.md after that.
+    Raises FileExistsError for a folder that is more than an adapter, OSError where the disk is too
+    full.
     """
     size = sum(dtype.itemsize * math.prod(shape) for dtype, shape in layout.values())
-    require_disk(folder.parent, size / 1e9)
+    require_disk(folder.parent, size / 1e9, cure="make room, or name another folder")
     scratch = Path(tempfile.mkdtemp(dir=folder.parent, prefix=f".{folder.name}-"))
     try:
         text = json.dumps(config, indent=2, sort_keys=True)
@@ -194,6 +202,8 @@ def _put_in_place(scratch: Path, folder: Path) -> None:
     require_replaceable(folder)
     aside = scratch.with_name(f"{scratch.name}-old")
     if folder.exists():
+        if (folder / CARD).exists():
+            shutil.copy2(folder / CARD, scratch)
         os.rename(folder, aside)
     try:
         os.rename(scratch, folder)

@@ -46,18 +46,32 @@ def recommend_ranks(
     shapes = dict(zip(rows["name"], rows["shape"], strict=True))
     spectra = {name: S.double() for name, S in zip(rows["name"], rows["S"], strict=True)}
     require(bool(shapes), "no matrix was changed: there is nothing to adapt")
+    require_rule(map(len, spectra.values()), shapes.values(), rank, energy, budget)
     if rank is not None:
-        limit = max(map(len, spectra.values()))
-        require(1 <= rank <= limit, f"rank={rank}: choose one from 1 to {limit}")
         ranks = {name: min(rank, len(S)) for name, S in spectra.items()}
     elif energy is not None:
-        require(0 < energy <= 1, f"energy={energy}: must be above 0 and at most 1, such as 0.9")
         ranks = {
             n: max(1, energy_rank(_above_noise(S, shapes[n]), energy)) for n, S in spectra.items()
         }
     elif budget is not None:
         ranks = _allocate(spectra, shapes, budget)
     return lora_arguments(ranks)
+
+
+def require_rule(
+    limits: Iterable[int],
+    shapes: Iterable[tuple[int, ...]],
+    rank: int | None,
+    energy: float | None,
+    budget: int | None,
+) -> None:
+    """Raise ValueError for a rule that gives nothing to matrices of these limits and shapes."""
+    most, least = max(limits), min(map(sum, shapes))
+    require(rank is None or 1 <= rank <= most, f"rank={rank}: choose one from 1 to {most}")
+    told = f"energy={energy}: must be above 0 and at most 1, such as 0.9"
+    require(energy is None or 0 < energy <= 1, told)
+    told = f"budget={budget}: one rank of one matrix takes {least} parameters or more"
+    require(budget is None or budget >= least, told)
 
 
 def changed_matrices(table: pd.DataFrame) -> pd.DataFrame:
@@ -84,9 +98,8 @@ def _allocate(
     )
     costs = np.cumsum([sum(shapes[name]) for _, name in order])
     taken = order[: int((costs <= budget).sum())]
-    require(
-        bool(taken), f"budget={budget}: one rank of one matrix takes {costs[0]} parameters or more"
-    )
+    first = f"the first rank goes to {order[0][1]} and takes {costs[0]} parameters"
+    require(bool(taken), f"budget={budget}: {first}: give as many or more")
     return dict(collections.Counter(name for _, name in taken))
 
 

@@ -10,7 +10,7 @@ from deltarank.checks import require
 from deltarank.factors import Cut, Factors, Form
 from deltarank.lora import Lora, open_lora
 from deltarank.peft_format import lora_config, require_replaceable, write_adapter
-from deltarank.ranks import ranks_of, recommend_ranks
+from deltarank.ranks import changed_matrices, ranks_of, recommend_ranks
 from deltarank.spectra import factor_svd
 
 CARRIED = ("task_type", "auto_mapping", "base_model_name_or_path", "revision", "fan_in_fan_out")
@@ -73,10 +73,13 @@ def _report(table: pd.DataFrame, factors: Factors, notes: dict[str, dict]) -> pd
         for module, note in notes.items()
     ]
     rest = dict(zip(table["name"], table["squared_norm"], strict=True)) | table.attrs["rest"]
-    nothing = {"part": "dropped", "rank": 0, "kept": 0.0, "best": 0.0, "rounding": 0.0}
+    nothing = {"rank": 0, "kept": 0.0, "best": 0.0, "rounding": 0.0}
     names = {row["name"] for row in rows}
+    matrices = {*changed_matrices(table)["name"]}
     rows += [
-        {"name": name, "squared_norm": norm} | nothing
+        {"name": name, "squared_norm": norm}
+        | nothing
+        | {"part": "not_chosen" if name in matrices else "dropped"}
         for name, norm in rest.items()
         if norm and name not in names
     ]

@@ -13,13 +13,15 @@ from torch import Tensor
 from deltarank.checks import all_finite, require
 from deltarank.gram import add_gram, root_spectrum
 
+ZERO = 1e-7  # of sigma_1: what is less is rounding
+
 
 def singular_values(dW: Tensor) -> Tensor:
     """Singular values of a matrix, descending, float64, (min(m, n),).
 
     Square roots of the eigenvalues of the Gram matrix of the small side, formed in float64
     after division by max |dW|: twice as fast as an SVD and within 1e-9 of sigma_1 of a float64
-    one; values that are zero in exact arithmetic come out below 1e-7 of sigma_1.
+    one; values that are zero in exact arithmetic come out below ZERO of sigma_1.
     Raises ValueError for NaN or infinite entries.
 
     >>> singular_values(torch.tensor([[3.0, 0.0], [0.0, 4.0]])).tolist()
@@ -164,13 +166,15 @@ def above_edge(S: Tensor, shape: tuple[int, int]) -> int:
     """How many singular values lie above the upper edge of the Marchenko-Pastur law.
 
     The variance of the noise is taken from the median singular value, as Gavish and Donoho
-    (2014, arXiv 1305.5870) do; 0 for dW = 0.
+    (2014, arXiv 1305.5870) do; below ZERO of the largest it is 0, and so 0 for dW = 0.
 
     >>> above_edge(torch.cat([torch.tensor([9.0, 8.0]), torch.ones(62)]), (64, 64))
     2
+    >>> above_edge(torch.cat([torch.ones(3), torch.full((61,), 1e-9)]), (64, 64))
+    3
     """
     x, mass, _ = _marchenko_pastur(min(shape) / max(shape))
-    squares = S.double().square()
+    squares = torch.where(ZERO * S.max() < S, S, 0).double().square()
     edge = squares.median() * float(x[-1]) / np.interp(0.5, mass, x)
     return int((squares > edge).sum())
 

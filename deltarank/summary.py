@@ -8,6 +8,10 @@ import pandas as pd
 
 from deltarank.ranks import percent
 
+NOT_HELD = {  # parts of the update that the adapter leaves out, and why
+    "not_chosen": "Given no rank by the rule",
+    "dropped": "Dropped, since a LoRA cannot hold them",
+}
 VLLM_RANKS = (16, 32, 64, 128, 256, 320, 512)  # that --max-lora-rank takes, 16 without it; 0.33
 
 
@@ -16,9 +20,8 @@ def summary(out: Path, report: pd.DataFrame, dtype: str) -> str:
 
     report: of extract_adapter, shrink_adapter or extract_healed; dtype: of the factors.
     """
-    lora, norms, left_out, dropped = (
-        report[report["part"] == part]
-        for part in ("lora", "modules_to_save", "left_out", "dropped")
+    lora, norms, left_out = (
+        report[report["part"] == part] for part in ("lora", "modules_to_save", "left_out")
     )
     size = sum(file.stat().st_size for file in out.iterdir()) / 1e6
     whole = f" and {len(norms)} norms whole" if len(norms) else ""
@@ -31,20 +34,23 @@ def summary(out: Path, report: pd.DataFrame, dtype: str) -> str:
         share = percent(_share(left_out, report))
         norm = f"{len(left_out)} tensors of norms, {share} of the squared update"
         lines.append(f"Left out: {norm}; --norms keeps them, in PEFT only.")
-    if len(dropped):
-        most = dropped.sort_values("squared_norm", ascending=False)["name"]
-        more = f" and {len(most) - 3} more" if len(most) > 3 else ""
-        share = f"{percent(_share(dropped, report))} of the squared update"
-        names = ", ".join(most[:3])
-        lines.append(f"Dropped, since a LoRA cannot hold them: {names}{more}, {share}.")
+    for part, told in NOT_HELD.items():
+        rows = report[report["part"] == part].sort_values("squared_norm", ascending=False)
+        if len(rows):
+            more = f" and {len(rows) - 3} more" if len(rows) > 3 else ""
+            share = f"{percent(_share(rows, report))} of the squared update"
+            lines.append(f"{told}: {', '.join(rows['name'][:3])}{more}, {share}.")
     if "healed" in report.attrs:
         lines.append(_healed(**report.attrs["healed"]))
     load = f"PeftModel.from_pretrained(base_model, {str(out)!r})"
-    return "\n".join([*lines, *_served(report.attrs["lora"]), f"Load it: model = {load}"])
+    served = _served(report.attrs["lora"], norms=len(norms) > 0)
+    return "\n".join([*lines, *served, f"Load it: model = {load}"])
 
 
-def _served(lora: dict) -> list[str]:
+def _served(lora: dict, *, norms: bool) -> list[str]:
     """What vLLM has to be told to load an adapter of this configuration, a line or none."""
+    if norms:
+        return ["vLLM loads no adapter that keeps norms: leave --norms out for it."]
     r = max(lora["r"], *lora["rank_pattern"].values(), 0)
     if r <= VLLM_RANKS[0]:
         return []

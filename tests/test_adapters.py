@@ -10,6 +10,7 @@ from pathlib import Path
 import pairs
 import pytest
 import torch
+import transformers
 from pairs import LLAMA_LIKE, SIGMA, SMALL, Q, build, edit
 from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file
@@ -277,6 +278,21 @@ def test_ranks_differ_by_matrix(save, tmp_path):
     assert ranks == set(used["rank"])
 
 
+def test_a_head_of_classes_is_adapted_by_every_rule(tmp_path):
+    torch.manual_seed(0)
+    config = transformers.LlamaConfig(**pairs.LLAMA_LIKE, num_labels=4, pad_token_id=0)
+    model = transformers.LlamaForSequenceClassification(config)
+    model.save_pretrained(tmp_path / "base")
+    for name, weight in model.named_parameters():
+        if pairs.is_layer_matrix(name, weight) or name == "score.weight":
+            pairs.plant(weight.data, torch.Generator().manual_seed(1))
+    model.save_pretrained(tmp_path / "tuned")
+    folders = str(tmp_path / "base"), str(tmp_path / "tuned")
+    for rule in ({"rank": 2}, {"energy": 0.9}):
+        report = extract_adapter(*folders, str(tmp_path / "out"), **rule).set_index("name")
+        assert {*report["part"]} == {"lora"} and report.loc["score.weight", "rank"] > 0
+
+
 def test_a_budget_is_spent_on_what_the_adapter_holds(save, tmp_path):
     """Not on what is dropped: experts, and what is a matrix and no linear layer."""
     folders = save("mixtral")
@@ -539,8 +555,10 @@ def test_a_second_extraction_replaces_the_first(save, tmp_path):
     home.mkdir()
     extract_adapter(base, tuned, str(home / "other"), rank=1)
     extract_adapter(base, tuned, str(home / "out"), rank=2)
-    (home / "out" / "README.md").write_text("a card as PEFT writes it")
+    (home / "out" / "README.md").write_text("a card")
     extract_adapter(base, tuned, str(home / "out"), rank=1)
+    assert (home / "out" / "README.md").read_text() == "a card"  # a reader's work, not ours
+    (home / "out" / "README.md").unlink()
     assert contents(home / "out") == contents(home / "other")
     assert {file.name for file in home.iterdir()} == {"other", "out"}
 

@@ -103,6 +103,29 @@ def test_a_tied_head_may_be_missing_on_one_side(save):
     assert same_tables(compare_checkpoints(base, tuned), before)
 
 
+def test_a_tied_head_that_both_sides_store_is_counted_once(save):
+    base, tuned = save("qwen")
+    before = compare_checkpoints(base, tuned)
+    for folder in (base, tuned):
+        edit(folder, lambda t: t.update({"lm_head.weight": t["model.embed_tokens.weight"].clone()}))
+    assert same_tables(compare_checkpoints(base, tuned), before)
+
+
+def test_what_the_base_alone_has_is_warned_of(save):
+    base, tuned = save()
+    edit(tuned, lambda t: t.pop("lm_head.weight"))
+    with pytest.warns(UserWarning, match="has lm_head.weight, which .* has not: what became of it"):
+        assert open_pair(base, tuned).only_base == ["lm_head.weight"]
+
+
+def test_a_token_outside_of_the_layers_is_no_expert(save):
+    folders = save()
+    for folder in folders:
+        edit(folder, lambda t: t.update({"vision.cls_token": torch.ones(1, 1, 32)}))
+    table = compare_checkpoints(*folders)
+    assert "expert" not in {*table["kind"]} and "vision.cls_token" in table.attrs["rest"]
+
+
 @pytest.mark.parametrize("side", [0, 1])
 def test_a_head_of_its_own_on_one_side_is_not_taken_for_tied(save, side):
     folders = save("qwen")

@@ -136,6 +136,17 @@ def test_a_pickle_that_runs_code_is_refused_even_then(save):
         open_pair(base, tuned, allow_pickle=True)
 
 
+@pytest.mark.parametrize("content", [b"\x80\x02", b"hello", b"P", [1, 2], torch.ones(2)], ids=str)
+def test_a_pickle_of_anything_else_is_named_without_advice_to_trust_it(save, content):
+    base, tuned = save()
+    (Path(tuned) / "model.safetensors").unlink()
+    file = Path(tuned) / "pytorch_model.bin"
+    file.write_bytes(content) if isinstance(content, bytes) else torch.save(content, file)
+    with pytest.raises(ValueError, match=r"^tuned/pytorch_model\.bin (is torn|holds no)") as told:
+        open_pair(base, tuned, allow_pickle=True)
+    assert "weights_only" not in str(told.value) and "safetensors" in str(told.value)
+
+
 @pytest.mark.parametrize("allow_pickle", [False, True])
 def test_pickles_of_the_hub_are_fetched_only_when_they_are_allowed(save, monkeypatch, allow_pickle):
     folder, asked = Path(save()[1]), []

@@ -33,11 +33,14 @@ def test_the_first_line_of_an_error_is_what_it_says():
     assert first_line(OSError("\n no such model\nSee https://example.org for help")) == (
         "no such model"
     )
+    assert first_line(ConnectionError()) == "ConnectionError"
 
 
 def test_a_full_disk_is_named_with_what_it_lacks(monkeypatch, tmp_path):
     full = SimpleNamespace(total=10**12, used=10**12, free=10**6)
     monkeypatch.setattr(shutil, "disk_usage", lambda path: full)
-    with pytest.raises(OSError, match=r"store has 0\.0 GB free and needs 0\.5 GB.*LOWRANK_CACHE"):
+    with pytest.raises(OSError, match=r"store has 0\.001 GB free and needs 0\.5 GB.*LOWRANK_CACHE"):
         require_disk(tmp_path / "store", 0.5)
+    with pytest.raises(OSError, match=r"needs 0\.002 GB: name another folder$"):
+        require_disk(tmp_path / "store", 0.002, cure="name another folder")
     require_disk(tmp_path / "store", 0.0005)

@@ -19,7 +19,7 @@ from pairs import Q, edit
 from safetensors.torch import load_file
 from small_runs import saved_pair
 
-from deltarank import __version__, cli, compare
+from deltarank import __version__, adapters, alignment, cli, compare
 from deltarank.study import healing, models, own_rows, runs
 
 ROOT = Path(cli.__file__).resolve().parent.parent
@@ -111,6 +111,18 @@ def test_extract_says_what_it_holds_drops_and_how_to_load_it(pair, tmp_path, cap
     assert status == 0
     assert "Dropped, since a LoRA cannot hold them: model.embed_tokens.weight" in told
     assert f"PeftModel.from_pretrained(base_model, '{tmp_path / 'adapter'}')" in told
+
+
+def test_extract_says_what_the_rule_gives_no_rank(pair, lora, tmp_path, capsys):
+    told = said(capsys, "extract", *pair, tmp_path / "small", "--budget", "300")[1]
+    assert "Given no rank by the rule: model.layers." in told and "Dropped" not in told
+    told = said(capsys, "extract", lora, tmp_path / "smaller", "--budget", "300")[1]
+    assert "Given no rank by the rule: model.layers." in told
+
+
+def test_extract_with_norms_says_that_vllm_loads_it_not(pair, tmp_path, capsys):
+    told = said(capsys, "extract", *pair, tmp_path / "out", "--rank", "20", "--norms")[1]
+    assert "vLLM loads no adapter that keeps norms" in told and "--max-lora-rank" not in told
 
 
 def test_extract_leaves_norms_out_and_says_so(pair, tmp_path, capsys):
@@ -237,6 +249,15 @@ def bad_calls(pair, home):
         "a folder of mine": (["extract", base, tuned, home / "mine"], "mine"),
         "no place": (["inspect", base, tuned, "--html", home / "no" / "page.html"], "no folder"),
         "no file": (["inspect", base, tuned, "--json", home], "no file"),
+        "a file that is read": (
+            ["inspect", base, tuned, "--json", f"{tuned}/model.safetensors"],
+            "model.safetensors cannot be written: it is a file of what is read",
+        ),
+        "one file for two": (
+            ["inspect", base, tuned, "--html", home / "new", "--json", home / "new"],
+            "give two files",
+        ),
+        "OUT in a file": (["extract", base, tuned, f"{tuned}/config.json/out"], "is no folder"),
         "no task": (["inspect", base, tuned, "--task", "cooking.jsonl"], "cooking"),
         "no command": (["shrink", base, tuned], "shrink"),
         "no path": (["inspect"], "BASE TUNED | ADAPTER"),
@@ -277,6 +298,17 @@ def test_bad_input_is_one_line_and_status_2_before_any_work(pair, tmp_path, caps
     assert not (tmp_path / "new").exists()
 
 
+@pytest.mark.parametrize("rule", [("--rank", "400"), ("--budget", "3")])
+@pytest.mark.parametrize("command", ["inspect", "extract"])
+def test_a_rule_that_gives_nothing_is_refused_before_any_work(
+    pair, tmp_path, capsys, monkeypatch, command, rule
+):
+    monkeypatch.setattr(compare, "_compare_matrix", lambda *_: pytest.fail("a matrix was read"))
+    out = [tmp_path / "new"] * (command == "extract")
+    status, told, errors = said(capsys, command, *pair, *out, *rule)
+    assert status == 2 and told == "" and rule[1] in errors
+
+
 def test_warnings_are_one_line_each(pair, capsys):
     status, out, errors = said(capsys, "inspect", pair[0], pair[0])
     assert status == 0 and "unchanged" in out
@@ -305,9 +337,18 @@ def test_an_interrupt_says_that_what_was_measured_is_kept(pair, capsys, monkeypa
     def interrupted(*arguments, **options):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(compare, "open_pair", interrupted)
+    monkeypatch.setattr(compare, "_compare_matrix", interrupted)
     status, _, errors = said(capsys, "inspect", *pair)
     assert status == 130 and errors.count("\n") == 1 and "kept" in errors
+
+
+def test_an_interrupt_of_what_keeps_nothing_says_so(pair, tmp_path, capsys, monkeypatch):
+    def interrupted(*arguments, **options):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(adapters, "write_adapter", interrupted)
+    status, _, errors = said(capsys, "extract", *pair, tmp_path / "out", "--rank", "2")
+    assert status == 130 and errors == "deltarank: interrupted; nothing was written\n"
 
 
 def test_a_task_needs_the_extra_and_says_so(pair, capsys, monkeypatch):
@@ -466,7 +507,7 @@ def test_make_inspect_wraps_the_command(pair, tmp_path):
 def test_a_target_that_cannot_be_written_is_refused_before_any_work(
     pair, tmp_path, capsys, monkeypatch, option
 ):
-    monkeypatch.setattr(compare, "open_pair", lambda *a, **k: pytest.fail("the pair was opened"))
+    monkeypatch.setattr(alignment, "open_pair", lambda *a, **k: pytest.fail("the pair was opened"))
     for target in (tmp_path, tmp_path / "no" / "file", "/proc/file"):
         status, out, errors = said(capsys, "inspect", *pair, option, target)
         assert status == 2 and out == "" and "cannot be written" in errors
@@ -492,7 +533,8 @@ def test_pickles_are_read_only_where_the_option_says_so(pair, capsys):
     os.remove(weights)
     status, _, errors = said(capsys, "inspect", base, tuned)
     assert status == 2 and "--allow-pickle" in errors and "allow_pickle" not in errors
-    assert said(capsys, "inspect", base, tuned, "--allow-pickle")[0] == 0
+    status, told, _ = said(capsys, "inspect", base, tuned, "--allow-pickle")
+    assert status == 0 and told.rstrip().endswith("OUT --energy 0.9 --allow-pickle")
 
 
 def test_the_version_is_told_without_loading_torch():

@@ -138,7 +138,42 @@ def test_the_rounding_variance_is_that_of_rounding(dtype, name, scale):
     W = torch.randn(400, 400, generator=torch.Generator().manual_seed(0)) * scale
     error = float((W.to(dtype).float() - W).square().sum())
     assert compare._rounding_variance(W.to(dtype).float(), name) == pytest.approx(error, rel=0.03)
-    assert compare._rounding_variance(W, "F32") == 0
+
+
+def test_the_rounding_is_that_of_the_narrowest_type_that_holds_the_weights(save, tmp_path):
+    """A copy in float32 of what was stored in bfloat16 is as rounded as that."""
+    base, tuned = save(dtype=torch.bfloat16)
+    before = compare_checkpoints(base, tuned)
+    for folder in (base, tuned):
+        edit(folder, lambda tensors: tensors.update({n: W.float() for n, W in tensors.items()}))
+    after = compare_checkpoints(base, tuned)
+    assert {*after["dtype_tuned"]} == {"F32"} and (before["rounding_share"] > 0).any()
+    for column in ("rounding_share", "above_rounding", "near_rounding"):
+        assert after[column].tolist() == pytest.approx(before[column].tolist())
+    assert (after["base_rounding_share"] == 0).all()
+
+
+def test_weights_that_need_float32_are_not_rounded(save):
+    table = compare_checkpoints(*save())
+    assert (table[["rounding_share", "base_rounding_share"]] == 0).all(axis=None)
+
+
+def test_a_base_in_a_narrower_type_than_the_tuned_model_is_warned_of(save):
+    base, tuned = save(norms=False)
+    edit(base, lambda t: t.update({n: W.bfloat16() for n, W in t.items()}))
+    with pytest.warns(UserWarning, match="is stored in a narrower type than .* matrices are near"):
+        table = compare_checkpoints(base, tuned)
+    embedding = table.set_index("name").loc["model.embed_tokens.weight"]  # was not trained
+    assert embedding["base_rounding_share"] == pytest.approx(1, abs=0.05)
+    assert not table["near_rounding"].any()
+
+
+def test_a_difference_out_of_the_range_is_no_broken_weight(save):
+    base, tuned = save()
+    for folder, sign in ((base, -1), (tuned, 1)):
+        edit(folder, lambda t, sign=sign: t.update({Q: torch.full_like(t[Q], sign * 3e38)}))
+    with pytest.raises(ValueError, match=f"{Q}: the update is out of the range of float32"):
+        compare_checkpoints(base, tuned)
 
 
 def test_mixed_types_are_compared(save):

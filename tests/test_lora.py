@@ -44,7 +44,7 @@ def test_spectra_are_those_of_the_merge_of_peft(tmp_path, name):
 def test_the_table_has_the_columns_of_a_pair_that_apply(tmp_path, save):
     pair = compare_checkpoints(*save())
     table = adapter_spectra(planted(tmp_path / "lora", "patterns"))
-    lacks = {"dtype_base", "changed_share", "above_rounding"}
+    lacks = {"dtype_base", "changed_share", "above_rounding", "base_rounding_share"}
     assert set(pair.columns) - set(table.columns) == lacks
     assert set(table.columns) - set(pair.columns) == {"lora_rank", "scale"}
     assert table.attrs.keys() == pair.attrs.keys()
@@ -204,6 +204,17 @@ def test_factors_without_each_other_are_refused(tmp_path):
     edit_lora(folder, lambda t: [t.pop(name) for name in list(t) if "lora" in name] + [
         t.update({"base_model.model.model.norm.weight": torch.ones(32)})])  # fmt: skip
     refuse(folder, "holds no factors")
+
+
+@pytest.mark.parametrize(
+    "config",
+    [{"rank_pattern": {"*q_proj": 4}}, {"lora_alpha": None}, {"alpha_pattern": [4]}],
+    ids=str,
+)
+def test_a_config_of_no_numbers_and_no_patterns_is_named(tmp_path, config):
+    folder = planted(tmp_path / "lora", "plain")
+    edit_lora(folder, **config)
+    refuse(folder, "adapter_config.json: the rank or alpha of", "correct r, lora_alpha")
 
 
 def test_factors_that_are_no_floats_are_refused(tmp_path):
