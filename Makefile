@@ -5,6 +5,7 @@ PROFILE ?= paper
 BUILD ?= $(CURDIR)/build
 BIN := .venv/bin
 READY := .venv/ready
+TESTS := $(BIN)/python -m pytest -q -n 2 --dist loadfile# what a file's tests share is made once
 SITE := $(BIN)/python notebooks/site/build.py
 FIGURE_LIST := $(BIN)/python notebooks/site/list_figures.py
 LAST := notebooks/00_read_the_report.ipynb
@@ -61,10 +62,10 @@ notebooks: # run the sequence; 00 comes last, since it sums up the others
 	done
 
 test: $(READY) ## run the quick tests
-	@$(BIN)/python -m pytest -q -m "not slow"
+	@$(TESTS) -m "not slow"
 
 test-slow: $(READY) ## run the tests that train, kill, build llama.cpp or run whole notebooks
-	@$(BIN)/python -m pytest -q -rs -m slow
+	@$(TESTS) -rs -m slow
 
 lint: $(READY) ## check style, format and types
 	@$(BIN)/ruff check . && $(BIN)/ruff format --check . && $(BIN)/mypy
