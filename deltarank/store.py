@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import json
 import os
@@ -13,7 +14,7 @@ from pathlib import Path
 
 from torch import Tensor
 
-from deltarank.checks import require_disk
+from deltarank.checks import require, require_disk
 from deltarank.runtime import cache_folder
 
 
@@ -88,21 +89,36 @@ def _compact_json(record: dict) -> str:
 
 
 def load_entry(folder: Path) -> tuple[dict, dict[str, Tensor]] | None:
-    """Record and tensors of an intact entry; None if there is none; a torn one is named too."""
-    from safetensors.torch import load_file
+    """Record and tensors of an intact entry; None if there is none; a torn one is named too.
 
+    Read and checked once as long as its files stay as they are: nothing in it is to be changed.
+    """
     if not folder.exists():
         return None
     try:
-        record = json.loads((folder / "result.json").read_text(encoding="utf8"))
-        stated = record.pop("sha256")
-        intact = stated == digest(record) and all(
-            file_sha256(folder / name) == sha256 for name, sha256 in record["files"].items()
-        )
+        record, tensors = _read_entry(folder, _stamp(folder))
     except (OSError, ValueError, KeyError, TypeError, AttributeError):
-        intact = False
-    if not intact:
         warnings.warn(f"{folder.name} is torn or was edited: it is computed again", stacklevel=2)
         return None
+    return dict(record), dict(tensors)
+
+
+def _stamp(folder: Path) -> tuple:
+    """What changes where a file of a folder does: names, places, sizes and times."""
+    stats = ((file.name, file.stat()) for file in sorted(folder.iterdir()))
+    return tuple((name, at.st_ino, at.st_size, at.st_mtime_ns) for name, at in stats)
+
+
+@functools.lru_cache(maxsize=2048)  # some 0.3 MB each; a notebook asks for a run dozens of times
+def _read_entry(folder: Path, stamp: tuple) -> tuple[dict, dict[str, Tensor]]:
+    """Record and tensors of an entry whose files have this stamp; ValueError where it is torn."""
+    from safetensors.torch import load_file
+
+    record = json.loads((folder / "result.json").read_text(encoding="utf8"))
+    stated = record.pop("sha256")
+    intact = stated == digest(record) and all(
+        file_sha256(folder / name) == sha256 for name, sha256 in record["files"].items()
+    )
+    require(intact, f"{folder} is not intact")
     tensors = load_file(folder / "tensors.safetensors") if record["files"] else {}
     return record, {name: tensor.clone() for name, tensor in tensors.items()}  # not memory-mapped

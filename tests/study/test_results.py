@@ -1,7 +1,6 @@
 """The committed results: whole, of the present code and data, and each curve of one machine."""
 
 import dataclasses
-import functools
 import itertools
 
 import pytest
@@ -212,8 +211,8 @@ def pairs_to_compare():
 
 @pytest.fixture
 def asked(monkeypatch):
-    """The folders of the entries that are looked for from here on, each read once."""
-    folders, load = set(), functools.cache(store.load_entry)
+    """The folders of the entries that are looked for from here on."""
+    folders, load = set(), store.load_entry
 
     def noted(folder):
         folders.add(folder)
