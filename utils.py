@@ -94,6 +94,7 @@ from deltarank.study.tables import (
     keep_table,
     runs_table,
     scaling_table,
+    score_intervals,
     show_row,
     spearman,
     spectra_table,

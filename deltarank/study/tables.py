@@ -85,10 +85,7 @@ def cut_gains(config: RunConfig, cuts: pd.DataFrame) -> pd.DataFrame:
 
 def by_part(result: Result) -> pd.DataFrame:
     """What a run makes of the parts of a mix's test rows: rows, loss_nats, score, one line each."""
-    scored, rows = result.record["evaluation"]["test"], load_split(result.config.task, "test")
-    table = pd.DataFrame({name: scored[f"row_{name}"] for name in ("nats", "tokens", "score")})
-    table["part"] = [row["task"] for row in rows[: len(table)]]
-    parts = table.astype({"score": float}).groupby("part")
+    parts = _rows(result).groupby("part")
     return pd.DataFrame(
         {
             "rows": parts.size(),
@@ -96,6 +93,29 @@ def by_part(result: Result) -> pd.DataFrame:
             "score": parts["score"].mean(),
         }
     )
+
+
+def _rows(result: Result) -> pd.DataFrame:
+    """nats, tokens, score (NaN where a row has none) and part of the test rows of a mix."""
+    scored, rows = result.record["evaluation"]["test"], load_split(result.config.task, "test")
+    table = pd.DataFrame({name: scored[f"row_{name}"] for name in ("nats", "tokens", "score")})
+    table["part"] = [row["task"] for row in rows[: len(table)]]
+    return table.astype({"score": float})
+
+
+def score_intervals(result: Result, full: Result, floor: pd.Series) -> pd.DataFrame:
+    """The share of a full run's score above the floor that another has, by part: low and high.
+
+    Both are of one mix.  95 % percentile bootstrap over its test rows, drawn for both together,
+    seed 0; floor: the score of each part that needs no skill.
+    """
+    rows, rng = _rows(result).assign(full=_rows(full)["score"]), np.random.default_rng(0)
+    found = {}
+    for part, table in rows.dropna(subset="score").groupby("part"):
+        scores = table[["score", "full"]].to_numpy()  # (rows, 2)
+        draws = scores[rng.integers(0, len(scores), (DRAWS, len(scores)))].mean(1) - floor[part]
+        found[part] = np.percentile(draws[:, 0] / draws[:, 1], [2.5, 97.5])
+    return pd.DataFrame(found, ["low", "high"]).T
 
 
 def show_row(row: dict) -> None:

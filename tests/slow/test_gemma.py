@@ -5,6 +5,7 @@ import math
 import pytest
 import torch
 
+from deltarank.runtime import product_dtype
 from deltarank.study.capacity import code_upper
 from deltarank.study.code_runs import CodeRun, code_model, code_parameters
 from deltarank.study.codes import WORDS, digit_tokens, draw_codes, encode_codes
@@ -84,8 +85,8 @@ def test_the_upper_layers_on_cached_states_give_the_whole_model_to_the_last_bit(
     digits = rows["input_ids"][:, -6:]
     tokens = torch.cat([rows["input_ids"], rows["input_ids"]])
     tokens[8:, -6:] = digits.roll(-1, 0)
-    decoder = code_model(config).get_decoder()
-    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16, enabled=dtype == "bfloat16"):
+    decoder, kind = code_model(config).get_decoder(), product_dtype(dtype)
+    with torch.no_grad(), torch.autocast("cpu", kind, enabled=kind != torch.float32):
         plain = decoder(input_ids=tokens[:, :-1]).last_hidden_state
         assert torch.equal(upper.hidden(inputs_embeds=upper.states), plain)
     nats, _ = upper.scores()

@@ -2,6 +2,7 @@
 
 import math
 
+import numpy as np
 import pandas as pd
 import pytest
 import torch
@@ -15,6 +16,7 @@ from deltarank.study.tables import (
     by_part,
     costs_table,
     joint_agreement,
+    score_intervals,
     spearman,
     spectrum_by_task,
     without_spectrum,
@@ -80,6 +82,23 @@ def test_a_mix_is_scored_part_by_part():
         assert line["loss_nats"] == pytest.approx(sum(nats[i] for i in mine) / (2 * len(mine)))
         scored = [scores[i] for i in mine if scores[i] is not None]
         assert line["score"] == pytest.approx(sum(scored) / len(scored))
+
+
+def test_the_share_of_a_score_has_an_interval_over_rows_that_both_runs_share():
+    """Half of a score above the floor is half in every draw, if the rows go together."""
+    parts = [row["task"] for row in load_split("mix", "test")[:64]]
+    config = PROFILES["paper"].config("mix", eval_rows=64)
+    rng, floor = np.random.default_rng(1), pd.Series(10.0, sorted({*parts}))
+    whole = rng.uniform(20, 100, 64)
+
+    def scored(scores):
+        test = {"row_nats": [1.0] * 64, "row_tokens": [1] * 64, "row_score": [None, *scores[1:]]}
+        return Result(config, {"evaluation": {"test": test}}, {})
+
+    half = score_intervals(scored(10 + (whole - 10) / 2), scored(whole), floor)
+    assert [*half.index] == [*floor.index] and half.to_numpy() == pytest.approx(0.5)
+    strange = score_intervals(scored(rng.permutation(whole)), scored(whole), floor)
+    assert (strange["low"] < 0.99).all() and (strange["high"] > 1.01).all()
 
 
 def test_what_orders_tasks_without_an_svd_is_the_median_of_their_runs():
