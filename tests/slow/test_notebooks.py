@@ -1,28 +1,11 @@
 """Every notebook runs at the smoke profile, by the command that readers use."""
 
 import json
-import os
-import subprocess
 
 import pytest
+from reports import committed_bytes, make_report
 
 from deltarank.runtime import ROOT
-
-COMMITTED = [ROOT / "data", ROOT / "figures", ROOT / "notebooks"]
-
-
-def committed_bytes():
-    files = [path for folder in COMMITTED for path in folder.rglob("*") if path.is_file()]
-    return {path: path.stat().st_mtime_ns for path in files}
-
-
-def make_report(build, model=""):
-    environment = os.environ | {"PROFILE": "smoke", "BUILD": str(build), "PROGRESS": "off"}
-    environment |= {"MODEL": model}
-    command = ["make", "-C", str(ROOT), "report"]
-    done = subprocess.run(command, env=environment, capture_output=True, text=True)
-    assert done.returncode == 0, done.stdout + done.stderr
-    return done.stdout
 
 
 @pytest.fixture(scope="module")
@@ -70,14 +53,3 @@ def test_a_second_report_trains_nothing(built):
     make_report(built[0].parent)
     assert {p: p.stat().st_mtime_ns for p in (built[0] / "data").rglob("result.json")} == runs
     assert {p: p.read_bytes() for p in (built[0] / "figures").iterdir()} == figures
-
-
-def test_the_whole_report_runs_on_a_model_of_another_family(qwen, tmp_path):
-    before = committed_bytes()
-    folder = tmp_path / "build" / "smoke-tiny-qwen3"
-    assert f"Open {folder}" in make_report(tmp_path / "build", str(qwen))
-    assert committed_bytes() == before
-    records = [json.loads(path.read_text()) for path in folder.glob("data/runs/*/*/result.json")]
-    assert len(records) > 50 and {record["config"]["model"] for record in records} == {str(qwen)}
-    page = (folder / "html" / "04_truncate_updates.html").read_text()
-    assert "are those of tiny-qwen3" in page and 'class="prose"' in page
