@@ -56,10 +56,9 @@ def extract_adapter(
     Returns one line a changed tensor: name, part ("lora", "modules_to_save", "left_out" for norms,
     "not_chosen" by the rule, "dropped" for what no LoRA can hold), rank, squared_norm, kept (the
     share of it that the adapter holds), best (the most that its rank can hold), rounding (the share
-    lost to the dtype);
-    attrs["lora"]: LoraConfig's arguments.  An adapter that `out` holds is replaced.  Raises as
-    open_pair and find_places, ValueError for a bad rank and, before any work, FileExistsError for
-    a folder that is there and is no adapter.
+    lost to the dtype); attrs["lora"]: LoraConfig's arguments.  An adapter that `out` holds is
+    replaced.  Raises as open_pair and find_places, ValueError for a bad rank and, before any work,
+    FileExistsError for a folder that is there and is no adapter.
     """
     folder, form = Path(out).expanduser().resolve(), Form(dtype, patterns)
     require_replaceable(folder)
@@ -89,7 +88,7 @@ def plan_adapter(
     require(bool(places.linear), f"{tuned} has no linear layer that a LoRA can adapt")
     if rank is None and ranks is None:
         shapes = [pair.shape(name) for name in places.linear]
-        require_rule(map(min, shapes), shapes, None, energy, budget)
+        require_rule(map(min, shapes), shapes, energy=energy, budget=budget)
         table = compare_pair(pair)  # a budget goes to what can be written, a classifier's head too
         layers = table[table["name"].isin(places.linear)].assign(kind="matrix")
         ranks = recommend_ranks(layers, energy=energy, budget=budget)

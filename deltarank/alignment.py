@@ -36,16 +36,11 @@ class Pair:
         """
         found: dict[str, tuple[str, int | None]] = {}
         for name in self.names:
-            shape = self.tuned.shapes[name]
+            shape, deep = self.tuned.shapes[name], layer_and_module(name)[0] >= 0
             entries = math.prod(shape)
             if len(shape) == 2 and entries and not name.endswith("bias"):
                 found[name] = (name, None)
-            elif (
-                len(shape) == 3
-                and entries
-                and layer_and_module(name)[0] >= 0
-                and "conv" not in name
-            ):
+            elif len(shape) == 3 and entries and deep and "conv" not in name:
                 found |= {f"{name}[{i}]": (name, i) for i in range(shape[0])}
         return found
 
@@ -118,12 +113,16 @@ def _warn_of_what_is_new(pair: Pair, base: str, tuned: str) -> None:
     grown = [f"{n}[{-more}:]" for n, more in pair.added_rows().items() if more > 0]
     new = grown + pair.only_tuned
     if new:
-        more = f" and {len(new) - 3} more" if len(new) > 3 else ""
-        told = f"{tuned} has {', '.join(new[:3])}{more}, which {base} has not"
+        told = f"{tuned} has {_listed(new)}, which {base} has not"
         warnings.warn(f"{told}: no adapter holds them, copy them from {tuned}", stacklevel=3)
     if pair.only_base:
-        told = f"{base} has {', '.join(pair.only_base[:3])}, which {tuned} has not"
+        told = f"{base} has {_listed(pair.only_base)}, which {tuned} has not"
         warnings.warn(f"{told}: what became of it is not measured", stacklevel=3)
+
+
+def _listed(names: list[str]) -> str:
+    """The first three names, and how many more there are."""
+    return ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
 
 
 def _without_tied_heads(checkpoint: Checkpoint, other: Checkpoint) -> Checkpoint:
@@ -132,11 +131,11 @@ def _without_tied_heads(checkpoint: Checkpoint, other: Checkpoint) -> Checkpoint
     That is one which `other` leaves out, or whose tie both configs state.
     """
     ties = [side.config.get("tie_word_embeddings") for side in (checkpoint, other)]
+    if False in ties:
+        return checkpoint
     heads = {name for name in checkpoint.files if name.endswith("lm_head.weight")}
     if not all(ties) or heads >= {*filter(is_vocabulary, checkpoint.files)}:
         heads -= set(other.files)
-    if any(tie is False for tie in ties):
-        return checkpoint
     files = {name: file for name, file in checkpoint.files.items() if name not in heads}
     return dataclasses.replace(checkpoint, files=files)
 

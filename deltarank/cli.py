@@ -15,7 +15,6 @@ from pathlib import Path
 from deltarank.options import EXTRA, parse, rule
 
 CUT_RANKS = (4, 16, 64)  # the cuts that are scored when a task is given
-RULES = ("rank", "energy", "budget")  # for ranks
 FORM = ("dtype", "patterns", "allow_pickle")  # what both kinds of extraction take
 
 
@@ -116,7 +115,7 @@ def _table(paths: list[str], ranks_by: dict, allow_pickle: bool):
     pair = open_pair(*paths, allow_pickle=allow_pickle)
     shapes = [pair.shape(name)[-2:] for name, _ in pair.matrices().values()]
     if shapes:
-        require_rule(map(min, shapes), shapes, **dict.fromkeys(RULES) | ranks_by)
+        require_rule(map(min, shapes), shapes, **ranks_by)
     return compare_pair(pair)
 
 
@@ -212,7 +211,7 @@ def _writable(name: str | None, read: Sequence[str]) -> Path | None:
     """
     if not name:
         return None
-    path = Path(name).expanduser().resolve()
+    path = _resolved(name)
     if path.exists() and path.parent in map(_resolved, read) and path.suffix != ".html":
         raise OSError(f"{name} cannot be written: it is a file of what is read; name another")
     if path.exists() and not path.is_file():
@@ -226,8 +225,9 @@ def _writable(name: str | None, read: Sequence[str]) -> Path | None:
     return path
 
 
-def _resolved(folder: str) -> Path:
-    return Path(folder).expanduser().resolve()
+def _resolved(name: str) -> Path:
+    """Where a file or folder lies, whatever way leads there."""
+    return Path(name).expanduser().resolve()
 
 
 def _replace(path: Path, text: str) -> None:

@@ -184,7 +184,8 @@ def _add_rows(parser: argparse.ArgumentParser) -> None:
         nargs="+",
         metavar=PATHS["plan"][1],
         help="a .jsonl file with a prompt and an answer in each line, and a kind if there are "
-        'several; lines of the split "test" are held out, or an eighth of all',
+        'several; of lines that name a split those of "train" are trained on and some of "test" '
+        "held out, or else an eighth of all",
     )
     parser.add_argument(
         "--model", default="", help="folder or hub id of the base (default: that of the report)"

@@ -19,7 +19,7 @@ from deltarank.checkpoints import EXPERT, STORED, layer_and_module
 from deltarank.checks import require, require_disk
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
-CARD = "README.md"  # of the reader's own writing
+CARD = "README.md"  # which PEFT begins and its reader may have written
 Layout = dict[str, tuple[torch.dtype, tuple[int, ...]]]  # a file's tensors: name, type and shape
 
 # What the names of tensors and config.json say of a language model, as transformers builds it.

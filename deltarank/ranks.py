@@ -46,7 +46,8 @@ def recommend_ranks(
     shapes = dict(zip(rows["name"], rows["shape"], strict=True))
     spectra = {name: S.double() for name, S in zip(rows["name"], rows["S"], strict=True)}
     require(bool(shapes), "no matrix was changed: there is nothing to adapt")
-    require_rule(map(len, spectra.values()), shapes.values(), rank, energy, budget)
+    limits = map(len, spectra.values())
+    require_rule(limits, shapes.values(), rank=rank, energy=energy, budget=budget)
     if rank is not None:
         ranks = {name: min(rank, len(S)) for name, S in spectra.items()}
     elif energy is not None:
@@ -61,9 +62,10 @@ def recommend_ranks(
 def require_rule(
     limits: Iterable[int],
     shapes: Iterable[tuple[int, ...]],
-    rank: int | None,
-    energy: float | None,
-    budget: int | None,
+    *,
+    rank: int | None = None,
+    energy: float | None = None,
+    budget: int | None = None,
 ) -> None:
     """Raise ValueError for a rule that gives nothing to matrices of these limits and shapes."""
     most, least = max(limits), min(map(sum, shapes))

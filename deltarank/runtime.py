@@ -128,8 +128,8 @@ def processor() -> str:
 def product_dtype(name: str) -> torch.dtype:
     """The type of the products in a forward and backward pass: the named one, or float32.
 
-    On an x86 CPU without AVX-512 PyTorch forms products in bfloat16 by plain loops: a training step
-    took 27 to 44 times as long as in float32, which stands in for it there.
+    On an x86 CPU without AVX-512 PyTorch forms products in bfloat16 by plain loops, many times
+    slower than in float32, which stands in for it there.
     """
     slow = torch.backends.cpu.get_cpu_capability() == "AVX2" and device().type == "cpu"
     return torch.float32 if slow else getattr(torch, name)

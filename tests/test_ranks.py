@@ -90,6 +90,17 @@ def test_one_rule_is_to_be_given(rule):
         recommend_ranks(pd.DataFrame(), **rule)
 
 
+def test_a_budget_below_the_first_rank_names_what_it_would_go_to():
+    """The greedy rule takes the largest gain a parameter first, be it of a large matrix."""
+    rows = [("big", (100, 100), 9.0), ("small", (4, 4), 1e-3)]
+    lines = [
+        {"name": name, "kind": "matrix", "shape": shape, "S": torch.tensor([s]), "squared_norm": s}
+        for name, shape, s in rows
+    ]
+    with pytest.raises(ValueError, match="budget=50: the first rank goes to big and takes 200"):
+        recommend_ranks(pd.DataFrame(lines), budget=50)
+
+
 def test_one_rank_for_all_gives_a_smaller_matrix_all_it_has(save):
     table = compare_checkpoints(*save())
     lora = recommend_ranks(table, rank=20)

@@ -56,9 +56,9 @@ def holding(file: str, model: str = "") -> Holding:
     Each line has prompt and answer, and may name its kind ("kind") and its split: those to train on
     are the rows of "train", or all but those of "test" where there is none.  Of "test", or else of
     the rows to train on, some are held out.  A LoRA is trained on the others as in rivals.probe,
-    and what was measured is kept in the cache.  Raises ValueError, before any work,
-    for a file without prompts and answers, with too few rows, or with one that is too long; and for
-    a training that diverged.
+    and what was measured is kept in the cache.  Raises ValueError, before any work, for a file
+    without prompts and answers, with too few rows, or with one that is too long; and for a training
+    that diverged.
     """
     config, counted = own_probe(file, model)
     result = _probed(config)
