@@ -7,6 +7,7 @@ import pandas as pd
 import pytest
 
 from deltarank.runtime import ROOT, build_folder
+from deltarank.store import load_entry
 from deltarank.study.models import TINY
 from deltarank.study.profiles import PAIR_TIMES, PLAN_TIMES, PROFILES, REPORT_TIMES
 from deltarank.study.runs import Result
@@ -76,3 +77,9 @@ def test_what_plan_says_and_takes_is_what_the_bench_measured():
     told = "On two cores, from an empty cache, this took "
     told += f"{took['minutes']} minutes and {took['GB']} GB"
     assert told in " ".join(README.split())
+    record, _ = load_entry(ROOT / "data" / "tables" / "forecasts")
+    sealed = dict(zip(record["columns"]["task"], record["columns"]["bits"], strict=True))[
+        "entities"
+    ]
+    now = float(re.search(r"Forecast: ([\d,]+)", took["said"])[1].replace(",", ""))
+    assert f"Its sealed forecast, {sealed:,.0f}, is near" in README and 0.9 < now / sealed < 1.1
