@@ -60,7 +60,7 @@ from deltarank.study.guidance import guidance_table
 from deltarank.study.heals import heal_configs, heals_table
 from deltarank.study.law import capacity_interval, fit_law
 from deltarank.study.loads import capacity_table, code_configs, curves_table, longer_configs
-from deltarank.study.measuring import measure
+from deltarank.study.measuring import kept_spectra, measure
 from deltarank.study.models import load_model, load_tokenizer, matrices
 from deltarank.study.overlaps import OVERLAP_RANKS, overlaps
 from deltarank.study.pairs import FolderPair, RunPair

@@ -147,7 +147,7 @@ def losses(monkeypatch):
         loss = table[keys[0]] if keys else None
         finished = {"status": "finished", "evaluation": {"valid": {"loss_nats": loss}}}
         record = {"status": "diverged", "evaluation": {}} if loss is None else finished
-        return Result(config, record, {})
+        return Result(config, record)
 
     monkeypatch.setattr(search, "sweep", lambda configs: [result(c) for c in configs])
     return table

@@ -1,8 +1,11 @@
 """Small runs on disk and the oracle of their loss: what tests of the study share."""
 
+import dataclasses
+
 import torch
 import torch.nn.functional as F
 
+from deltarank.store import save_entry
 from deltarank.study.models import TINY, load_tokenizer
 from deltarank.study.profiles import entry_folder, profile
 from deltarank.study.runs import run, save_model
@@ -65,3 +68,10 @@ def flip(path, at):
     content = bytearray(path.read_bytes())
     content[at] ^= 1
     path.write_bytes(content)
+
+
+def with_spectra(result, spectra):
+    """The result with these spectra in the store, as if they had been asked for."""
+    save_entry(entry_folder(result.config, "spectra"), {"run": result.config.key}, spectra)
+    shapes = {name: [len(S), len(S)] for name, S in spectra.items()}
+    return dataclasses.replace(result, record={"shapes": shapes} | result.record)

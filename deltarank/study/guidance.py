@@ -24,8 +24,8 @@ def allocations(result: Result, rank: int) -> dict[str, dict[str, int]]:
     budget = int(rank * spectra["shape"].map(sum).sum())
     guided = recommend_ranks(spectra, budget=budget)
     return {
-        "uniform": dict.fromkeys(result.spectra, rank),
-        "guided": {name: rank_of(guided, name) for name in result.spectra},
+        "uniform": dict.fromkeys(result.matrices, rank),
+        "guided": {name: rank_of(guided, name) for name in result.matrices},
     }
 
 

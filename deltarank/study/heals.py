@@ -103,11 +103,11 @@ class Heal:
 def heal_run(heal: Heal) -> Result:
     """The result of a heal: loaded when it is stored, otherwise trained, scored and stored.
 
-    Its config is the heal's recipe; it holds no spectra.
+    Its config is the heal's recipe; it has no spectra.
     """
     folder = entry_folder(heal.full, "heals", heal.key)
     record, _ = cached(folder, lambda: (measure_heal(heal), None))
-    return Result(heal.recipe, record, {})
+    return Result(heal.recipe, record)
 
 
 def heal_sweep(heals: Sequence[Heal]) -> list[Result]:

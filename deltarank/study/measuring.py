@@ -1,4 +1,4 @@
-"""One run measured: trained, scored, its update kept, its spectra taken."""
+"""One run measured: trained, scored, its update kept; the spectra of an update that is kept."""
 
 from __future__ import annotations
 
@@ -78,11 +78,11 @@ def delta_file(config: RunConfig) -> Path:
     return cache_folder() / "deltas" / f"{config.key}.safetensors"
 
 
-def measure(config: RunConfig, label: str = "") -> tuple[dict, dict[str, Tensor]]:
+def measure(config: RunConfig, label: str = "") -> dict:
     """Train and measure one run, whose update is kept in the cache.
 
-    Returns the record (configuration, status, losses, evaluation, shapes, squared norms of the
-    update by part, its growth, provenance) and the spectra, {matrix: S}, float32.
+    Returns its record: configuration, status, losses, evaluation, shapes, squared norms of the
+    update by part, its growth, provenance.
     """
     started = time.time()
     model, W0 = prepared(config)
@@ -100,12 +100,12 @@ def measure(config: RunConfig, label: str = "") -> tuple[dict, dict[str, Tensor]
     finished = all(map(math.isfinite, losses))
     evaluation = evaluate_splits(config, model, label) if finished else {}
     finished &= all(math.isfinite(e["loss_nats"]) for e in evaluation.values())
-    spectra, shapes, norms = measure_update(config, model, W0) if finished else ({}, {}, {})
-    record = {
+    shapes, norms = keep_update(config, model, W0) if finished else ({}, {})
+    return {
         "config": config.recipe,
         "identity": config.identity,
         "status": "finished" if finished else "diverged",
-        "train_loss_nats": [round(x, 5) if math.isfinite(x) else None for x in losses],
+        "train_loss_nats": rounded(losses),
         "evaluation": evaluation if finished else {},
         "shapes": shapes,
         "squared_norms": norms,
@@ -113,7 +113,15 @@ def measure(config: RunConfig, label: str = "") -> tuple[dict, dict[str, Tensor]
         "provenance": provenance(time.time() - started)
         | {"train_seconds": round(train_seconds, 1)},
     }
-    return record, {name: S.float().cpu().contiguous() for name, S in spectra.items()}
+
+
+def rounded(losses: list[float]) -> list[float | None]:
+    """The losses of the steps as they are stored: to five digits, None for one that is not finite.
+
+    >>> rounded([0.1234567, math.inf])
+    [0.12346, None]
+    """
+    return [round(loss, 5) if math.isfinite(loss) else None for loss in losses]
 
 
 def prepared(config: RunConfig) -> tuple[nn.Module, dict[str, Tensor]]:
@@ -148,31 +156,39 @@ def _growth(config: RunConfig, model: nn.Module, W0: dict[str, Tensor]) -> dict:
     return {"loss_nats": mean_loss(model, config, rows)} | ranks.to_dict("list")
 
 
-def measure_update(
+def keep_update(
     config: RunConfig, model: nn.Module, W0: dict[str, Tensor]
-) -> tuple[dict[str, Tensor], dict[str, list[int]], dict[str, float]]:
-    """S and shape of every update, a full run's squared norms; puts the updates into the cache.
+) -> tuple[dict[str, list[int]], dict[str, float]]:
+    """Put the update into the cache; the shape of every matrix's, and a full run's squared norms.
 
-    Of an adapter on some matrices only these have an entry: what was not trained has no spectrum,
+    Of an adapter on some matrices only these have a shape: what was not trained has no spectrum,
     and zeros would pull every median over the matrices towards a rank that none of them has.
     """
     if config.method == "base":
-        return {}, {}, {}
+        return {}, {}
     if config.method in FACTORED:
         factors = {name: lora_factors(layer) for name, layer in lora_layers(model).items()}
         scaled = {f"{n}.B": scale * B for n, (B, _, scale) in factors.items()}
-        _keep_update(config, scaled | {f"{n}.A": A for n, (_, A, _) in factors.items()})
-        spectra = {n: scale * factor_singular_values(B, A) for n, (B, A, scale) in factors.items()}
-        return spectra, {n: [len(B), A.shape[1]] for n, (B, A, _) in factors.items()}, {}
+        _write_update(config, scaled | {f"{n}.A": A for n, (_, A, _) in factors.items()})
+        return {n: [len(B), A.shape[1]] for n, (B, A, _) in factors.items()}, {}
     if config.adapter:
         dW = _merged_update(config, model)
-        _keep_update(config, dW)
-        spectra = {name: singular_values(update) for name, update in dW.items()}
-        return spectra, {name: list(update.shape) for name, update in dW.items()}, {}
+        _write_update(config, dW)
+        return {name: list(update.shape) for name, update in dW.items()}, {}
     dW = {n: p.detach().cpu() - W0[n] for n, p in model.named_parameters() if n in W0}
-    _keep_update(config, dW)
-    spectra = {name: singular_values(dW[name]) for name in matrices(model)}
-    return spectra, {n: list(dW[n].shape) for n in spectra}, _squared_norms(dW, spectra)
+    _write_update(config, dW)
+    shapes = {name: list(dW[name].shape) for name in matrices(model)}
+    return shapes, _squared_norms(dW, shapes)
+
+
+def kept_spectra(config: RunConfig, names: Iterable[str]) -> dict[str, Tensor]:
+    """S of these matrices' updates, float32, descending, from the update in the cache."""
+    from safetensors.torch import load_file
+
+    kept = load_file(delta_file(config))
+    if config.method in FACTORED:
+        return {n: factor_singular_values(kept[f"{n}.B"], kept[f"{n}.A"]).float() for n in names}
+    return {name: singular_values(kept[name]).float() for name in names}
 
 
 def _merged_update(config: RunConfig, model: nn.Module) -> dict[str, Tensor]:
@@ -206,7 +222,7 @@ def tuned_weights(config: RunConfig, model: nn.Module) -> dict[str, Tensor]:
     return W1
 
 
-def _keep_update(config: RunConfig, update: dict[str, Tensor]) -> None:
+def _write_update(config: RunConfig, update: dict[str, Tensor]) -> None:
     """Put an update into the cache, whole or not at all: dW of a full run, an adapter's factors."""
     from safetensors.torch import save_file
 

@@ -151,4 +151,4 @@ def _probed(config: RunConfig) -> Result:
         return record | {"provenance": provenance(time.perf_counter() - start)}, None
 
     record, _ = cached(cache_folder() / "plans" / config.key, measured)
-    return Result(config, record, {})
+    return Result(config, record)

@@ -152,7 +152,7 @@ def cut_until(config: RunConfig, share: float) -> pd.DataFrame:
     while True:
         cuts, doubled = cut(config, ranks), 2 * ranks[-1]
         kept = gain_kept(cuts["loss_nats"].iloc[-1], base.loss(), full.loss())
-        if kept >= share or all(doubled > min(full.shape(name)) for name in full.spectra):
+        if kept >= share or all(doubled > min(full.shape(name)) for name in full.matrices):
             return cuts
         ranks.append(doubled)
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import sys
 import warnings
 from collections.abc import Sequence
@@ -18,9 +17,11 @@ from deltarank.study.configs import FACTORED, RunConfig
 from deltarank.study.measuring import (
     delta_file,
     estimated_seconds,
+    keep_update,
+    kept_spectra,
     measure,
-    measure_update,
     prepared,
+    rounded,
 )
 from deltarank.study.models import load_model, load_tokenizer, quiet_transformers
 from deltarank.study.profiles import entry_folder
@@ -29,11 +30,10 @@ from deltarank.study.training import train
 
 @dataclass(frozen=True)
 class Result:
-    """A stored run: its configuration, what was measured, and the spectra of its update."""
+    """A stored run: its configuration and what was measured."""
 
     config: RunConfig
     record: dict
-    spectra: dict[str, Tensor]  # S of every matrix, float32, descending
 
     @property
     def status(self) -> str:
@@ -53,11 +53,28 @@ class Result:
         """Shape of a matrix."""
         return tuple(self.record["shapes"][name])
 
+    @property
+    def matrices(self) -> list[str]:
+        """The names of the matrices whose update is kept; none of a base or diverged run."""
+        return [*self.record.get("shapes", {})]
+
+    @property
+    def spectra(self) -> dict[str, Tensor]:
+        """S of every matrix's update, float32, descending; stored when first asked for."""
+
+        def compute() -> tuple[dict, dict[str, Tensor]]:
+            _require_update(self.config)
+            return {"run": self.config.key}, kept_spectra(self.config, self.matrices)
+
+        if not self.matrices:
+            return {}
+        return cached(entry_folder(self.config, "spectra"), compute)[1]
+
 
 def stored(config: RunConfig) -> Result | None:
     """The stored result of `config`, or None."""
     entry = load_entry(entry_folder(config, "runs"))
-    return Result(config, *entry) if entry else None
+    return Result(config, entry[0]) if entry else None
 
 
 def run(config: RunConfig) -> Result:
@@ -65,7 +82,7 @@ def run(config: RunConfig) -> Result:
     folder = entry_folder(config, "runs")
     if not folder.exists():
         require_disk(folder.parent, 0.1)
-    return Result(config, *cached(folder, lambda: measure(config, config.key)))
+    return Result(config, cached(folder, lambda: (measure(config, config.key), None))[0])
 
 
 def sweep(configs: Sequence[RunConfig]) -> list[Result]:
@@ -94,12 +111,12 @@ def sweep(configs: Sequence[RunConfig]) -> list[Result]:
     ]
     for config, outcome in Parallel(return_as="generator_unordered", pre_dispatch="n_jobs")(jobs):
         folder = entry_folder(config, "runs")
-        kept = cached(folder, lambda found=outcome: found)  # type: ignore[misc]  # has a default
-        results[config] = Result(config, *kept)
+        kept = cached(folder, lambda found=outcome: (found, None))  # type: ignore[misc]  # default
+        results[config] = Result(config, kept[0])
     return [results[c] for c in configs]
 
 
-def _measure_one(config: RunConfig, label: str) -> tuple[RunConfig, tuple]:
+def _measure_one(config: RunConfig, label: str) -> tuple[RunConfig, dict]:
     """The configuration beside its outcome: a sweep takes them as they come."""
     return config, measure(config, label)
 
@@ -114,12 +131,7 @@ def updates(config: RunConfig) -> dict[str, Tensor]:
     """
     from safetensors.torch import load_file
 
-    require(config.method != "base", f"{config.key}: a base run has no update")
-    before, told = stored(config), f"{config.key} diverged: it has no update; lower its rate"
-    require(before is None or before.status == "finished", told)
-    if not delta_file(config).exists():
-        _train_again(config, before)
-    require(delta_file(config).exists(), told)
+    _require_update(config)
     kept = load_file(delta_file(config))
     if config.method in FACTORED:
         return {
@@ -128,21 +140,29 @@ def updates(config: RunConfig) -> dict[str, Tensor]:
     return kept
 
 
+def _require_update(config: RunConfig) -> None:
+    """Have the update of a run in the cache; raises as `updates` does."""
+    require(config.method != "base", f"{config.key}: a base run has no update")
+    before, told = stored(config), f"{config.key} diverged: it has no update; lower its rate"
+    require(before is None or before.status == "finished", told)
+    if not delta_file(config).exists():
+        _train_again(config, before)
+    require(delta_file(config).exists(), told)
+
+
 def _train_again(config: RunConfig, before: Result | None) -> None:
     """Put the update of a run into the cache, unless it diverges; before: what is stored of it."""
-    label = f"deltas of {config.key}"
     model, W0 = prepared(config)
-    if not all(map(math.isfinite, train(config, model, label=label))):
+    losses = rounded(train(config, model, label=f"deltas of {config.key}"))
+    if None in losses:
         return
-    spectra, _, _ = measure_update(config, model, W0)
-    spectra = {name: S.float().cpu() for name, S in spectra.items()}
-    gap = spectral_gap(spectra, before.spectra) if before else 0
-    if gap > 0:
+    keep_update(config, model, W0)
+    if before and before.record["train_loss_nats"] != losses:
         warnings.warn(
-            f"{config.key} was trained again, and its singular values differ from those "
-            f"stored by up to {gap:.1%} of the largest: it is another run of the same "
-            "configuration, whose cuts do not belong on one curve with stored ones",
-            stacklevel=3,
+            f"{config.key} was trained again, and its losses on the way differ from those stored: "
+            "it is another run of the same configuration, whose cuts and spectra do not belong on "
+            "one curve with stored ones",
+            stacklevel=4,
         )
 
 

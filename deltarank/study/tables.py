@@ -218,7 +218,7 @@ def without_spectrum(results: Sequence[Result]) -> pd.DataFrame:
         {
             "task": result.config.task,
             "learning rate": result.config.lr,
-            "norm": math.sqrt(sum(float(S @ S) for S in result.spectra.values())),
+            "norm": math.sqrt(result.record["squared_norms"]["matrices"]),
             "bits": first_epoch_kbit(result),
         }
         for result in results

@@ -16,7 +16,7 @@ from deltarank.gram import leading_factors
 from deltarank.spectra import singular_values
 from deltarank.study import evaluation, models, training
 from deltarank.study.cuts import CUT_PARTS, cut
-from deltarank.study.measuring import delta_file, measure
+from deltarank.study.measuring import delta_file, kept_spectra, measure
 from deltarank.study.models import TINY, load_model
 from deltarank.study.profiles import profile
 from deltarank.study.runs import run, save_model
@@ -86,7 +86,9 @@ def test_a_measured_run_is_that_of_the_cpu(elsewhere, on_cpu, method):
     found = []
     for name in ("gpu", "cpu"):
         elsewhere(name)
-        found.append(measure(config))
+        record = measure(config)
+        names = record["shapes"]
+        found.append((record, kept_spectra(config, names) if names else {}))
         on_cpu()
     (record, spectra), (expected, oracle) = found
     assert record["provenance"]["device"] == torch.cuda.get_device_name()

@@ -48,7 +48,7 @@ def test_a_line_a_seed_at_the_best_setting(two):
 
 def test_a_run_that_diverged_has_none_of_the_skill(store):
     config = dataclasses.replace(trials("facts", "LoRA", 1)[0].config, lr=1.0)
-    diverged = Result(config, {"status": "diverged", "evaluation": {}}, {})
+    diverged = Result(config, {"status": "diverged", "evaluation": {}})
     assert contest._line("LoRA", diverged, "test")["gain"] == 0
 
 

@@ -159,7 +159,7 @@ def test_both_models_of_a_pair_are_let_go_before_the_cuts(tiny_pair, monkeypatch
 
 def test_a_cut_by_matrix_is_the_cut_where_all_ranks_are_one(tiny_pair):
     config = tiny_pair[2]
-    names = stored(config).spectra
+    names = stored(config).matrices
     uniform = cut(config, [2])["loss_nats"][0]
     assert cut_by_matrix(config, dict.fromkeys(names, 2))["loss_nats"] == uniform
     ranks = dict.fromkeys(names, 2) | {next(iter(names)): 0}

@@ -180,7 +180,7 @@ def test_directions_are_stored_with_the_adapter_and_of_these_runs_only(pair, mon
 def test_an_adapter_on_one_layer_has_directions_there_only(pair):
     lora = adapter(layers=(1,))
     found = directions.directions(lora, *pair)
-    assert set(found["name"]) == set(run(lora).spectra) == {n for n in found["name"] if ".1." in n}
+    assert set(found["name"]) == set(run(lora).matrices) == {n for n in found["name"] if ".1." in n}
 
 
 @pytest.mark.parametrize("fields", [{"rank": 4}, {"method": "tinylora", "rank": 1, "vector": 8}])

@@ -62,7 +62,7 @@ def test_the_long_mix_twice_as_long_has_the_rows_of_whole_tasks(monkeypatch):
         asked.extend(configs)
         losses = [{"loss_nats": abs(c.lr - 2e-3), "score": 0.0} for c in configs]
         records = [{"status": "finished", "evaluation": {"valid": loss}} for loss in losses]
-        return [Result(c, record, {}) for c, record in zip(configs, records, strict=True)]
+        return [Result(c, record) for c, record in zip(configs, records, strict=True)]
 
     monkeypatch.setattr(diversity, "sweep", sweep)
     found = long_mix(twice=True)
@@ -95,9 +95,7 @@ def measured(monkeypatch):
 
     def result(config):
         valid = 2.0 if config.method == "lora" and config.lr == 1e-2 else 1.0
-        return Result(
-            config, {"status": "finished", "evaluation": {"valid": {"loss_nats": valid}}}, {}
-        )
+        return Result(config, {"status": "finished", "evaluation": {"valid": {"loss_nats": valid}}})
 
     monkeypatch.setattr(diversity, "sweep", lambda configs: [result(c) for c in configs])
     monkeypatch.setattr(
@@ -113,9 +111,7 @@ def test_a_size_takes_the_rate_of_the_lowest_held_out_loss(measured):
 
 def test_a_size_that_diverged_at_every_rate_is_named(monkeypatch):
     diverged = {"status": "diverged", "evaluation": {}}
-    monkeypatch.setattr(
-        diversity, "sweep", lambda configs: [Result(c, diverged, {}) for c in configs]
-    )
+    monkeypatch.setattr(diversity, "sweep", lambda configs: [Result(c, diverged) for c in configs])
     with pytest.raises(ValueError, match="every learning rate diverged"):
         mix_runs(MIX)
 

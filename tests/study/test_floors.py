@@ -14,7 +14,7 @@ from deltarank.study.tasks import load_split
 
 def result(loss, score, config=None):
     test = {"loss_nats": loss, "score": score}
-    return Result(config, {"evaluation": {"test": test}}, {})
+    return Result(config, {"evaluation": {"test": test}})
 
 
 @pytest.fixture

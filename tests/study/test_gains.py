@@ -5,7 +5,7 @@ import math
 import pandas as pd
 import pytest
 import torch
-from small_runs import small
+from small_runs import small, with_spectra
 
 from deltarank.study.gains import (
     at_gain,
@@ -66,7 +66,8 @@ def a_run(losses, ranks):
     ]
     config = PROFILES["smoke"].config("facts", steps=8)
     valid = {"row_nats": [1.0, 3.0], "row_tokens": [2, 2]}  # 1 nat a token at the end
-    return Result(config, {"growth": notes, "evaluation": {"valid": valid}}, {"W": torch.ones(40)})
+    record = {"growth": notes, "evaluation": {"valid": valid}}
+    return with_spectra(Result(config, record), {"W": torch.ones(40)})
 
 
 @pytest.mark.parametrize(
@@ -79,18 +80,17 @@ def a_run(losses, ranks):
         (0.1, 1.0, 10.0),  # the first note has more
     ],
 )
-def test_the_ranks_at_a_share_of_the_gain(share, step, r90):
+def test_the_ranks_at_a_share_of_the_gain(store, share, step, r90):
     base = Result(
         PROFILES["smoke"].config("facts", "base"),
         {"evaluation": {"valid": {"row_nats": [22.0], "row_tokens": [2]}}},
-        {},
     )
     found = at_gain(a_run([7.0, 5.0, 3.0], [10, 20, 30]), base, share)
     assert found["step"] == pytest.approx(step)
     assert found["r90"] == pytest.approx(r90)
 
 
-def test_a_loss_that_a_run_never_comes_down_to_is_refused():
+def test_a_loss_that_a_run_never_comes_down_to_is_refused(store):
     run = a_run([7.0, 5.0, 3.0], [10, 20, 30])
     assert at_loss(run, 1.0)["step"] == 8 and at_loss(run, 4.0)["step"] == 3
     with pytest.raises(ValueError, match=r"never comes down to 0\.9 nats"):
@@ -103,7 +103,7 @@ def test_the_code_length_is_the_loss_of_rows_not_seen_before(small_task, steps, 
     losses = [math.log(2), math.log(4), *[math.log(2)] * (steps - 2)]
     bits = {2: 1 + 2, 4: 1 + 2 + 1 + 1}[seen]
     tokens = sum(len(row["answer"] + "\n") for row in small_task[:4]) / 4  # bytes are tokens
-    result = Result(config, {"train_loss_nats": losses}, {})
+    result = Result(config, {"train_loss_nats": losses})
     found = first_epoch_kbit(result)
     assert epoch_rows(result) == seen and found == pytest.approx(bits * tokens / 1000)
 
@@ -114,7 +114,7 @@ def test_learned_bits_leave_out_what_the_trained_model_still_loses(small_task):
     record: dict = {"train_loss_nats": [math.log(8), math.log(2)]}
     for left, bits in ((0.0, 3 + 1), (math.log(2), 3 + 1 - 2)):
         record["evaluation"] = {"test": {"loss_nats": left}}
-        found = learned_kbit(Result(config, record, {}))
+        found = learned_kbit(Result(config, record))
         assert found == pytest.approx(bits * tokens / 1000)
 
 
@@ -125,7 +125,7 @@ def test_rows_that_were_not_seen_teach_as_the_last_did(small_task):
     record: dict = {"train_loss_nats": [math.log(8), math.log(2)]}
     for left, more in ((0.0, 1), (math.log(2), 0), (math.log(4), 0)):
         record["evaluation"] = {"test": {"loss_nats": left}}
-        result = Result(config, record, {})
+        result = Result(config, record)
         for rows, unseen in ((2, 0), (4, 2)):
             expected = learned_kbit(result) + unseen * more * tokens / 1000
             assert taught_kbit(result, rows) == pytest.approx(expected)

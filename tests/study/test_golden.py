@@ -69,7 +69,9 @@ def lora():
 
 def numbers_of(run):
     """What a run's record and spectra say, in numbers."""
-    record, found = measuring.measure(run)
+    record = measuring.measure(run)
+    names = record["shapes"]
+    found = measuring.kept_spectra(run, names) if names else {}
     ranks = pd.DataFrame([rank_measures(S) for S in found.values()], found).to_dict("list")
     return {
         "losses": record["train_loss_nats"],

@@ -22,16 +22,16 @@ def parameters(result, ranks):
 
 def test_both_allocations_cost_the_same_and_guidance_holds_more(full):
     found = allocations(full, 3)
-    assert set(found["uniform"].values()) == {3} and found["guided"].keys() == full.spectra.keys()
+    assert set(found["uniform"].values()) == {3} and [*found["guided"]] == full.matrices
     uniform, guided = (parameters(full, found[name]) for name in ("uniform", "guided"))
-    dearest = max(sum(full.shape(name)) for name in full.spectra)
+    dearest = max(sum(full.shape(name)) for name in full.matrices)
     assert uniform - dearest < guided <= uniform
     assert len(set(found["guided"].values())) > 1
     assert energy_held(full, found["guided"]) > energy_held(full, found["uniform"])
 
 
 def test_the_energy_held_is_that_of_the_cut(full):
-    ranks = {name: 1 + i % 3 for i, name in enumerate(full.spectra)}
+    ranks = {name: 1 + i % 3 for i, name in enumerate(full.matrices)}
     dW = updates(full.config)
     kept = sum(truncate(dW[name], r).square().sum() for name, r in ranks.items())
     whole = sum(dW[name].square().sum() for name in ranks)
@@ -39,7 +39,7 @@ def test_the_energy_held_is_that_of_the_cut(full):
 
 
 def test_a_lora_of_one_rank_has_no_pattern(full):
-    names = list(full.spectra)
+    names = full.matrices
     one = lora_by_matrix("sentiment", dict.fromkeys(names, 2), 2)
     assert one == profile().config("sentiment", "lora", rank=2)
     other = lora_by_matrix("sentiment", dict.fromkeys(names, 2) | {names[0]: 5}, 2)

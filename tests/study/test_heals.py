@@ -231,7 +231,7 @@ def graded(monkeypatch, store):
             "evaluation": {"valid": loss, "test": loss},
             "full": {"test": loss},
         }
-        return Result(heal.recipe, record | {"divergence_nats": 0.5}, {})
+        return Result(heal.recipe, record | {"divergence_nats": 0.5})
 
     monkeypatch.setattr(heals, "heal_run", result)
     monkeypatch.setattr(heals, "tuned", lambda task, *, seed: profile().config(task, seed=seed))

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from deltarank.checkpoints import layer_and_module
-from deltarank.study.measuring import measure
+from deltarank.study.measuring import kept_spectra, measure
 from deltarank.study.models import TINY, load_model, matrices
 from deltarank.study.profiles import profile
 from deltarank.study.runs import run, run_model, updates
@@ -24,7 +24,8 @@ def trained(monkeypatch, tmp_path):
     def measured(config):
         monkeypatch.setenv("LOWRANK_CACHE", str(tmp_path / f"cache{len(runs)}"))
         runs.append(config)
-        return (*measure(config), updates(config))
+        record = measure(config)
+        return record, kept_spectra(config, record["shapes"]), updates(config)
 
     return measured
 
@@ -68,8 +69,9 @@ def test_spectra_and_norms_are_those_of_the_updates(trained, config):
 def test_an_unchanged_model_has_a_zero_spectrum(store, fields):
     still = {"steps": 1, "lr": 1e-300, "eval_rows": 4}  # below what float32 can add
     sizes = profile()
-    record, spectra = measure(sizes.config("sentiment", **still, **fields))
-    base, _ = measure(sizes.config("sentiment", "base", eval_rows=4))
+    record = measure(config := sizes.config("sentiment", **still, **fields))
+    base = measure(sizes.config("sentiment", "base", eval_rows=4))
+    spectra = kept_spectra(config, record["shapes"])
     assert len(spectra) == 14
     assert all(not S.any() for S in spectra.values())
     loss, expected = (r["evaluation"]["test"]["loss_nats"] for r in (record, base))
@@ -102,7 +104,7 @@ def carries(fields, name):
 @pytest.mark.parametrize("fields", ADAPTERS, ids=str)
 def test_an_adapters_spectra_are_those_of_pefts_own_update(store, fields):
     config = adapter(fields)
-    _, spectra = measure(config)
+    spectra = kept_spectra(config, measure(config)["shapes"])
     dW = updates(config)
     model = prepare(config)
     train(config, model)

@@ -85,7 +85,7 @@ def test_a_rewriting_has_no_accuracy_where_it_was_not_scored(store, tmp_path):
 def test_no_two_runs_have_one_name():
     fields = ({}, {"rslora": True}, {"alpha": 256.0}, {"modules": ("q_proj",)})
     runs = [profile().config("facts", "lora", rank=2, **changed) for changed in fields]
-    assert len({experiment(Result(config, {}, {})) for config in runs}) == 4
+    assert len({experiment(Result(config, {})) for config in runs}) == 4
 
 
 def test_a_run_that_diverged_has_no_result(store):

@@ -4,7 +4,6 @@ import dataclasses
 
 import pandas as pd
 import pytest
-import torch
 
 from deltarank.study import plan, search
 from deltarank.study.plan import (
@@ -41,9 +40,9 @@ def ladder(monkeypatch):
             for split, by_rank in lora.items()
         }
         if None in losses.values():
-            return Result(config, {"status": "diverged", "evaluation": {}}, {})
+            return Result(config, {"status": "diverged", "evaluation": {}})
         evaluation = {split: {"loss_nats": loss} for split, loss in losses.items()}
-        return Result(config, {"status": "finished", "evaluation": evaluation}, {})
+        return Result(config, {"status": "finished", "evaluation": evaluation})
 
     monkeypatch.setattr(plan, "run", result)
     monkeypatch.setattr(search, "sweep", lambda configs: [result(c) for c in configs])
@@ -103,7 +102,7 @@ def test_cuts_go_on_until_enough_is_kept(config, monkeypatch, nats, ranks):
     def result(asked):
         loss = 5.0 if asked.method == "base" else 1.0
         record = {"evaluation": {"test": {"loss_nats": loss}}, "shapes": {"one": [32, 48]}}
-        return Result(asked, record, {"one": torch.ones(32)})
+        return Result(asked, record)
 
     def fake_cut(_, asked):
         return pd.DataFrame({"rank": asked, "loss_nats": [nats[rank] for rank in asked]})

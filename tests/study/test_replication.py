@@ -204,7 +204,7 @@ def test_a_bracket_has_the_ranks_beside_the_sizes_that_halving_tries(store, monk
 
 
 def test_a_run_that_diverged_is_named_before_anything_is_read_off_it(store, monkeypatch):
-    diverged = Result(profile().config("facts"), {"status": "diverged"}, {})
+    diverged = Result(profile().config("facts"), {"status": "diverged"})
     monkeypatch.setattr(replication, "run", lambda config: diverged)
     with pytest.raises(ValueError, match="facts-full-.*no yardstick"):
         measures_table("smoke", 0, ["facts"])

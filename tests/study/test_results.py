@@ -2,10 +2,12 @@
 
 import dataclasses
 import itertools
+import runpy
 
 import pytest
 
 from deltarank import store
+from deltarank.runtime import ROOT
 from deltarank.study import (
     capacity,
     cuts,
@@ -25,9 +27,11 @@ from deltarank.study.profiles import PROFILES, entry_folder, profile
 from deltarank.study.rivals import read_of
 from deltarank.study.sizes import size_gains
 
+EXAMPLES = runpy.run_path(str(ROOT / "notebooks/site/inspect_examples.py"))["EXAMPLES"]
 STORE = PROFILES["paper"].store
 ENTRIES = sorted(path.parent for path in STORE.rglob("result.json"))
 RUNS = [folder for folder in ENTRIES if folder.is_relative_to(STORE / "runs")]
+SPECTRA = [folder for folder in ENTRIES if folder.is_relative_to(STORE / "spectra")]
 PAIRS = [folder for folder in ENTRIES if folder.parents[1].name in ("overlaps", "directions")]
 CUTS = [folder for folder in ENTRIES if folder.is_relative_to(STORE / "cuts")]
 HEALS = [folder for folder in ENTRIES if folder.is_relative_to(STORE / "heals")]
@@ -47,8 +51,9 @@ def test_every_entry_is_whole(records):
 
 
 def test_an_entry_lies_at_kind_task_key():
-    assert [folder for folder in RUNS + CUTS if folder.parents[2] != STORE] == []
-    kept = {folder.parent.name: folder.name.partition("-")[0] for folder in RUNS + CUTS}
+    both = RUNS + SPECTRA + CUTS
+    assert [folder for folder in both if folder.parents[2] != STORE] == []
+    kept = {folder.parent.name: folder.name.partition("-")[0] for folder in both}
     assert {task: first for task, first in kept.items() if task != first} == {}
 
 
@@ -95,9 +100,9 @@ def test_every_code_run_is_of_the_present_code(records):
     assert strange == []
 
 
-def test_every_cut_and_overlap_is_of_a_stored_run(records):
+def test_spectra_cuts_and_overlaps_are_of_stored_runs(records):
     names = {folder.name for folder in RUNS}
-    of_runs = {folder: [records[folder]["run"]] for folder in CUTS}
+    of_runs = {folder: [records[folder]["run"]] for folder in SPECTRA + CUTS}
     of_runs |= {folder: records[folder]["runs"] for folder in PAIRS}
     assert [folder.name for folder, found in of_runs.items() if not names.issuperset(found)] == []
 
@@ -124,7 +129,7 @@ def no_training(monkeypatch):
     def refuse(config, *_, **__):
         raise AssertionError(f"{config.key} is not stored")
 
-    owners = {"measure": [runs], "updates": [runs, cuts, overlaps, directions]}
+    owners = {"measure": [runs], "_require_update": [runs]}
     owners |= {"measure_heal": [heals], "measure_codes": [capacity]}
     for name, module in ((name, module) for name, found in owners.items() for module in found):
         monkeypatch.setattr(module, name, refuse)
@@ -133,6 +138,7 @@ def no_training(monkeypatch):
 ASKED = {
     "run": lambda config: runs.run(config),
     "sweep": lambda config: runs.sweep([config]),
+    "spectra": lambda config: runs.Result(config, {"shapes": {"some.weight": [1, 1]}}).spectra,
     "cut": lambda config: cuts.cut(config, [1]),
     "cut by matrix": lambda config: cuts.cut_by_matrix(config, {"some.weight": 1}),
     "overlaps": lambda config: overlaps.overlaps(config, dataclasses.replace(config, seed=9)),
@@ -199,6 +205,18 @@ def ask_for_the_rate_between():
     runs.run(profile().config("kjv", "lora", rank=8, lr=search.lr_between(ends, 8)))
 
 
+def ask_for_spectra():
+    """Ask for the spectra that notebooks show, and of the gallery's examples."""
+    sizes = profile()
+    searched = [result for task in sizes.tasks for result in search.coarse_search(task)]
+    configs = [*plan.full_configs(), *plan.embedding_configs(), *map(sizes.config, sizes.tasks)]
+    configs += [search.coarsely_tuned("facts", seed=seed) for seed in sizes.seeds]
+    ranks = itertools.product(sizes.lora_tasks, sizes.lora_ranks)
+    configs += [search.tuned(task, "lora", rank=rank) for task, rank in ranks]
+    for result in [*searched, *runs.sweep(configs + [run for _, run, _ in EXAMPLES.values()])]:
+        assert result.spectra or result.status == "diverged"
+
+
 def pairs_to_compare():
     """The pairs of runs whose directions the report compares, at the rates of the coarse search."""
     sizes, run = profile(), search.coarsely_tuned
@@ -240,6 +258,7 @@ def test_the_paper_is_rendered_without_training(monkeypatch, no_training, record
     ask_for_the_rate_between()
     ask_for_controls()
     ask_for_ladders()
+    ask_for_spectra()
     heals.heals_table(heals.heal_configs())
     loads.capacity_table([*loads.code_configs(), *loads.longer_configs()])
     pairs = pairs_to_compare()
@@ -251,6 +270,9 @@ def test_the_paper_is_rendered_without_training(monkeypatch, no_training, record
         directions.directions(search.tuned(task, "lora", rank=1), full, other)
     asked_for = [folder for folder in RUNS + PAIRS if folder in asked]
     assert len(asked_for) > 300
-    others = [folder for folder in RUNS + PAIRS + HEALS + CODES if folder not in asked]
-    by_matrix = [folder for folder in others if records[folder]["config"].get("rank_pattern")]
+    stored = RUNS + SPECTRA + PAIRS + HEALS + CODES
+    others = [folder for folder in stored if folder not in asked]
+    by_matrix = [
+        folder for folder in others if records[folder].get("config", {}).get("rank_pattern")
+    ]
     assert others == by_matrix, "no notebook reads these"  # notebook 11 has ranks by matrix

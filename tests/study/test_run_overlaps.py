@@ -19,7 +19,7 @@ def test_overlaps_of_a_run_with_itself_and_with_another_seed(config, monkeypatch
     same, other = overlaps.overlaps(config, config), overlaps.overlaps(*both)
     assert same["left"].tolist() == pytest.approx([1.0] * len(same), abs=1e-4)
     assert (other["left"] < 0.999).mean() > 0.5
-    assert set(other["name"]) == set(stored(config).spectra)
+    assert set(other["name"]) == set(stored(config).matrices)
     overlaps._leading_subspaces.cache_clear()
     monkeypatch.setattr(overlaps, "updates", lambda run: pytest.fail("computed again"))
     assert overlaps.overlaps(*both).equals(other)
@@ -42,7 +42,7 @@ def test_overlaps_are_of_the_matrices_that_both_runs_changed(config):
     sparse = profile().config("sentiment", "lora", rank=1, layers=(1,), steps=2, eval_rows=4)
     full_first, sparse_first = overlaps.overlaps(config, sparse), overlaps.overlaps(sparse, config)
     for table in (full_first, sparse_first):
-        assert set(table["name"]) == set(run(sparse).spectra)
+        assert set(table["name"]) == set(run(sparse).matrices)
     one, other = (updates(each)[table["name"][0]] for each in (config, sparse))
     assert table["left"][0] == pytest.approx(subspace_overlap(one, other, 1), abs=1e-4)
 

@@ -63,7 +63,7 @@ def test_a_finer_rate_has_mean_and_ends_over_its_seeds(monkeypatch):
             config = profile().config(task, method, rank=rank, lr=lr, seed=seed)
             scores = {"valid": {"loss_nats": nats}, "test": {"loss_nats": 9, "score": 10 * nats}}
             record = {"status": "finished", "evaluation": scores}
-            yield Result(config, record | {"provenance": {"train_seconds": 1}}, {})
+            yield Result(config, record | {"provenance": {"train_seconds": 1}})
 
     monkeypatch.setattr(tables, "lr_search", found)
     table = finer_table("lora", (1, 4))

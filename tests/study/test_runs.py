@@ -15,7 +15,7 @@ from deltarank.study.cuts import cut
 from deltarank.study.evaluation import evaluate
 from deltarank.study.measuring import delta_file, measure
 from deltarank.study.models import load_model
-from deltarank.study.profiles import profile
+from deltarank.study.profiles import entry_folder, profile
 from deltarank.study.runs import run, save_model, stored, sweep, updates
 from deltarank.study.tables import runs_table, spectra_table
 from deltarank.study.tasks import TASKS
@@ -26,7 +26,6 @@ def test_a_stored_run_is_loaded_and_not_measured_again(config, monkeypatch):
     monkeypatch.setattr(runs, "measure", lambda *a, **k: pytest.fail("measured again"))
     again = run(config)
     assert again.record == first.record
-    assert same(again.spectra, first.spectra)
     assert again.config == config
 
 
@@ -34,15 +33,34 @@ def test_a_run_that_is_not_stored_is_none(config):
     assert stored(config) is None
 
 
-@pytest.mark.parametrize("name", ["result.json", "tensors.safetensors"])
-def test_a_damaged_run_is_computed_again(config, name):
+def test_a_damaged_run_is_computed_again(config):
     first = run(config)
-    spectra = {name: S.clone() for name, S in first.spectra.items()}  # off the file's memory map
-    flip(results_of(config)[name], -20)
+    flip(results_of(config)["result.json"], -20)
     with pytest.warns(UserWarning, match=config.key):
         again = run(config)
-    assert same(again.spectra, spectra)
+    assert again.record["train_loss_nats"] == first.record["train_loss_nats"]
     assert again.loss() == first.loss()
+
+
+@pytest.mark.parametrize("name", ["result.json", "tensors.safetensors"])
+def test_damaged_spectra_are_computed_again(config, name):
+    first = run(config).spectra
+    flip(entry_folder(config, "spectra") / name, -20)
+    with pytest.warns(UserWarning, match=config.key):
+        assert same(run(config).spectra, first)
+
+
+def test_spectra_are_stored_when_they_are_asked_for_and_loaded_from_then_on(config, monkeypatch):
+    result, at = run(config), entry_folder(config, "spectra")
+    assert not at.exists()
+    first = result.spectra
+    assert at.exists() and {*first} == {*result.matrices}
+    delta_file(config).unlink()
+    monkeypatch.setattr(runs, "train", lambda *a, **k: pytest.fail("trained again"))
+    assert same(stored(config).spectra, first)
+    shutil.rmtree(at)
+    with pytest.raises(pytest.fail.Exception, match="trained again"):
+        _ = stored(config).spectra
 
 
 @pytest.fixture
@@ -71,17 +89,15 @@ def test_an_interrupted_sweep_keeps_its_runs_and_resumes_to_the_same_bytes(
     resumed = sweep(configs)
     assert results_of(configs[0])["result.json"].read_bytes() == first
     files = [results_of(config) for config in configs]
+    spectra = [result.spectra for result in resumed]
 
     monkeypatch.setenv("BUILD", str(tmp_path / "other"))
     whole = sweep(configs)
     assert [result.config for result in whole] == configs
-    for config, one, other in zip(configs, files, resumed, strict=True):
+    for config, one, other, S in zip(configs, files, resumed, spectra, strict=True):
         assert one.keys() == results_of(config).keys()
         assert stored(config).record["evaluation"] == other.record["evaluation"]
-        if "tensors.safetensors" in one:
-            tensors = results_of(config)["tensors.safetensors"]
-            assert tensors != one["tensors.safetensors"]
-            assert tensors.read_bytes() == one["tensors.safetensors"].read_bytes()
+        assert same(stored(config).spectra, S)
 
 
 def test_a_sweep_returns_its_results_in_order_and_runs_repeats_once(configs, monkeypatch):
@@ -109,7 +125,7 @@ def test_a_run_that_diverges_is_stored_as_diverged(store, method, steps):
     result = run(profile().config("sentiment", method, **changes))
     assert result.status == "diverged"
     assert len(result.record["train_loss_nats"]) <= 2  # it stops, rather than training on NaN
-    assert result.spectra == {}
+    assert result.matrices == [] and result.spectra == {}
     assert result.loss() != result.loss()
     assert runs_table([result])["status"].tolist() == ["diverged"]
     assert spectra_table([result]).empty
@@ -144,9 +160,10 @@ def test_an_update_trained_again_elsewhere_is_told_from_the_stored_one(config, m
         warnings.simplefilter("error", UserWarning)
         updates(config)  # the same machine: the same update
     delta_file(config).unlink()
-    other = dataclasses.replace(first, spectra={n: 1.1 * S for n, S in first.spectra.items()})
-    monkeypatch.setattr(runs, "stored", lambda config: other)
-    with pytest.warns(UserWarning, match=f"{config.key} was trained again.*10.0%"):
+    first_loss, *others = first.record["train_loss_nats"]
+    record = first.record | {"train_loss_nats": [first_loss + 1e-5, *others]}
+    monkeypatch.setattr(runs, "stored", lambda config: dataclasses.replace(first, record=record))
+    with pytest.warns(UserWarning, match=f"{config.key} was trained again.*losses on the way"):
         updates(config)
 
 

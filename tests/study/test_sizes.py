@@ -132,7 +132,7 @@ def test_the_needed_size_lies_between_two_that_were_tried(monkeypatch, gains, br
 
     def result(config):
         asked.append(config.seed)
-        return Result(config, {}, {})
+        return Result(config, {})
 
     monkeypatch.setattr(sizes, "tried_sizes", lambda task, **fields: ladder())
     monkeypatch.setattr(sizes, "sized", lambda task, size, **c: profile().config(task, **size, **c))

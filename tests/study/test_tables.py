@@ -7,6 +7,7 @@ import pandas as pd
 import pytest
 import torch
 from matrices import gaussian
+from small_runs import with_spectra
 
 from deltarank.study.gains import first_epoch_kbit
 from deltarank.study.profiles import PROFILES
@@ -75,7 +76,7 @@ def test_a_mix_is_scored_part_by_part():
     nats, scores = [float(i) for i in range(8)], [None, *[10.0 * i for i in range(1, 8)]]
     test = {"row_nats": nats, "row_tokens": [2] * 8, "row_score": scores}
     config = PROFILES["paper"].config("mix", eval_rows=8)
-    found = by_part(Result(config, {"evaluation": {"test": test}}, {}))
+    found = by_part(Result(config, {"evaluation": {"test": test}}))
     assert found["rows"].sum() == 8
     for part, line in found.iterrows():
         mine = [i for i, row in enumerate(rows) if row["task"] == part]
@@ -93,7 +94,7 @@ def test_the_share_of_a_score_has_an_interval_over_rows_that_both_runs_share():
 
     def scored(scores):
         test = {"row_nats": [1.0] * 64, "row_tokens": [1] * 64, "row_score": [None, *scores[1:]]}
-        return Result(config, {"evaluation": {"test": test}}, {})
+        return Result(config, {"evaluation": {"test": test}})
 
     half = score_intervals(scored(10 + (whole - 10) / 2), scored(whole), floor)
     assert [*half.index] == [*floor.index] and half.to_numpy() == pytest.approx(0.5)
@@ -106,8 +107,7 @@ def test_what_orders_tasks_without_an_svd_is_the_median_of_their_runs():
     results = [
         Result(
             sizes.config(task, lr=lr),
-            {"train_loss_nats": [nats] * sizes.steps},
-            {"a": norm * torch.tensor([0.6, 0.0]), "b": norm * torch.tensor([0.8])},
+            {"train_loss_nats": [nats] * sizes.steps, "squared_norms": {"matrices": norm**2}},
         )
         for task, lr, nats, norm in [
             ("facts", 1e-4, 1.0, 2.0),
@@ -123,15 +123,14 @@ def test_what_orders_tasks_without_an_svd_is_the_median_of_their_runs():
     assert found["bits"]["facts"] == first_epoch_kbit(results[3]) > found["bits"]["code"] == 0
 
 
-def test_measures_of_the_spectrum_are_medians_over_matrices_and_then_runs():
+def test_measures_of_the_spectrum_are_medians_over_matrices_and_then_runs(store):
     """Of flat spectra, sigma = 1 in n of 12 directions, r50 is n / 2 and r90 0.9 n."""
     results = []
     for seed, sizes in enumerate([(10, 10, 4), (10, 6, 6), (2, 2, 10)]):
         spectra = {f"layers.{i}.a": (torch.arange(12) < n).float() for i, n in enumerate(sizes)}
         shapes = dict.fromkeys(spectra, (12, 20))
-        results.append(
-            Result(PROFILES["smoke"].config("facts", seed=seed), {"shapes": shapes}, spectra)
-        )
+        one = Result(PROFILES["smoke"].config("facts", seed=seed), {"shapes": shapes})
+        results.append(with_spectra(one, spectra))
     [line] = spectrum_by_task(results).to_dict("records")  # medians of 10, 6 and 2 directions
     assert line["r50"] == 3 and line["r90"] == 6
     assert line["stable_rank"] == pytest.approx(6) == line["entropy_rank"]
@@ -142,7 +141,7 @@ def test_costs_count_a_run_once_and_by_how_it_ended():
         cost = {"device": "A", "seconds": 1800, "train_seconds": 900}
         test = {"test": {"loss_nats": nats, "score": 0.0}} if status == "finished" else {}
         record = {"status": status, "evaluation": test, "provenance": cost}
-        return Result(PROFILES["smoke"].config("facts", method, **fields), record, {})
+        return Result(PROFILES["smoke"].config("facts", method, **fields), record)
 
     best, worse = ran("full", 1.0), ran("full", 3.0, lr=1e-2)
     diverged = ran("full", math.nan, status="diverged", lr=1e-1)

@@ -17,7 +17,7 @@ from deltarank.study.variants import PARAMETERS
 def result(config, loss):
     """A run that ended at a loss, or diverged where that is None."""
     status = "diverged" if loss is None else "finished"
-    return Result(config, {"status": status, "evaluation": {"valid": {"loss_nats": loss}}}, {})
+    return Result(config, {"status": status, "evaluation": {"valid": {"loss_nats": loss}}})
 
 
 @pytest.fixture
