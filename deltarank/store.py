@@ -24,7 +24,14 @@ def digest(record: dict) -> str:
 
 
 def file_sha256(path: Path) -> str:
-    """The sha256 of a file."""
+    """The sha256 of a file; read once as long as it stays as it is."""
+    at = path.stat()
+    return _sha256(path, at.st_ino, at.st_size, at.st_mtime_ns)
+
+
+@functools.lru_cache(maxsize=4096)
+def _sha256(path: Path, *stamp: int) -> str:
+    """The sha256 of a file that has this stamp."""
     with open(path, "rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Iterable
 from typing import TypeVar
@@ -14,7 +15,7 @@ from deltarank.spectra import common_energy, rank_measures
 from deltarank.study.configs import GROWTH_ROWS
 from deltarank.study.models import load_tokenizer
 from deltarank.study.runs import Result
-from deltarank.study.tasks import encode, load_split
+from deltarank.study.tasks import encode, load_split, task_sha256
 
 Measured = TypeVar("Measured", float, pd.Series)  # one number, or one a rank
 
@@ -158,16 +159,28 @@ def taught_kbit(result: Result, rows: int) -> float:
 
 def epoch_rows(result: Result) -> int:
     """The rows that a run saw in its first epoch, whole batches, as far as it went."""
-    config, rows = result.config, load_split(result.config.task, "train")
-    return config.batch_size * min(len(rows) // config.batch_size, config.steps)
+    config, (rows, _) = result.config, _rows_and_tokens(result)
+    return config.batch_size * min(rows // config.batch_size, config.steps)
 
 
 def _batch_tokens(result: Result) -> float:
     """The mean number of answer tokens of a batch of a run."""
-    config, tokenizer = result.config, load_tokenizer(result.config.model)
-    rows = [encode(r, tokenizer, config.seq_len) for r in load_split(config.task, "train")]
-    tokens = sum(label != -100 for row in rows for label in row["labels"])
-    return config.batch_size * tokens / len(rows)
+    rows, tokens = _rows_and_tokens(result)
+    return result.config.batch_size * tokens / rows
+
+
+def _rows_and_tokens(result: Result) -> tuple[int, int]:
+    """The numbers of a run's training rows and of the answer tokens in them."""
+    config = result.config
+    return _counted(config.task, config.model, config.seq_len, task_sha256(config.task))
+
+
+@functools.lru_cache(maxsize=64)
+def _counted(task: str, model: str, seq_len: int, sha256: str) -> tuple[int, int]:
+    """_rows_and_tokens of a task whose file has this sha256."""
+    rows, tokenizer = load_split(task, "train"), load_tokenizer(model)
+    labels = (label for row in rows for label in encode(row, tokenizer, seq_len)["labels"])
+    return len(rows), sum(label != -100 for label in labels)
 
 
 def _kbit(nats: float) -> float:
