@@ -24,7 +24,7 @@ from deltarank.study.capacity import code_folder
 from deltarank.study.code_runs import CodeRun
 from deltarank.study.configs import RunConfig
 from deltarank.study.profiles import PROFILES, entry_folder, profile
-from deltarank.study.rivals import read_of
+from deltarank.study.rivals import paid, read_of
 from deltarank.study.sizes import size_gains
 
 EXAMPLES = runpy.run_path(str(ROOT / "notebooks/site/inspect_examples.py"))["EXAMPLES"]
@@ -197,6 +197,9 @@ def ask_for_ladders():
     for task in profile().lora_tasks:
         size_gains(task)
     read_of([*profile().lora_tasks, *profile().forecast_tasks])
+    paid("danish", shares=(0.95,))
+    for rank in (0, 1, 8):
+        search.coarsely_tuned("entities", rank=rank)
 
 
 def ask_for_the_rate_between():
