@@ -139,6 +139,11 @@ def test_the_key_ignores_the_order_and_the_defaults():
     assert RunConfig(**record).key == RunConfig(**LORA).key
 
 
+def test_the_key_is_the_same_however_a_number_is_written():
+    whole = LORA | {"alpha": 8, "lr": 1, "max_grad_norm": 1, "warmup": 0}
+    assert RunConfig(**whole).key == RunConfig(**(LORA | {"lr": 1.0})).key
+
+
 def test_the_key_says_what_the_run_is():
     assert RunConfig(**LORA, seed=3).key.startswith("sentiment-lora-r4-s3-")
 
