@@ -240,7 +240,7 @@ PROFILES = {
         second="smollm2",
         committed=True,
         fine_tasks=("facts", "sorbian", "sentiment", "json", "code", "mix"),
-        alpha_tasks=("facts", "sorbian", "kjv", "arithmetic", "code", "mix"),
+        alpha_tasks=("facts", "sorbian", "kjv", "arithmetic", "code", "mix", "entities"),
     ),
     "smollm2": Profile(
         "smollm2",
