@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+import pandas as pd
 import torch
 from torch import Tensor, nn
 
@@ -173,6 +174,24 @@ def spectral_gap(first: dict[str, Tensor], second: dict[str, Tensor]) -> float:
     0.25
     """
     return max(float((S - second[name]).abs().max() / S[0]) for name, S in first.items())
+
+
+def repeated(result: Result, times: int = 2) -> pd.DataFrame:
+    """A run with an update trained anew some times, which is not stored, a line each.
+
+    Columns: device and threads; loss_nats and score on test rows; gap_stored and gap_first:
+    spectral_gap to the stored run and to the first repetition, in %.
+    """
+    lines, first = [], None
+    for _ in range(times):
+        record = measure(result.config)
+        spectra = kept_spectra(result.config, result.matrices)
+        first = first or spectra
+        line = {name: record["provenance"][name] for name in ("device", "threads")}
+        line |= {name: record["evaluation"]["test"][name] for name in ("loss_nats", "score")}
+        line["gap_stored"] = 100 * spectral_gap(result.spectra, spectra)
+        lines.append(line | {"gap_first": 100 * spectral_gap(first, spectra)})
+    return pd.DataFrame(lines)
 
 
 def example_update(config: RunConfig) -> tuple[str, Tensor]:

@@ -16,7 +16,7 @@ from deltarank.study.evaluation import evaluate
 from deltarank.study.measuring import delta_file, measure
 from deltarank.study.models import load_model
 from deltarank.study.profiles import entry_folder, profile
-from deltarank.study.runs import run, save_model, stored, sweep, updates
+from deltarank.study.runs import repeated, run, save_model, stored, sweep, updates
 from deltarank.study.tables import runs_table, spectra_table
 from deltarank.study.tasks import TASKS
 
@@ -27,6 +27,21 @@ def test_a_stored_run_is_loaded_and_not_measured_again(config, monkeypatch):
     again = run(config)
     assert again.record == first.record
     assert again.config == config
+
+
+def test_a_repeated_run_says_how_far_its_spectra_are_from_the_stored_ones(config, monkeypatch):
+    result, kept, grown = run(config), runs.kept_spectra, iter([1.0, 1.1])
+    assert result.spectra, "stored"
+
+    def some(*arguments):
+        factor = next(grown)
+        return {name: factor * S for name, S in kept(*arguments).items()}
+
+    monkeypatch.setattr(runs, "kept_spectra", some)
+    found = repeated(result)
+    assert found["gap_stored"].tolist() == found["gap_first"].tolist() == pytest.approx([0, 10])
+    assert found["loss_nats"].tolist() == [result.loss()] * 2, "the stored weights, trained alike"
+    assert found[["device", "threads"]].notna().all(axis=None)
 
 
 def test_a_run_that_is_not_stored_is_none(config):
