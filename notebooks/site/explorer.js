@@ -75,7 +75,7 @@
     return [element("p", { class: "number" }, words), svg];
   };
 
-  // Light to dark blue over 0 to 0.8, as in figure 3.4; the chosen matrix is framed.
+  // Light to dark blue over 0 to 0.8; the chosen matrix is framed.
   const shade = (value) => {
     const t = Math.min(1, Math.max(0, value / 0.8));
     const mix = (a, b) => Math.round(a + (b - a) * t);
