@@ -198,8 +198,10 @@ def ask_for_ladders():
         size_gains(task)
     read_of([*profile().lora_tasks, *profile().forecast_tasks])
     paid("danish", shares=(0.95,))
-    for rank in (0, 1, 8):
-        search.coarsely_tuned("entities", rank=rank)
+    for rank, alpha in ((0, 0.0), (1, 32.0), (8, 32.0), (1, 256.0), (8, 256.0)):
+        once = search.coarsely_tuned("entities", rank=rank, alpha=alpha)
+        if alpha < 256:
+            runs.run(dataclasses.replace(once, steps=2 * once.steps))
 
 
 def ask_for_the_rate_between():
