@@ -82,4 +82,4 @@ def test_what_plan_says_and_takes_is_what_the_bench_measured():
         "entities"
     ]
     now = float(re.search(r"Forecast: ([\d,]+)", took["said"])[1].replace(",", ""))
-    assert f"Its sealed forecast, {sealed:,.0f}, is near" in README and 0.9 < now / sealed < 1.1
+    assert f"sealed as {sealed:,.0f}." in README and 0.9 < now / sealed < 1.1
