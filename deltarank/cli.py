@@ -82,7 +82,7 @@ def _inspect(arguments: argparse.Namespace) -> None:
     with _one_line_warnings() as caught:
         table = _table(paths, ranks_by, arguments.allow_pickle)
         lora = None if changed_matrices(table).empty else recommend_ranks(table, **ranks_by)
-        losses = _losses(arguments, table) if arguments.task else None
+        losses = _losses(arguments, table, lora) if arguments.task else None
         base = paths[0] if len(paths) == 2 else None
         found = Inspection(
             base,
@@ -130,13 +130,15 @@ def _require_task(arguments: argparse.Namespace) -> None:
     load_split(arguments.task, "test")
 
 
-def _losses(arguments: argparse.Namespace, table):
-    """What the task loses at CUT_RANKS, as score_pair has it."""
+def _losses(arguments: argparse.Namespace, table, lora: dict | None):
+    """What the task loses at CUT_RANKS and at the ranks that are recommended, as of score_pair."""
+    from deltarank.ranks import changed_matrices, ranks_of
     from deltarank.study.cuts import score_pair
 
     possible = [r for r in CUT_RANKS if r <= table["min_dim"].max()]
+    own = ranks_of(lora, changed_matrices(table)["name"]) if lora else None
     base, tuned = arguments.paths
-    return score_pair(base, tuned, arguments.task, possible)
+    return score_pair(base, tuned, arguments.task, possible, by_matrix=own)
 
 
 def _extract(arguments: argparse.Namespace) -> None:

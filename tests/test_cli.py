@@ -357,7 +357,7 @@ def test_a_task_needs_the_extra_and_says_so(pair, capsys, monkeypatch):
     assert status == 2 and "deltarank[study]" in errors
 
 
-def test_a_task_scores_base_cuts_and_tuned(config, tmp_path, capsys):
+def test_a_task_scores_base_cuts_recommended_ranks_and_tuned(config, tmp_path, capsys):
     base, tuned = str(tmp_path / "start"), str(tmp_path / "end")
     runs.save_model(config.__class__(task="sentiment", method="base", model=models.TINY), base)
     runs.save_model(config, tuned)
@@ -367,8 +367,9 @@ def test_a_task_scores_base_cuts_and_tuned(config, tmp_path, capsys):
     assert status == 0 and errors == "", errors
     lines = [line.split() for line in out.splitlines()]
     assert [line[0] for line in lines if line and line[0] in ("base", "cut", "tuned")] == [
-        *("base", "cut", "cut", "tuned"),
+        *("base", "cut", "cut", "cut", "tuned"),
     ]
+    assert [line[:4] for line in lines].count(["cut", "by", "matrix", "–"]) == 1
 
 
 @pytest.fixture

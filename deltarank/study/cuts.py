@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Iterator, Sequence
 
 import pandas as pd
@@ -126,26 +127,50 @@ def _cut_factors(
     return Q_left * S, Q_right.T
 
 
-def score_pair(base: str, tuned: str, task: str, ranks: Sequence[int]) -> pd.DataFrame:
+def score_pair(
+    base: str,
+    tuned: str,
+    task: str,
+    ranks: Sequence[int],
+    *,
+    by_matrix: dict[str, int] | None = None,
+) -> pd.DataFrame:
     """What a task loses when tuned - base is cut: base, tuned, and the cut at every rank.
 
     task: as load_task takes it; its test rows are scored.  As in `cut`, what is outside the
-    matrices keeps its full update.  Both models are held in memory until the cuts begin.
-    Returns one line a model: model ("base", "cut" or "tuned"), rank of the cut, loss_nats, score.
+    matrices keeps its full update.  by_matrix: one more cut, to ranks of their own, {matrix: rank},
+    left out with a warning where transformers names the matrices otherwise than the files do.
+    Both models are held in memory until the cuts begin.
+    Returns one line a model: model ("base", "cut", "cut by matrix" or "tuned"), rank of the cut,
+    loss_nats, score.
     """
     rows, tokenizer = load_split(task, "test"), load_tokenizer(base)
     length = max(len(encode(row, tokenizer)["input_ids"]) for row in rows)
     config = RunConfig(task=task, method="base", model=base, seq_len=length, eval_rows=len(rows))
     dW, ends = _update_and_ends(config, tuned)
-    cuts = _evaluate_cuts(config, dW, ranks, "head", "score cuts")
+    names: list[tuple] = [("cut", r) for r in ranks]
+    wanted: list[int | dict[str, int]] = [*ranks]
+    if by_matrix and _known(by_matrix, dW):
+        names.append(("cut by matrix", None))
+        wanted.append(by_matrix)
+    cuts = _evaluate_cuts(config, dW, wanted, "head", "score cuts")
     found: list[tuple] = [("base", 0, ends["base"])]
-    found += [("cut", r, scored) for r, scored in zip(ranks, cuts, strict=True)]
+    found += [(*name, scored) for name, scored in zip(names, cuts, strict=True)]
     found += [("tuned", None, ends["tuned"])]
     columns = ("loss_nats", "score")
     return pd.DataFrame(
         {"model": model, "rank": r} | {column: scored[column] for column in columns}
         for model, r, scored in found
     )
+
+
+def _known(ranks: dict[str, int], dW: dict[str, Tensor]) -> bool:
+    """Whether ranks name parameters of the loaded model; warns of the first that they do not."""
+    strange = [name for name in ranks if name not in dW]
+    if strange:
+        told = f"{strange[0]} has another name in the model that transformers loads"
+        warnings.warn(f"{told}: the cut by matrix is not scored", stacklevel=2)
+    return not strange
 
 
 def _update_and_ends(config: RunConfig, tuned: str) -> tuple[dict[str, Tensor], dict[str, dict]]:

@@ -11,9 +11,9 @@ from deltarank.compare import compare_checkpoints
 from deltarank.runtime import cache_folder
 from deltarank.store import digest
 from deltarank.study.configs import RunConfig
-from deltarank.study.cuts import cut, score_pair
+from deltarank.study.cuts import score_pair
 from deltarank.study.profiles import profile
-from deltarank.study.runs import run, save_model
+from deltarank.study.runs import save_model
 from deltarank.study.tables import keep_table
 
 
@@ -34,11 +34,11 @@ class FolderPair:
         """extract_adapter of the pair, by what recommend_ranks returned."""
         return extract_adapter(self.base, self.tuned, self.out, ranks=ranks)
 
-    def score(self, ranks: tuple[int, ...]) -> pd.DataFrame:
+    def score(self, ranks: tuple[int, ...], by_matrix: dict[str, int]) -> pd.DataFrame:
         """What the task loses, a line a model as score_pair has it; none without a task."""
         if not self.task:
             return pd.DataFrame(columns=["model", "rank", "loss_nats", "score"])
-        return score_pair(self.base, self.tuned, self.task, ranks)
+        return score_pair(self.base, self.tuned, self.task, ranks, by_matrix=by_matrix)
 
 
 @dataclass(frozen=True)
@@ -74,13 +74,12 @@ class RunPair:
 
         return keep_table(name, extracted)
 
-    def score(self, ranks: tuple[int, ...]) -> pd.DataFrame:
-        """Loss and score of base, cuts and tuned model, a line a model as score_pair has it."""
-        base = run(profile(self.config.profile).config(self.config.task, "base"))
-        full, cuts = run(self.config), cut(self.config, ranks).assign(model="cut")
-        ends = pd.DataFrame(
-            {"model": model, "rank": rank, "loss_nats": result.loss(), "score": result.score()}
-            for model, rank, result in (("base", 0, base), ("tuned", None, full))
-        )
-        columns = ["model", "rank", "loss_nats", "score"]
-        return pd.concat([ends[:1], cuts[columns], ends[1:]], ignore_index=True)
+    def score(self, ranks: tuple[int, ...], by_matrix: dict[str, int]) -> pd.DataFrame:
+        """What the task loses, a line a model as score_pair has it."""
+        asked = digest({"ranks": ranks, "by_matrix": by_matrix})[:12]
+        name, task = f"{self.config.key}-{self.dtype}-scores-{asked}", self.config.task
+
+        def scored() -> pd.DataFrame:
+            return score_pair(*self.folders(), task, ranks, by_matrix=by_matrix)
+
+        return keep_table(name, scored)

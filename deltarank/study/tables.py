@@ -36,7 +36,8 @@ def keep_table(name: str, compute: Callable[[], pd.DataFrame]) -> pd.DataFrame:
     def found() -> tuple[dict, dict[str, Tensor] | None]:
         table = compute()
         spectra = dict(zip(table["name"], table["S"], strict=True)) if "S" in table else None
-        columns = table.drop(columns="S", errors="ignore").to_dict("list")
+        told = table.drop(columns="S", errors="ignore").astype(object)
+        columns = told.where(told.notna(), None).to_dict("list")  # NaN is no JSON
         if "shape" in columns:
             columns["shape"] = ["x".join(map(str, shape)) for shape in columns["shape"]]
         return {"columns": columns, "attrs": table.attrs}, spectra

@@ -5,6 +5,7 @@ import json
 import weakref
 from pathlib import Path
 
+import pandas as pd
 import pytest
 import torch
 from small_runs import saved_pair
@@ -14,6 +15,7 @@ from deltarank.study import cuts
 from deltarank.study.cuts import CUT_PARTS, cut, cut_by_matrix, score_pair, stored_cuts
 from deltarank.study.evaluation import evaluate
 from deltarank.study.models import load_model, matrices
+from deltarank.study.pairs import RunPair
 from deltarank.study.profiles import profile
 from deltarank.study.runs import run, stored, updates
 from deltarank.study.tasks import load_task
@@ -164,3 +166,25 @@ def test_a_cut_by_matrix_is_the_cut_where_all_ranks_are_one(tiny_pair):
     assert cut_by_matrix(config, dict.fromkeys(names, 2))["loss_nats"] == uniform
     ranks = dict.fromkeys(names, 2) | {next(iter(names)): 0}
     assert cut_by_matrix(config, ranks)["loss_nats"] != uniform
+
+
+def test_a_pair_is_scored_at_ranks_of_its_matrices_too(tiny_pair):
+    base, tuned, config = tiny_pair
+    uniform = dict.fromkeys(stored(config).matrices, 1)
+    scored = score_pair(base, tuned, "facts", [1], by_matrix=uniform)
+    assert scored["model"].tolist() == ["base", "cut", "cut by matrix", "tuned"]
+    start, one, same, end = scored["loss_nats"]
+    assert same == one and len({start, one, end}) == 3
+    ranks = uniform | {next(iter(uniform)): 4}
+    first, again = (RunPair(config).score((1,), ranks) for _ in range(2))
+    pd.testing.assert_frame_equal(first, again)  # which is stored
+    start, other, by_matrix, end = first["loss_nats"]
+    assert [start, other, end] == pytest.approx(scored["loss_nats"][[0, 1, 3]].tolist())
+    assert abs(by_matrix - one) > 1e-5
+
+
+def test_ranks_of_matrices_that_the_model_names_otherwise_are_left_out_with_a_warning(tiny_pair):
+    base, tuned, _ = tiny_pair
+    with pytest.warns(UserWarning, match="some.weight has another name .*cut by matrix"):
+        scored = score_pair(base, tuned, "facts", [1], by_matrix={"some.weight": 1})
+    assert scored["model"].tolist() == ["base", "cut", "tuned"]
