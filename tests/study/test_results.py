@@ -197,14 +197,14 @@ def ask_for_ladders():
     for task in profile().lora_tasks:
         size_gains(task)
     read_of([*profile().lora_tasks, *profile().forecast_tasks])
-    paid("danish", shares=(0.95,))
+    for task in ("danish", "entities"):
+        paid(task, shares=(0.95,))
     for rank, alpha, *seeds in ((0, 0.0, 3, 1), (1, 32.0, 1, 1), (8, 32.0, 3, 1), (1, 256.0, 1),
                                 (8, 256.0, 3)):  # fmt: skip
         once = search.coarsely_tuned("entities", rank=rank, alpha=alpha)
         for times, count in enumerate(seeds, start=1):
             longer = dataclasses.replace(once, steps=times * once.steps)
             runs.sweep([dataclasses.replace(longer, seed=s) for s in profile().seeds[:count]])
-    runs.run(dataclasses.replace(search.coarsely_tuned("entities"), permuted=True))
 
 
 def ask_for_the_rate_between():
