@@ -23,10 +23,9 @@ from deltarank.study import (
 from deltarank.study.capacity import code_folder
 from deltarank.study.code_runs import CodeRun
 from deltarank.study.configs import RunConfig
-from deltarank.study.floors import skill_gain
 from deltarank.study.profiles import PROFILES, entry_folder, profile
 from deltarank.study.rivals import paid, read_of
-from deltarank.study.sizes import ladder, size_gains, sized
+from deltarank.study.sizes import size_gains
 
 EXAMPLES = runpy.run_path(str(ROOT / "notebooks/site/inspect_examples.py"))["EXAMPLES"]
 STORE = PROFILES["paper"].store
@@ -198,10 +197,8 @@ def ask_for_ladders():
     for task in profile().lora_tasks:
         size_gains(task)
     read_of([*profile().lora_tasks, *profile().forecast_tasks])
-    for task in ("danish", "entities"):
+    for task in ("danish", "entities", "naming"):
         paid(task, shares=(0.95,))
-    for size in ("rank 1 on 3 layers", "rank 1", "rank 8"):
-        skill_gain(runs.run(sized("naming", ladder()[size])))
     for rank, alpha, *seeds in ((0, 0.0, 3, 1), (1, 32.0, 1, 1), (8, 32.0, 3, 1), (1, 256.0, 1),
                                 (8, 256.0, 3)):  # fmt: skip
         once = search.coarsely_tuned("entities", rank=rank, alpha=alpha)
