@@ -107,8 +107,8 @@ def _add_reports(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--json", metavar="FILE", help="write all numbers, spectra included")
     parser.add_argument(
         "--task",
-        help="score what cuts lose, that to these ranks too: a task of the report, or a .jsonl "
-        f"file with a prompt and an answer in each line (needs BASE and TUNED, and {EXTRA})",
+        help="score what cuts lose, to one rank and to those recommended: a task of the report, or "
+        f"a .jsonl file with a prompt and an answer a line (needs BASE and TUNED, and {EXTRA})",
     )
 
 

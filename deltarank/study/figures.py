@@ -231,7 +231,7 @@ def line_key(fig, formats: dict[str, str]) -> None:
     handles = []
     for text, fmt in formats.items():
         look: dict = {"marker": fmt.strip("-:"), "linestyle": fmt.lstrip("os.")}
-        face = "white" if look["linestyle"] == ":" else "#555555"
+        face = "white" if fmt == "o:" else "#555555"
         handles.append(Line2D([], [], color="#555555", mfc=face, label=text, **look))
     fig.legend(handles=handles, loc="outside upper center", ncols=len(handles))
 
