@@ -66,10 +66,13 @@ from deltarank.study.pairs import FolderPair, RunPair
 from deltarank.study.plan import (
     SCALES,
     again_configs,
+    alpha_configs,
     base_configs,
+    between_config,
     budget_configs,
     cut_until,
     embedding_configs,
+    entities_configs,
     full_configs,
     lora_configs,
     lora_until,
@@ -88,7 +91,7 @@ from deltarank.study.runs import (
     sweep,
 )
 from deltarank.study.search import coarse_search, coarsely_tuned, lr_between, lr_search, tuned
-from deltarank.study.sizes import ladder, parameters_of, size_gains
+from deltarank.study.sizes import ladder, lora_by_skill, parameters_of, size_gains
 from deltarank.study.tables import (
     bootstrap_interval,
     by_part,

@@ -257,15 +257,13 @@ def label_lines(ax, heights: pd.Series, *, x: float, gap: float = 0.045) -> None
         )
 
 
-def label_points(ax, x: pd.Series, y: pd.Series, others: Sequence[tuple] = ()) -> None:
-    """Name each task's point on the side where the name covers least; set the limits before.
-
-    others: points (x, y) without a name, which are not to be covered either.
-    """
+def label_points(ax, x: pd.Series, y: pd.Series) -> None:
+    """Name each task's point on the side where the name covers least; set the limits before."""
     ax.figure.draw_without_rendering()
-    places = ax.transData.transform([*zip(x[y.index], y, strict=True), *others])
-    places = places * 72 / ax.figure.dpi  # in pt
-    points = dict(zip(y.index, places[: len(y)], strict=True))
+    places = (
+        ax.transData.transform([*zip(x[y.index], y, strict=True)]) * 72 / ax.figure.dpi
+    )  # in pt
+    points = dict(zip(y.index, places, strict=True))
     taken = [(px - 5, py - 5, px + 5, py + 5) for px, py in places]
     frame = tuple(ax.get_window_extent().extents * 72 / ax.figure.dpi)
     for task, (px, py) in points.items():

@@ -13,7 +13,7 @@ from deltarank.study.cuts import cut
 from deltarank.study.gains import gain_kept
 from deltarank.study.profiles import LORA_ALPHA, middle, profile
 from deltarank.study.runs import Result, run
-from deltarank.study.search import coarsely_tuned, tuned
+from deltarank.study.search import coarsely_tuned, lr_between, tuned
 from deltarank.study.tasks import TASKS
 
 
@@ -126,6 +126,38 @@ def scaling_configs() -> dict[str, list[RunConfig]]:
         ]
         found[name] = [first.setdefault(_learns_as(c), c) for c in configs]
     return found
+
+
+def alpha_configs() -> list[RunConfig]:
+    """LoRA of the facts at each of the profile's ranks and alphas for it, with every seed."""
+    sizes = profile()
+    grid = itertools.product(sizes.scaling_ranks, sizes.lora_alphas, sizes.seeds)
+    return [coarsely_tuned("facts", rank=r, alpha=a, seed=s) for r, a, s in grid]
+
+
+def between_config() -> RunConfig:
+    """King James at the middle of LoRA's ranks, its rate on a line between those of the ends."""
+    ranks = profile().lora_ranks
+    ends = {rank: tuned("kjv", "lora", rank=rank).lr for rank in (min(ranks), max(ranks))}
+    rank = middle(ranks)
+    return profile().config("kjv", "lora", rank=rank, lr=lr_between(ends, rank))
+
+
+def entities_configs() -> dict[tuple[int, float, int], list[RunConfig]]:
+    """Entities, which are learned by heart: {(rank, alpha, budget): a run a seed}; rank 0 is full.
+
+    At the rate of the coarse search; a budget of 2 has twice the steps.
+    """
+    seeds = {(0, 0.0, 1): 3, (8, LORA_ALPHA, 1): 3, (8, 8 * LORA_ALPHA, 1): 3}
+    seeds |= {(1, LORA_ALPHA, 1): 1, (1, 8 * LORA_ALPHA, 1): 1}
+    seeds |= {(0, 0.0, 2): 1, (1, LORA_ALPHA, 2): 1, (8, LORA_ALPHA, 2): 1}
+    return {
+        (rank, alpha, n): [
+            coarsely_tuned("entities", rank=rank, alpha=alpha, seed=s, steps=n * profile().steps)
+            for s in profile().seeds[:count]
+        ]
+        for (rank, alpha, n), count in seeds.items()
+    }
 
 
 def budget_configs() -> list[RunConfig]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import bisect
 import dataclasses
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import pandas as pd
 
@@ -18,7 +18,7 @@ from deltarank.study.gains import needed_bracket
 from deltarank.study.models import matrices, skeleton
 from deltarank.study.profiles import profile
 from deltarank.study.runs import Result, run, sweep
-from deltarank.study.search import at_best_rate, best_alpha
+from deltarank.study.search import at_best_rate, best_alpha, tuned
 from deltarank.study.training import adapted_matrices
 from deltarank.study.variants import PARAMETERS
 
@@ -110,6 +110,22 @@ def place_configs() -> dict[tuple[str, str], RunConfig]:
         for task, count in profile().ladder.place_runs
         for where in PLACES
     }
+
+
+def lora_by_skill(
+    full: RunConfig, share: float, *, by: str = "loss", recipe: Callable = tuned
+) -> list[Result]:
+    """LoRA of a full run's task and seed, up to the first rank with `share` of the skill gain.
+
+    At the profile's ranks, ascending, read on test rows.  by: "loss" or "score"; recipe: tuned, or
+    a profile's `config` for one common rate.
+    """
+    found = []
+    for rank in profile().lora_ranks:
+        found.append(run(recipe(full.task, "lora", rank=rank, seed=full.seed)))
+        if skill_gain(found[-1], by=by) >= share:
+            break
+    return found
 
 
 def tried_sizes(task: str, *, shares: Sequence[float] = SHARES, **changes) -> dict[str, dict]:

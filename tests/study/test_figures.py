@@ -224,10 +224,10 @@ def test_points_are_named_on_the_first_free_side_and_where_a_value_is_missing():
     pyplot.close(fig)
 
 
-def test_a_name_leaves_points_without_a_name_free():
+def test_a_name_leaves_other_points_free():
     fig, ax = pyplot.subplots()
     ax.set(xlim=(0, 1), ylim=(0, 1))
-    one = pd.Series({"json": 0.3}), pd.Series({"json": 0.5})
-    label_points(ax, *one, [(0.33, 0.5)])  # to the right
+    x = pd.Series({"json": 0.3, "facts": 0.33})  # at the right of the first
+    label_points(ax, x, pd.Series({"json": 0.5, "facts": 0.5}))
     assert ax.texts[0].xyann[0] < 0
     pyplot.close(fig)

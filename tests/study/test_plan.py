@@ -1,13 +1,17 @@
 """The plan: searches that climb, grids that share runs, ranks that double until it is enough."""
 
 import dataclasses
+import itertools
 
 import pandas as pd
 import pytest
 
 from deltarank.study import plan, search
 from deltarank.study.plan import (
+    alpha_configs,
+    between_config,
     cut_until,
+    entities_configs,
     floor_configs,
     lora_until,
     scaling_configs,
@@ -70,6 +74,27 @@ def test_lora_doubles_its_rank_until_it_reaches_the_share(ladder, share, ranks):
     found = lora_until(profile().config("sentiment", seed=1), share)
     assert [run.config.rank for run in found] == ranks
     assert {run.config.seed for run in found} == {1}
+
+
+def test_the_rate_between_lies_on_the_line(losses):
+    losses |= {(1, lr): lr for lr in (1e-3, 1e-2)}
+    losses |= {(8, lr): -lr for lr in (1e-3, 1e-2)}
+    config = between_config()
+    assert (config.task, config.rank) == ("kjv", 4)
+    assert config.lr == pytest.approx(1e-3 * 10 ** (2 / 3), rel=0.01)  # two of three doublings
+
+
+def test_entities_and_facts_are_trained_by_rank_alpha_and_seed(losses):
+    sizes = profile()
+    losses |= {(rank, lr): lr for rank in (0, 1, 4, 8, 64) for lr in (1e-4, 1e-3, 1e-2)}
+    for (rank, alpha, times), configs in entities_configs().items():
+        assert [config.seed for config in configs] == [*sizes.seeds[: len(configs)]]
+        for config in configs:
+            assert (config.task, config.rank, config.alpha) == ("entities", rank, alpha)
+            assert config.steps == times * sizes.steps
+    found = [(config.rank, config.alpha, config.seed) for config in alpha_configs()]
+    grid = itertools.product(sizes.scaling_ranks, sizes.lora_alphas, sizes.seeds)
+    assert found == [*grid]
 
 
 def test_scales_that_are_equal_share_their_runs(store):

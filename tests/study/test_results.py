@@ -12,7 +12,6 @@ from deltarank.study import (
     capacity,
     cuts,
     directions,
-    floors,
     heals,
     loads,
     overlaps,
@@ -25,7 +24,7 @@ from deltarank.study.code_runs import CodeRun
 from deltarank.study.configs import RunConfig
 from deltarank.study.profiles import PROFILES, entry_folder, profile
 from deltarank.study.rivals import paid, read_of
-from deltarank.study.sizes import size_gains
+from deltarank.study.sizes import lora_by_skill, size_gains
 
 EXAMPLES = runpy.run_path(str(ROOT / "notebooks/site/inspect_examples.py"))["EXAMPLES"]
 STORE = PROFILES["paper"].store
@@ -162,25 +161,13 @@ def test_what_is_not_stored_is_refused_by_the_guard_over_training(config, no_tra
         ASKED[what](config)
 
 
-def lora_by_skill(full, by):
-    """Ask for LoRA at the profile's ranks up to the first that keeps 95 % of the skill gain."""
-    for rank in profile().lora_ranks:
-        lora = runs.run(search.tuned(full.task, "lora", rank=rank, seed=full.seed))
-        if floors.skill_gain(lora, by=by) >= 0.95:
-            return
-
-
 def ask_for_runs_and_cuts(full):
     """Ask for what the report shows of a full run, its cuts and its LoRAs."""
     plan.cut_until(full, 0.95)
     if full.task in profile().lora_tasks:
         plan.lora_until(full, 0.95)
         for by in ("loss", "score"):
-            lora_by_skill(full, by)
-    if full.task == "facts":
-        scales = itertools.product(profile().scaling_ranks, profile().lora_alphas)
-        runs.sweep([search.coarsely_tuned("facts", rank=r, alpha=a, seed=full.seed)
-                    for r, a in scales])  # fmt: skip
+            lora_by_skill(full, 0.95, by=by)
 
 
 def ask_for_controls():
@@ -199,18 +186,7 @@ def ask_for_ladders():
     read_of([*profile().lora_tasks, *profile().forecast_tasks])
     for task in ("danish", "entities", "naming"):
         paid(task, shares=(0.95,))
-    for rank, alpha, *seeds in ((0, 0.0, 3, 1), (1, 32.0, 1, 1), (8, 32.0, 3, 1), (1, 256.0, 1),
-                                (8, 256.0, 3)):  # fmt: skip
-        once = search.coarsely_tuned("entities", rank=rank, alpha=alpha)
-        for times, count in enumerate(seeds, start=1):
-            longer = dataclasses.replace(once, steps=times * once.steps)
-            runs.sweep([dataclasses.replace(longer, seed=s) for s in profile().seeds[:count]])
-
-
-def ask_for_the_rate_between():
-    """Ask for notebook 5's run of the King James at a rate between those of ranks 1 and 64."""
-    ends = {rank: search.tuned("kjv", "lora", rank=rank).lr for rank in (1, 64)}
-    runs.run(profile().config("kjv", "lora", rank=8, lr=search.lr_between(ends, 8)))
+    runs.sweep([config for configs in plan.entities_configs().values() for config in configs])
 
 
 def ask_for_spectra():
@@ -254,7 +230,8 @@ def test_the_paper_is_rendered_without_training(monkeypatch, no_training, record
     monkeypatch.setenv("PROFILE", "paper")
     full = plan.full_configs()
     runs.sweep([*plan.base_configs(), *full, *plan.lora_configs()])
-    runs.sweep([*plan.embedding_configs(), *plan.budget_configs()])
+    runs.sweep([*plan.embedding_configs(), *plan.budget_configs(), *plan.alpha_configs()])
+    runs.run(plan.between_config())
     runs.sweep([config for grid in plan.scaling_configs().values() for config in grid])
     for config in full:
         ask_for_runs_and_cuts(config)
@@ -263,7 +240,6 @@ def test_the_paper_is_rendered_without_training(monkeypatch, no_training, record
             cuts.cut(config, profile().control_ranks, part=part)
         for part in cuts.LENGTH_PARTS if config.task in profile().lora_tasks else ():
             cuts.cut(config, profile().control_ranks, part=part)
-    ask_for_the_rate_between()
     ask_for_controls()
     ask_for_ladders()
     ask_for_spectra()

@@ -13,6 +13,7 @@ from deltarank.study.sizes import (
     PLACES,
     SHARES,
     ladder,
+    lora_by_skill,
     needed_size,
     place_configs,
     place_layers,
@@ -106,6 +107,19 @@ def test_a_size_takes_its_own_best_rate(losses):
         assert sized("facts", steps[f"rank {rank}"], seed=1) == tuned(
             "facts", "lora", rank=rank, seed=1
         )
+
+
+@pytest.mark.parametrize(
+    ("share", "ranks"), [(0.5, [1]), (0.9, [1, 4]), (0.99, [1, 4, 8]), (2, [1, 4, 8])]
+)
+def test_lora_by_skill_ends_at_the_first_rank_that_is_enough(monkeypatch, share, ranks):
+    gains = {("loss", 1): 0.6, ("loss", 4): 0.95, ("loss", 8): 0.99}
+    monkeypatch.setattr(sizes, "run", lambda config: Result(config, {}))
+    monkeypatch.setattr(sizes, "skill_gain", lambda r, by: gains[by, r.config.rank])
+    full = profile().config("facts", seed=1)
+    found = lora_by_skill(full, share, recipe=profile().config)
+    assert [run.config.rank for run in found] == ranks
+    assert {(run.config.task, run.config.seed) for run in found} == {("facts", 1)}
 
 
 def test_places_differ_in_their_layers_alone(losses):
