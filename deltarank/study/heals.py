@@ -30,7 +30,7 @@ from deltarank.study.evaluation import evaluate, newline
 from deltarank.study.gains import gain_kept
 from deltarank.study.measuring import lora_factors, provenance
 from deltarank.study.models import load_tokenizer, skeleton
-from deltarank.study.profiles import LORA_ALPHA, entry_folder, middle, profile
+from deltarank.study.profiles import LORA_ALPHA, base_of, entry_folder, middle, profile
 from deltarank.study.runs import Result, run, run_model, updates
 from deltarank.study.search import best_lr, climb, tuned
 from deltarank.study.tasks import load_split
@@ -263,7 +263,7 @@ def heals_table(heals: Sequence[Heal]) -> pd.DataFrame:
         row = {"task": heal.full.task, "seed": heal.full.seed}
         row |= {name: getattr(heal, name) for name in names} | {"status": result.status}
         row |= {"loss_nats": result.loss(), "score": result.score()}
-        full, base = result.record["full"]["test"], run(profile().config(heal.full.task, "base"))
+        full, base = result.record["full"]["test"], run(base_of(heal.full))
         row |= {"full_nats": full["loss_nats"], "full_score": full["score"]}
         row["kept_loss"] = gain_kept(result.loss(), base.loss(), full["loss_nats"])
         rows.append(row | {"divergence_nats": result.record["divergence_nats"]})

@@ -261,6 +261,11 @@ PROFILES = {
 }
 
 
+def base_of(config: RunConfig) -> RunConfig:
+    """The base run that a run is measured by: its task and model, by the sizes of its profile."""
+    return profile(config.profile).config(config.task, "base", model=config.model)
+
+
 def entry_folder(config: RunConfig, kind: str, name: str = "") -> Path:
     """Where what is known of a run is stored, by the profile that made it: kind/task/name.
 

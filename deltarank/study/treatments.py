@@ -23,7 +23,7 @@ from deltarank.study.measuring import provenance
 from deltarank.study.models import load_model, matrices
 from deltarank.study.profiles import entry_folder
 from deltarank.study.runs import run, updates
-from deltarank.study.search import tuned
+from deltarank.study.search import full_of
 from deltarank.study.training import lora_layers, prepare, quiet_peft
 
 SHRUNK = (0.9, 0.75, 0.5)  # factors of the whole update
@@ -49,7 +49,7 @@ def treated(config: RunConfig) -> pd.DataFrame:
     record, _ = cached(folder, compute)
     require(record["rules"] == _rules(), f"{folder} is of other text or rules: delete it")
     table = pd.DataFrame(record["rows"])
-    full = run(tuned(config.task, seed=config.seed))
+    full = run(full_of(config))
     table["skill"] = skill_kept(table["loss_nats"], full)
     return table
 

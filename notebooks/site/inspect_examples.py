@@ -16,7 +16,7 @@ from safetensors.torch import load_file
 from deltarank.runtime import cache_folder
 from deltarank.study.configs import RunConfig
 from deltarank.study.measuring import delta_file
-from deltarank.study.profiles import PROFILES
+from deltarank.study.profiles import PROFILES, base_of
 from deltarank.study.runs import save_model, updates
 from deltarank.study.training import lora_layers, prepare
 
@@ -48,9 +48,8 @@ def inspect(name: str, out: Path) -> None:
     folders = [tuned] if run.method == "lora" else [BASE, tuned]
     with tempfile.TemporaryDirectory(dir=cache_folder()) as scratch:
         for folder in folders:
-            start = PROFILES[run.profile].config(run.task, "base")
             save = save_adapter if run.method == "lora" else save_model
-            save(start if folder == BASE else run, Path(scratch) / folder)
+            save(base_of(run) if folder == BASE else run, Path(scratch) / folder)
         file = out.resolve() / f"{name}.json"
         command = ["inspect", *folders, *options, "--json", str(file)]
         print("deltarank", *command[:-1], file.name, flush=True)
