@@ -20,7 +20,9 @@ from safetensors.torch import load_file
 from small_runs import saved_pair
 
 from deltarank import __version__, adapters, alignment, cli, compare
-from deltarank.study import healing, models, own_rows, runs
+from deltarank.options import SAID
+from deltarank.study import advice, healing, models, own_rows, rivals, runs
+from deltarank.study.profiles import PROFILES
 
 ROOT = Path(cli.__file__).resolve().parent.parent
 
@@ -418,8 +420,9 @@ def test_healing_needs_the_extra_and_says_so(to_heal, capsys, monkeypatch):
 
 
 @pytest.fixture
-def rows(tmp_path):
+def rows(tmp_path, monkeypatch):
     """A file of rows that a model of bytes learns something of in a few steps."""
+    monkeypatch.setattr(advice, "FITTED", PROFILES["smoke"])
     file = tmp_path / "rows.jsonl"
     file.write_text("".join(f'{{"prompt": "{n} is", "answer": "odd"}}\n' for n in range(40)))
     return file
@@ -433,6 +436,19 @@ def test_plan_says_what_rows_teach_and_which_rank_is_enough(rows, store, capsys)
     assert any("trained parameters" in line for line in lines)
     answer = r"(By it rank \d+ on all linear layers is enough|Take rank \d+,.*)\."
     assert re.fullmatch(answer, lines[-1])
+
+
+def test_plan_says_the_same_whatever_profile_and_model_are_at_work(rows, capsys, monkeypatch):
+    before = said(capsys, "plan", rows)
+    monkeypatch.setenv("PROFILE", "none of ours")
+    monkeypatch.setenv("MODEL", "nowhere")
+    assert said(capsys, "plan", rows) == before and before[0] == 0
+
+
+def test_plan_has_the_sizes_that_the_forecast_is_fitted_to():
+    probe = rivals.probe("facts", advice.FITTED)
+    assert (probe.rank, probe.steps, probe.batch_size) == (8, 120, 16)
+    assert f"for {probe.steps} steps" in " ".join(SAID["plan"]["description"].split())
 
 
 def test_plan_refuses_bad_rows_in_one_line(tmp_path, capsys):
