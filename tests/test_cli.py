@@ -353,10 +353,19 @@ def test_an_interrupt_of_what_keeps_nothing_says_so(pair, tmp_path, capsys, monk
     assert status == 130 and errors == "deltarank: interrupted; nothing was written\n"
 
 
-def test_a_task_needs_the_extra_and_says_so(pair, capsys, monkeypatch):
-    monkeypatch.setattr(cli.importlib.util, "find_spec", lambda name: None)
+@pytest.mark.parametrize("missing", ["transformers", "sacrebleu"])
+def test_a_task_needs_the_extra_and_says_so_before_any_work(pair, capsys, monkeypatch, missing):
+    monkeypatch.setattr(compare, "_compare_matrix", lambda *_: pytest.fail("a matrix was read"))
+    monkeypatch.setattr(cli.importlib.util, "find_spec", lambda name: name != missing or None)
     status, _, errors = said(capsys, "inspect", *pair, "--task", "sentiment")
-    assert status == 2 and "deltarank[study]" in errors
+    assert status == 2 and f"--task needs {missing}: pip install 'deltarank[study]'" in errors
+
+
+def test_a_base_without_a_tokenizer_is_refused_before_any_work(pair, capsys, monkeypatch):
+    monkeypatch.setattr(compare, "_compare_matrix", lambda *_: pytest.fail("a matrix was read"))
+    status, told, errors = said(capsys, "inspect", *pair, "--task", "sentiment")
+    assert status == 2 and told == "" and errors.count("\n") == 1
+    assert "deltarank: the tokenizer of " in errors and "save it beside the model" in errors
 
 
 def test_a_task_scores_base_cuts_recommended_ranks_and_tuned(config, tmp_path, capsys):
