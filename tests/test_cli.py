@@ -21,7 +21,7 @@ from small_runs import saved_pair
 
 from deltarank import __version__, adapters, alignment, cli, compare
 from deltarank.options import SAID
-from deltarank.study import advice, healing, models, own_rows, rivals, runs
+from deltarank.study import advice, convert, healing, models, own_rows, rivals, runs
 from deltarank.study.profiles import PROFILES
 
 ROOT = Path(cli.__file__).resolve().parent.parent
@@ -466,6 +466,15 @@ def test_plan_refuses_bad_rows_in_one_line(tmp_path, capsys):
     status, told, errors = said(capsys, "plan", file)
     assert status == 2 and told == "" and errors.count("\n") == 1
     assert "bad.jsonl, line 1: a row lacks answer" in errors
+
+
+def test_a_base_that_cannot_be_had_is_one_line(rows, capsys, monkeypatch):
+    failed = subprocess.CompletedProcess([], 1, "", "Traceback:\nOSError: no network\n")
+    monkeypatch.setitem(convert.EMBEDDED, "far", None)
+    monkeypatch.setattr(subprocess, "run", lambda *_, **__: failed)
+    status, told, errors = said(capsys, "plan", rows, "--model", "far")
+    assert status == 2 and told == ""
+    assert errors == "deltarank: far cannot be converted: OSError: no network\n"
 
 
 def test_an_interrupt_of_plan_says_that_nothing_was_written(rows, store, capsys, monkeypatch):
