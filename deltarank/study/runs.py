@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 import warnings
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -24,7 +24,7 @@ from deltarank.study.measuring import (
     prepared,
     rounded,
 )
-from deltarank.study.models import load_model, load_tokenizer, quiet_transformers
+from deltarank.study.models import load_model, load_tokenizer, matrices, quiet_transformers
 from deltarank.study.profiles import entry_folder
 from deltarank.study.training import train
 
@@ -139,6 +139,27 @@ def updates(config: RunConfig) -> dict[str, Tensor]:
             n.removesuffix(".B"): B @ kept[f"{n[:-1]}A"] for n, B in kept.items() if n[-1] == "B"
         }
     return kept
+
+
+@torch.no_grad()
+def update_setter(
+    model: nn.Module, dW: dict[str, Tensor]
+) -> Callable[[Callable[[str], Tensor]], None]:
+    """A function that puts other updates (m, n) into the matrices of dW, each given by its name.
+
+    model: a base, which gets the update of what is outside the matrices here and keeps it.
+    """
+    parameters = dict(model.named_parameters())
+    W0 = {n: W.detach().cpu().clone() for n, W in matrices(model).items() if n in dW}
+    for name in dW.keys() - W0.keys():
+        parameters[name].add_(dW[name].to(parameters[name].device))
+
+    @torch.no_grad()
+    def put(change: Callable[[str], Tensor]) -> None:
+        for name, W in W0.items():
+            parameters[name].copy_(W + change(name).cpu())
+
+    return put
 
 
 def _require_update(config: RunConfig) -> None:

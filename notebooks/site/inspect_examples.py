@@ -10,7 +10,6 @@ import sys
 import tempfile
 from pathlib import Path
 
-import torch
 from safetensors.torch import load_file
 
 from deltarank.runtime import cache_folder
@@ -18,7 +17,7 @@ from deltarank.study.configs import RunConfig
 from deltarank.study.measuring import delta_file
 from deltarank.study.profiles import PROFILES, base_of
 from deltarank.study.runs import save_model, updates
-from deltarank.study.training import lora_layers, prepare
+from deltarank.study.training import plant, prepare
 
 config = PROFILES["paper"].config
 BASE = "gemma-3-270m"
@@ -34,11 +33,7 @@ def save_adapter(run: RunConfig, folder: Path) -> None:
     updates(run)  # trained again if need be
     kept = load_file(delta_file(run))
     model = prepare(dataclasses.replace(run, compile=False))
-    with torch.no_grad():
-        for name, layer in lora_layers(model).items():
-            B = kept[f"{name}.B"] / layer.scaling["default"]  # kept is scale * B
-            layer.lora_B["default"].weight.copy_(B)
-            layer.lora_A["default"].weight.copy_(kept[f"{name}.A"])
+    plant(model, lambda name: (kept[f"{name}.B"], kept[f"{name}.A"]))  # B is times the scale
     model.save_pretrained(folder)
 
 

@@ -112,7 +112,7 @@ def test_the_starts_are_what_the_tool_writes(store, tmp_path):
     config = dataclasses.replace(config, batch_size=4)
     heal = Heal(full=config, start="cut", rank=3, steps=0, rows=4)
     model, dW = prepare(heal.recipe), updates(config)
-    heals._plant(model, lambda name: heals.leading_factors(dW[name], 3)[:2])
+    heals._cut_to(model, dW, 3)
     extract_adapter(base, tuned, str(tmp_path / "cut"), rank=3)
     tokens = torch.arange(60, 90)[None]
     served = PeftModel.from_pretrained(load_model(base), tmp_path / "cut")
