@@ -27,8 +27,8 @@ FACTORED = ("lora", "loraplus", "tinylora")  # whose update is a product B A of 
 KNOBS = {"loraplus": "its ratio of rates, such as 16", "vera": "the first values of d, such as 0.1"}
 KNOWN_VALUES = {
     "method": ("base", "full", "lora", "tinylora", *VARIANTS),
-    "schedule": ("linear", "cosine", "constant"),
-    "optimizer": ("adamw_torch_fused", "adamw_torch", "sgd", *OWN_OPTIMIZERS),
+    "schedule": ("linear", "constant"),
+    "optimizer": ("adamw_torch_fused", "sgd", *OWN_OPTIMIZERS),
     "dtype": ("bfloat16", "float32"),
 }
 

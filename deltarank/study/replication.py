@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import numpy as np
@@ -68,10 +68,10 @@ def task_measures(task: str, seed: int) -> dict[str, float]:
     return found | {"lr, LoRA over full": loras[middle(ranks)].config.lr / full.config.lr}
 
 
-def measures_table(name: str, seed: int, tasks: Sequence[str] = ()) -> pd.DataFrame:
-    """task_measures at a profile, one line a task: of its lora_tasks where none is named."""
+def measures_table(name: str, seed: int) -> pd.DataFrame:
+    """task_measures at a profile, one line a task of its lora_tasks."""
     with at_profile(name):
-        found = {task: task_measures(task, seed) for task in tasks or profile().lora_tasks}
+        found = {task: task_measures(task, seed) for task in profile().lora_tasks}
     return pd.DataFrame(found).T.rename_axis("task")
 
 

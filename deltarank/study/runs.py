@@ -197,14 +197,14 @@ def spectral_gap(first: dict[str, Tensor], second: dict[str, Tensor]) -> float:
     return max(float((S - second[name]).abs().max() / S[0]) for name, S in first.items())
 
 
-def repeated(result: Result, times: int = 2) -> pd.DataFrame:
-    """A run with an update trained anew some times, which is not stored, a line each.
+def repeated(result: Result) -> pd.DataFrame:
+    """A run with an update trained anew twice, which is not stored, a line each.
 
     Columns: device and threads; loss_nats and score on test rows; gap_stored and gap_first:
     spectral_gap to the stored run and to the first repetition, in %.
     """
     lines, first = [], None
-    for _ in range(times):
+    for _ in range(2):
         record = measure(result.config)
         spectra = kept_spectra(result.config, result.matrices)
         first = first or spectra
