@@ -5,9 +5,9 @@
     energy(S)[r - 1]                  share of sum(S**2) that the best rank-r approximation keeps
 
 Each module depends only on those before it: checks, runtime, store; gram, spectra; checkpoints,
-compare, ranks; factors, peft_format, adapters; lora, shrink; summary, columns, drawing, page;
-options, cli.  deltarank.study (the report) may import these, never the reverse; only cli stands
-above both.
+alignment, compare, ranks; factors, peft_format, adapters; lora, shrink; summary, columns, drawing,
+page; options, cli.  deltarank.study (the report) may import these, never the reverse; only cli
+stands above both.
 """
 
 __version__ = "1.0.0"

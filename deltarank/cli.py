@@ -15,6 +15,8 @@ from pathlib import Path
 from deltarank.options import EXTRA, parse, rule
 
 CUT_RANKS = (4, 16, 64)  # the cuts that are scored when a task is given
+SCORES = ("transformers", "sacrebleu")  # the packages by which a task is scored ...
+TRAINS = ("transformers", "accelerate", "peft")  # ... and an adapter trained
 FORM = ("dtype", "patterns", "allow_pickle")  # what both kinds of extraction take
 
 
@@ -123,11 +125,12 @@ def _require_task(arguments: argparse.Namespace) -> None:
     """Refuse, before any work, a task that cannot be scored."""
     if len(arguments.paths) == 1:
         raise ValueError("--task needs BASE and TUNED: merge the adapter (merge_and_unload) first")
-    if importlib.util.find_spec("transformers") is None:
-        raise ImportError("--task needs transformers")
+    _require_packages("--task", SCORES)
+    from deltarank.study.models import load_tokenizer
     from deltarank.study.tasks import load_split
 
     load_split(arguments.task, "test")
+    load_tokenizer(arguments.paths[0])
 
 
 def _losses(arguments: argparse.Namespace, table, lora: dict | None):
@@ -176,7 +179,7 @@ def _require_healing(arguments: argparse.Namespace) -> None:
         raise ValueError("--heal trains factors alone: leave --norms out")
     if arguments.allow_pickle:
         raise ValueError("--heal runs both models, from safetensors: leave --allow-pickle out")
-    _require_packages("--heal")
+    _require_packages("--heal", TRAINS)
 
 
 def _healed(arguments: argparse.Namespace):
@@ -191,7 +194,7 @@ def _healed(arguments: argparse.Namespace):
 
 def _plan(arguments: argparse.Namespace) -> None:
     """Measure rows on a base model, and print the rank that is enough for them."""
-    _require_packages("plan")
+    _require_packages("plan", TRAINS)
     from deltarank.study.advice import advice
 
     with _one_line_warnings():
@@ -199,9 +202,9 @@ def _plan(arguments: argparse.Namespace) -> None:
     print(told)
 
 
-def _require_packages(what: str) -> None:
-    """Raise ImportError, before any work, where what trains is not installed."""
-    for package in ("transformers", "peft"):
+def _require_packages(what: str, packages: Sequence[str]) -> None:
+    """Raise ImportError, before any work, where one of the packages is not installed."""
+    for package in packages:
         if importlib.util.find_spec(package) is None:
             raise ImportError(f"{what} needs {package}")
 

@@ -235,13 +235,14 @@ def _matrix(checkpoint: Checkpoint, module: str, parts: dict[str, str]) -> LoraM
 def _rank_and_scale(config: dict, module: str) -> tuple[int, float]:
     """r and alpha / r, or alpha / sqrt(r) of rsLoRA, as PEFT has them for a module.
 
-    Raises ValueError for a pattern that is no regular expression, and for what is no number.
+    Raises ValueError for a pattern that is no regular expression, and for what is no such number.
     """
     ranks, alphas = (config.get(f"{of}_pattern") or {} for of in ("rank", "alpha"))
     try:
         r = int(pattern_value(ranks, module, config.get("r", 8)))
         alpha = float(pattern_value(alphas, module, config.get("lora_alpha", 8)))
-    except (re.error, TypeError, AttributeError) as error:
+        require(r >= 0 and math.isfinite(alpha), f"they are {r} and {alpha}")
+    except (re.error, TypeError, AttributeError, ValueError, OverflowError) as error:
         told = f"{CONFIG}: the rank or alpha of {module} cannot be read ({first_line(error)})"
         raise ValueError(f"{told}: correct r, lora_alpha or their patterns") from error
     return r, alpha / (math.sqrt(r) if config.get("use_rslora") else r) if r else 0.0

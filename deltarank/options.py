@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 import contextlib
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, NoReturn
 
 from deltarank import __version__
@@ -192,25 +192,18 @@ def _add_rows(parser: argparse.ArgumentParser) -> None:
     )
 
 
-def _share(text: str) -> float:
-    """A share above 0 and at most 1."""
-    with contextlib.suppress(ValueError):
-        if 0 < float(text) <= 1:
-            return float(text)
-    raise argparse.ArgumentTypeError(f"{text!r} is not above 0 and at most 1, such as 0.9")
+def _checked(kind: Callable, holds: Callable[[Any], bool], told: str) -> Callable[[str], Any]:
+    """What reads a number for which `holds` is true; any other text is said to be `told`."""
+
+    def read(text: str) -> Any:
+        with contextlib.suppress(ValueError):
+            if holds(value := kind(text)):
+                return value
+        raise argparse.ArgumentTypeError(f"{text!r} is {told}")
+
+    return read
 
 
-def _rate(text: str) -> float:
-    """A number above 0."""
-    with contextlib.suppress(ValueError):
-        if 0 < float(text) < math.inf:
-            return float(text)
-    raise argparse.ArgumentTypeError(f"{text!r} is not above 0, such as 0.001")
-
-
-def _count(text: str) -> int:
-    """A whole number of at least 1."""
-    with contextlib.suppress(ValueError):
-        if int(text) >= 1:
-            return int(text)
-    raise argparse.ArgumentTypeError(f"{text!r} is no whole number above 0, such as 16")
+_share = _checked(float, lambda x: 0 < x <= 1, "not above 0 and at most 1, such as 0.9")
+_rate = _checked(float, lambda x: 0 < x < math.inf, "not above 0, such as 0.001")
+_count = _checked(int, lambda n: n >= 1, "no whole number above 0, such as 16")

@@ -155,7 +155,7 @@ def _wrapped(text: str) -> str:
 
 
 def as_json(found: Inspection) -> str:
-    """All numbers: sources, rule, verdict, a record a matrix with S (six digits), ranks, versions.
+    """All numbers: sources, options, verdict, ranks, versions; a matrix a record, S to six digits.
 
     What is no number (a size over zero weights, the base of an adapter) is null.
     """
@@ -169,6 +169,7 @@ def as_json(found: Inspection) -> str:
         "base": found.base,
         "tuned": found.tuned,
         "rule": found.rule,
+        "allow_pickle": found.allow_pickle,
         "verdict": found.lines,
         "warnings": found.warnings,
         "ranks": ranks,
@@ -201,6 +202,7 @@ def from_json(text: str) -> Inspection:
         losses=None if record["losses"] is None else pd.DataFrame(record["losses"]),
         warnings=tuple(record["warnings"]),
         versions=record["versions"],
+        allow_pickle=record.get("allow_pickle", False),  # which earlier versions did not write
     )
 
 

@@ -149,9 +149,7 @@ def percent(share: float) -> str:
 def kept_share(table: pd.DataFrame, lora: dict) -> float:
     """Share of the squared update of the changed matrices that the cut to these ranks keeps."""
     rows = changed_matrices(table)
-    pairs = zip(rows["S"], ranks_of(lora, rows["name"]).values(), strict=True)
-    held = sum(float(S.double()[:r].square().sum()) for S, r in pairs)
-    return held / float(rows["squared_norm"].sum())
+    return common_energy(rows["S"], ranks_of(lora, rows["name"]).values())
 
 
 def verdict(table: pd.DataFrame, lora: dict | None) -> list[str]:

@@ -72,8 +72,9 @@ def build_folder() -> Path:
     return Path(_setting("BUILD", str(ROOT / "build")))
 
 
-def progress(total: int, description: str) -> tqdm:
-    """A progress bar over `total` steps with the time left.
+@contextlib.contextmanager
+def progress(total: int, description: str) -> Iterator[tqdm]:
+    """A progress bar over `total` steps with the time left, closed at the end.
 
     PROGRESS says where it goes: to a terminal's path (as make sets it), to nowhere ("off"),
     or, when it is not set, to the notebook or terminal that runs the code; elsewhere (a pipe, a
@@ -83,12 +84,16 @@ def progress(total: int, description: str) -> tqdm:
 
     target = _setting("PROGRESS")
     watched = target or sys.stderr.isatty() or "ipykernel" in sys.modules
-    if target == "off" or not watched:
-        return tqdm(total=total, disable=True)
-    if not target:
-        return interactive_bar(total=total, desc=description, leave=False)
-    label = " ".join(filter(None, [_setting("NOTEBOOK"), description]))
-    return tqdm(total=total, desc=label, file=open(target, "w"), ncols=110)
+    with contextlib.ExitStack() as opened:
+        if target == "off" or not watched:
+            bar = tqdm(total=total, disable=True)
+        elif not target:
+            bar = interactive_bar(total=total, desc=description, leave=False)
+        else:
+            label = " ".join(filter(None, [_setting("NOTEBOOK"), description]))
+            terminal = opened.enter_context(open(target, "w"))
+            bar = tqdm(total=total, desc=label, file=terminal, ncols=110)
+        yield opened.enter_context(bar)
 
 
 def interactive() -> bool:

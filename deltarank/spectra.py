@@ -71,14 +71,18 @@ def energy(S: Tensor) -> Tensor:
     return squares.cumsum(0) / total if total > 0 else torch.zeros_like(squares)
 
 
-def common_energy(spectra: Iterable[Tensor], r: int) -> float:
-    """E(r) of several matrices together: what their cuts to rank r keep of the sum of sigma^2.
+def common_energy(spectra: Iterable[Tensor], ranks: int | Iterable[int]) -> float:
+    """E of several matrices together: what their cuts keep of the sum of sigma^2.
+
+    ranks: to which they are cut, one for all or one a matrix, in their order.
 
     >>> common_energy([torch.tensor([2.0, 1.0]), torch.tensor([1.0])], 1)
     0.8333333333333334
     """
     squares = [S.double().square() for S in spectra]
-    return float(sum(s[:r].sum() for s in squares) / sum(s.sum() for s in squares))
+    each = ranks if isinstance(ranks, Iterable) else [ranks] * len(squares)
+    kept = sum(s[:r].sum() for s, r in zip(squares, each, strict=True))
+    return float(kept / sum(s.sum() for s in squares))
 
 
 def energy_rank(S: Tensor, share: float) -> int:

@@ -17,6 +17,8 @@ from torch import Tensor
 from deltarank.checks import require, require_disk
 from deltarank.runtime import cache_folder
 
+LARGE = 1e6  # bytes of an entry from which on it is not kept in memory: runs have some 0.3 MB
+
 
 def digest(record: dict) -> str:
     """The sha256 of a JSON-able record in canonical form."""
@@ -98,12 +100,15 @@ def _compact_json(record: dict) -> str:
 def load_entry(folder: Path) -> tuple[dict, dict[str, Tensor]] | None:
     """Record and tensors of an intact entry; None if there is none; a torn one is named too.
 
-    Read and checked once as long as its files stay as they are: nothing in it is to be changed.
+    A small one is read and checked once as long as its files stay as they are: nothing in it is to
+    be changed.
     """
     if not folder.exists():
         return None
     try:
-        record, tensors = _read_entry(folder, _stamp(folder))
+        stamp = _stamp(folder)
+        small = sum(size for _, _, size, _ in stamp) < LARGE
+        record, tensors = (_remembered if small else _read_entry)(folder, stamp)
     except (OSError, ValueError, KeyError, TypeError, AttributeError):
         warnings.warn(f"{folder.name} is torn or was edited: it is computed again", stacklevel=2)
         return None
@@ -116,7 +121,6 @@ def _stamp(folder: Path) -> tuple:
     return tuple((name, at.st_ino, at.st_size, at.st_mtime_ns) for name, at in stats)
 
 
-@functools.lru_cache(maxsize=2048)  # some 0.3 MB each; a notebook asks for a run dozens of times
 def _read_entry(folder: Path, stamp: tuple) -> tuple[dict, dict[str, Tensor]]:
     """Record and tensors of an entry whose files have this stamp; ValueError where it is torn."""
     from safetensors.torch import load_file
@@ -129,3 +133,6 @@ def _read_entry(folder: Path, stamp: tuple) -> tuple[dict, dict[str, Tensor]]:
     require(intact, f"{folder} is not intact")
     tensors = load_file(folder / "tensors.safetensors") if record["files"] else {}
     return record, {name: tensor.clone() for name, tensor in tensors.items()}  # not memory-mapped
+
+
+_remembered = functools.lru_cache(maxsize=2048)(_read_entry)  # a notebook asks for a run often

@@ -19,14 +19,14 @@ import torch
 from bench_pairs import bench_pairs
 from bench_planted import bench_planted
 from bench_variants import bench_variants
-from timing import machine, record, timed
+from timing import PLAN_TIMES, REPORT_TIMES, machine, record, timed
 from training_steps import Stamps, our_step, peak_memory
 
 from deltarank.runtime import ROOT, cache_folder, device
 from deltarank.spectra import singular_values
 from deltarank.study.configs import RunConfig
 from deltarank.study.models import load_model, load_tokenizer
-from deltarank.study.profiles import PLAN_TIMES, PROFILES, REPORT_TIMES
+from deltarank.study.profiles import PROFILES
 from deltarank.study.tasks import collate, encode, load_split
 
 PLAN_ROWS = ROOT / "data" / "tasks" / "entities.jsonl"  # as in the README

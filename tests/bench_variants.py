@@ -4,10 +4,10 @@ import multiprocessing
 from concurrent.futures import ProcessPoolExecutor
 
 import pandas as pd
-from timing import record
+from timing import VARIANT_TIMES, record
 from training_steps import our_step
 
-from deltarank.study.profiles import PROFILES, VARIANT_TIMES
+from deltarank.study.profiles import PROFILES
 from deltarank.study.sizes import trained_parameters
 from deltarank.study.trials import METHODS
 

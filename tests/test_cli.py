@@ -20,7 +20,9 @@ from safetensors.torch import load_file
 from small_runs import saved_pair
 
 from deltarank import __version__, adapters, alignment, cli, compare
-from deltarank.study import healing, models, own_rows, runs
+from deltarank.options import SAID
+from deltarank.study import advice, convert, healing, models, own_rows, rivals, runs
+from deltarank.study.profiles import PROFILES
 
 ROOT = Path(cli.__file__).resolve().parent.parent
 
@@ -351,10 +353,19 @@ def test_an_interrupt_of_what_keeps_nothing_says_so(pair, tmp_path, capsys, monk
     assert status == 130 and errors == "deltarank: interrupted; nothing was written\n"
 
 
-def test_a_task_needs_the_extra_and_says_so(pair, capsys, monkeypatch):
-    monkeypatch.setattr(cli.importlib.util, "find_spec", lambda name: None)
+@pytest.mark.parametrize("missing", ["transformers", "sacrebleu"])
+def test_a_task_needs_the_extra_and_says_so_before_any_work(pair, capsys, monkeypatch, missing):
+    monkeypatch.setattr(compare, "_compare_matrix", lambda *_: pytest.fail("a matrix was read"))
+    monkeypatch.setattr(cli.importlib.util, "find_spec", lambda name: name != missing or None)
     status, _, errors = said(capsys, "inspect", *pair, "--task", "sentiment")
-    assert status == 2 and "deltarank[study]" in errors
+    assert status == 2 and f"--task needs {missing}: pip install 'deltarank[study]'" in errors
+
+
+def test_a_base_without_a_tokenizer_is_refused_before_any_work(pair, capsys, monkeypatch):
+    monkeypatch.setattr(compare, "_compare_matrix", lambda *_: pytest.fail("a matrix was read"))
+    status, told, errors = said(capsys, "inspect", *pair, "--task", "sentiment")
+    assert status == 2 and told == "" and errors.count("\n") == 1
+    assert "deltarank: the tokenizer of " in errors and "save it beside the model" in errors
 
 
 def test_a_task_scores_base_cuts_recommended_ranks_and_tuned(config, tmp_path, capsys):
@@ -418,8 +429,9 @@ def test_healing_needs_the_extra_and_says_so(to_heal, capsys, monkeypatch):
 
 
 @pytest.fixture
-def rows(tmp_path):
+def rows(tmp_path, monkeypatch):
     """A file of rows that a model of bytes learns something of in a few steps."""
+    monkeypatch.setattr(advice, "FITTED", PROFILES["smoke"])
     file = tmp_path / "rows.jsonl"
     file.write_text("".join(f'{{"prompt": "{n} is", "answer": "odd"}}\n' for n in range(40)))
     return file
@@ -435,12 +447,34 @@ def test_plan_says_what_rows_teach_and_which_rank_is_enough(rows, store, capsys)
     assert re.fullmatch(answer, lines[-1])
 
 
+def test_plan_says_the_same_whatever_profile_and_model_are_at_work(rows, capsys, monkeypatch):
+    before = said(capsys, "plan", rows)
+    monkeypatch.setenv("PROFILE", "none of ours")
+    monkeypatch.setenv("MODEL", "nowhere")
+    assert said(capsys, "plan", rows) == before and before[0] == 0
+
+
+def test_plan_has_the_sizes_that_the_forecast_is_fitted_to():
+    probe = rivals.probe("facts", advice.FITTED)
+    assert (probe.rank, probe.steps, probe.batch_size) == (8, 120, 16)
+    assert f"for {probe.steps} steps" in " ".join(SAID["plan"]["description"].split())
+
+
 def test_plan_refuses_bad_rows_in_one_line(tmp_path, capsys):
     file = tmp_path / "bad.jsonl"
     file.write_text('{"prompt": "x"}\n')
     status, told, errors = said(capsys, "plan", file)
     assert status == 2 and told == "" and errors.count("\n") == 1
     assert "bad.jsonl, line 1: a row lacks answer" in errors
+
+
+def test_a_base_that_cannot_be_had_is_one_line(rows, capsys, monkeypatch):
+    failed = subprocess.CompletedProcess([], 1, "", "Traceback:\nOSError: no network\n")
+    monkeypatch.setitem(convert.EMBEDDED, "far", None)
+    monkeypatch.setattr(subprocess, "run", lambda *_, **__: failed)
+    status, told, errors = said(capsys, "plan", rows, "--model", "far")
+    assert status == 2 and told == ""
+    assert errors == "deltarank: far cannot be converted: OSError: no network\n"
 
 
 def test_an_interrupt_of_plan_says_that_nothing_was_written(rows, store, capsys, monkeypatch):

@@ -86,6 +86,11 @@ def test_a_module_imports_only_those_before_it():
     assert offenders == {}
 
 
+def test_the_package_names_the_rooms_of_the_tool_in_this_order():
+    listed = deltarank.__doc__.partition("those before it:")[2].partition(".")[0]
+    assert re.findall(r"\w+", listed) == house()[: house().index("study")]
+
+
 def test_only_the_command_stands_above_tool_and_study():
     above = [n for n, found in IMPORTS.items() if not in_study(n) and any(map(in_study, found))]
     assert set(above) <= {"deltarank.cli"}

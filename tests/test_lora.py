@@ -1,6 +1,7 @@
 """An adapter as input: spectra of PEFT's own merge, and a name for all that is no plain LoRA."""
 
 import dataclasses
+import math
 
 import pairs
 import pytest
@@ -208,7 +209,16 @@ def test_factors_without_each_other_are_refused(tmp_path):
 
 @pytest.mark.parametrize(
     "config",
-    [{"rank_pattern": {"*q_proj": 4}}, {"lora_alpha": None}, {"alpha_pattern": [4]}],
+    [
+        {"rank_pattern": {"*q_proj": 4}},
+        {"lora_alpha": None},
+        {"alpha_pattern": [4]},
+        {"r": "abc"},
+        {"r": math.inf},
+        {"r": -2, "use_rslora": True},
+        {"lora_alpha": "abc"},
+        {"lora_alpha": math.inf},
+    ],
     ids=str,
 )
 def test_a_config_of_no_numbers_and_no_patterns_is_named(tmp_path, config):

@@ -87,7 +87,7 @@ def test_the_same_findings_give_the_same_bytes(found):
 
 def test_the_json_makes_the_same_page_again(found, adapter):
     found = dataclasses.replace(found, warnings=("a warning",), versions={"deltarank": "0.0.1"})
-    for each in (found, adapter):
+    for each in (found, adapter, dataclasses.replace(found, allow_pickle=True)):
         again = from_json(as_json(each))
         assert as_html(again) == as_html(each) and as_json(again) == as_json(each)
     page = seen(parsed(from_json(as_json(found))))

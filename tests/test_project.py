@@ -63,16 +63,20 @@ def imported(folder, pattern):
             names = [alias.name for alias in node.names] if isinstance(node, ast.Import) else []
             names += [node.module] if isinstance(node, ast.ImportFrom) else []
             found |= {name.split(".")[0].lower().replace("_", "-"): path.name for name in names}
+    if "bs4" in found:  # which the package is not called
+        found["beautifulsoup4"] = found.pop("bs4")
     known = {"deltarank", *(name.lower().replace("_", "-") for name in sys.stdlib_module_names)}
     return {name: file for name, file in found.items() if name not in known}
 
 
 def test_what_the_code_imports_is_in_the_list():
     tool, study = imported("deltarank", "*.py"), imported("deltarank/study", "**/*.py")
+    site = imported("notebooks/site", "*.py")
     assert {"torch", "safetensors"} <= tool.keys() and {"peft", "joblib"} <= study.keys()
     assert {n: file for n, file in tool.items() if n not in packages("core")} == {}
     lists = packages("core", "study", "data")
     assert {n: file for n, file in study.items() if n not in lists} == {}
+    assert "beautifulsoup4" in site and {n: f for n, f in site.items() if n not in lists} == {}
 
 
 # Notebooks

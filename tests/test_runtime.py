@@ -62,6 +62,7 @@ def test_progress_goes_to_the_terminal_that_make_names(monkeypatch, tmp_path, ca
     with progress(3, "comparing") as bar:
         bar.update(3)
     assert "02_run comparing: 100%" in (tmp_path / "terminal").read_text()
+    assert bar.fp.closed
     assert capfd.readouterr() == ("", "")
 
 

@@ -7,6 +7,7 @@ import resource
 import pytest
 import torch
 
+from deltarank import store
 from deltarank.store import cached, load_entry, save_entry
 
 RECORD = {"loss": 1.5, "text": "Słowo", "list": [1, None]}
@@ -139,6 +140,15 @@ def test_two_writers_leave_one_intact_entry_and_no_litter(tmp_path, torn):
     for folder in root.iterdir():
         record, tensors = load_entry(folder)
         assert tensors["a"].tolist() == [record["loss"]] * 50
+
+
+@pytest.mark.parametrize(("numbers", "kept"), [(1_000, 1), (250_000, 0)])
+def test_only_small_entries_stay_in_memory(tmp_path, numbers, kept):
+    save_entry(tmp_path / "entry", RECORD, {"a": torch.ones(numbers)})
+    store._remembered.cache_clear()
+    for _ in range(2):
+        assert len(load_entry(tmp_path / "entry")[1]["a"]) == numbers
+    assert store._remembered.cache_info().currsize == kept
 
 
 # Load, compute, save, reload

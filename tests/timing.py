@@ -16,8 +16,12 @@ import pandas as pd
 import psutil
 import torch
 
-from deltarank.runtime import cache_folder, commit, device_name
+from deltarank.runtime import ROOT, cache_folder, commit, device_name
 
+# Written by `RECORD=yes make bench`: time and memory of a step of each method, a plan, a report.
+VARIANT_TIMES = ROOT / "data" / "bench_variants.csv"
+PLAN_TIMES = ROOT / "data" / "bench_plan.csv"
+REPORT_TIMES = ROOT / "data" / "bench_report.csv"
 RESERVE = 1e9  # bytes of memory that a program must leave to the machine
 NO_MEMORY = re.compile(r"MemoryError|can't allocate memory|Cannot allocate memory")
 

@@ -9,8 +9,8 @@ from pathlib import Path
 from deltarank.checks import require
 from deltarank.study.models import matrices, skeleton
 from deltarank.study.own_rows import Holding, holding
-from deltarank.study.profiles import middle, profile
-from deltarank.study.sizes import parameters_of
+from deltarank.study.profiles import PROFILES, middle
+from deltarank.study.sizes import trained_parameters
 
 
 @dataclass(frozen=True)
@@ -33,16 +33,17 @@ class Forecast:
 
 
 FORECAST = Forecast(start=9.49, slope=1.93, factor=13.0, least=0.6, most=9.0)
+FITTED = PROFILES["paper"]  # by whose sizes the bits were measured that it is fitted to
 
 
 def advice(file: str, model: str = "") -> str:
-    """What to train on the rows of a file, in lines of text; measures them as `holding` does.
+    """What to train on the rows of a file, in lines of text; measures them.
 
-    Raises ValueError as that does, and for rows of which the short training learned nothing that
-    holds of those held out.
+    By the sizes of FITTED, whose model is the default.  Raises ValueError as `holding` does, and
+    for rows of which the short training learned nothing that holds of those held out.
     """
-    model = model or profile().model
-    held = holding(file, model)
+    model = model or FITTED.model
+    held = holding(file, FITTED, model)
     name = Path(file).name
     require(
         held.learned_kbit > 0,
@@ -77,9 +78,9 @@ def _bits(held: Holding, model: str) -> str:
 
 def _rank(held: Holding, model: str) -> list[str]:
     """The forecast as a rank on all linear layers, and whether the usual rank is enough."""
-    one = parameters_of({"method": "lora", "rank": 1, "model": model})
+    one = trained_parameters(FITTED.config("facts", "lora", rank=1, model=model))
     most = min(min(weight.shape) for weight in matrices(skeleton(model)).values())
-    usual, size = middle(profile().lora_ranks), FORECAST.size(held.all_kbit)
+    usual, size = middle(FITTED.lora_ranks), FORECAST.size(held.all_kbit)
     low, high = size / FORECAST.factor, size * FORECAST.factor
     load = 1000 * held.all_kbit / one
     lines = [

@@ -13,7 +13,7 @@ from deltarank.runtime import profile_name
 from deltarank.store import digest
 from deltarank.study.convert import GEMMA
 from deltarank.study.models import model_sha256
-from deltarank.study.tasks import TASKS, mix_parts, task_sha256
+from deltarank.study.tasks import CHOICES, is_task, task_sha256
 
 # Raise by one when a change alters what a run measures, as tests/study/test_golden.py shows: it
 # holds the numbers of a small run of each method, and every stored run is then computed again.
@@ -27,8 +27,8 @@ FACTORED = ("lora", "loraplus", "tinylora")  # whose update is a product B A of 
 KNOBS = {"loraplus": "its ratio of rates, such as 16", "vera": "the first values of d, such as 0.1"}
 KNOWN_VALUES = {
     "method": ("base", "full", "lora", "tinylora", *VARIANTS),
-    "schedule": ("linear", "cosine", "constant"),
-    "optimizer": ("adamw_torch_fused", "adamw_torch", "sgd", *OWN_OPTIMIZERS),
+    "schedule": ("linear", "constant"),
+    "optimizer": ("adamw_torch_fused", "sgd", *OWN_OPTIMIZERS),
     "dtype": ("bfloat16", "float32"),
 }
 
@@ -82,8 +82,6 @@ class RunConfig:
         trained = self.method != "base"
         own = self.task.endswith(".jsonl") and Path(self.task).expanduser().exists()
         known = KNOWN_VALUES.copy()
-        if not own and not mix_parts(self.task):
-            known |= {"task": (*sorted(TASKS), "production+json+facts", "a file.jsonl")}
         if self.method == "loraplus":
             known |= {"optimizer": ("adamw_torch_fused",)}
         rules = {
@@ -93,6 +91,7 @@ class RunConfig:
         for field in ("batch_size", "seq_len", "eval_rows"):
             rules[field] = (getattr(self, field) >= 1, "must be 1 or more")
         rules |= {
+            "task": (own or is_task(self.task), f"unknown; {CHOICES}"),
             "steps": (
                 self.steps >= 1 if trained else self.steps == 0,
                 f"a {self.method} run needs {'1 or more' if trained else '0'}",

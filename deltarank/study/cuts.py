@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import warnings
 from collections.abc import Iterator, Sequence
 
@@ -18,7 +19,7 @@ from deltarank.study.evaluation import evaluate
 from deltarank.study.losses import require_own_loss
 from deltarank.study.models import load_model, load_tokenizer, matrices
 from deltarank.study.profiles import entry_folder
-from deltarank.study.runs import updates
+from deltarank.study.runs import update_setter, updates
 from deltarank.study.tasks import encode, load_split
 
 CUT_PARTS = ("head", "tail", "rotated", "sign")  # which directions?
@@ -81,21 +82,22 @@ def _evaluate_cuts(
 ) -> Iterator[dict]:
     """Yield, rank by rank, the test split's evaluation of config's model with the cut dW added."""
     model = load_model(config.model)
-    limit = max(min(weight.shape) for weight in matrices(model).values())
+    names = matrices(model)
+    limit = max(min(weight.shape) for weight in names.values())
     given = [r for each in ranks for r in (each.values() if isinstance(each, dict) else [each])]
     require(min(given) >= 0 and max(given) <= limit, f"ranks={given}: must be 0 to {limit}")
-    W0 = {n: W.detach().cpu().clone() for n, W in matrices(model).items() if n in dW}
     generator = torch.Generator().manual_seed(0)
-    factors = {name: _cut_factors(dW[name], max(given), part, generator) for name in W0}
-    parameters = dict(model.named_parameters())
-    with torch.no_grad(), progress(len(ranks), label) as bar:
-        for name in dW.keys() - W0.keys():
-            parameters[name].add_(dW[name].to(parameters[name].device))
+    factors = {n: _cut_factors(dW[n], max(given), part, generator) for n in names if n in dW}
+
+    def cut_to(r: int | dict[str, int], name: str) -> Tensor:
+        k = r.get(name, 0) if isinstance(r, dict) else r
+        B, A = factors[name]
+        return _part(dW[name], B[:, :k] @ A[:k], part)
+
+    put = update_setter(model, dW)
+    with progress(len(ranks), label) as bar:
         for r in ranks:
-            for name, (B, A) in factors.items():
-                k = r.get(name, 0) if isinstance(r, dict) else r
-                kept = B[:, :k] @ A[:k]
-                parameters[name].copy_(W0[name] + _part(dW[name], kept, part))
+            put(functools.partial(cut_to, r))
             yield evaluate(model, config, "test")
             bar.update()
 

@@ -16,7 +16,7 @@ from deltarank.gram import gram_matrix, leading_factors
 from deltarank.runtime import product_dtype
 from deltarank.store import cached
 from deltarank.study.configs import RunConfig
-from deltarank.study.losses import answer_hidden, autocast, scoring
+from deltarank.study.losses import answer_hidden, autocast, on_device, scoring
 from deltarank.study.models import load_model, load_tokenizer, matrices
 from deltarank.study.profiles import entry_folder
 from deltarank.study.runs import updates
@@ -64,7 +64,7 @@ def _layer_inputs(
     with scoring(model), _watched(model) as inputs:
         for picked in batches([len(row["labels"]) for row in encoded]):
             part = [encoded[i] for i in picked]
-            batch = {key: value.to(place) for key, value in a_line_each(part).items()}
+            batch = on_device(model, a_line_each(part))
             lengths = torch.tensor([len(row["labels"]) for row in part], device=place)
             with autocast(place, dtype):
                 answer_hidden(model, **batch)

@@ -12,7 +12,7 @@ from torch import nn
 
 from deltarank.runtime import product_dtype
 from deltarank.study.configs import RunConfig
-from deltarank.study.losses import answer_hidden, autocast, logit_rule, scoring
+from deltarank.study.losses import answer_hidden, autocast, logit_rule, on_device, scoring
 from deltarank.study.models import load_tokenizer
 from deltarank.study.tasks import a_line_each, batches, encode, encode_prompt, load_split
 
@@ -30,8 +30,7 @@ def score_rows(model: nn.Module, config: RunConfig, rows: Sequence[dict]) -> pd.
     dtype = product_dtype(config.dtype)
     scores: list[dict] = [{}] * len(rows)
     for picked in batches([len(row["labels"]) for row in encoded]):
-        batch = a_line_each([encoded[i] for i in picked])
-        batch = {key: value.to(head.device) for key, value in batch.items()}
+        batch = on_device(model, a_line_each([encoded[i] for i in picked]))
         with autocast(head.device, dtype):
             hidden, target = answer_hidden(model, **batch)
         logits = rule.logits(F.linear(hidden.float(), head))  # (answer tokens, vocabulary)

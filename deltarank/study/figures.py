@@ -99,31 +99,29 @@ def save_figure(fig, name: str, *, data: pd.DataFrame, alt: str) -> None:
 
 
 def save_table(
-    table: pd.DataFrame, name: str, *, caption: str, digits: int | dict = 2, above: str = ""
+    table: pd.DataFrame, name: str, *, caption: str, digits: int | dict = 2
 ) -> pd.DataFrame:
     """Write figures/<name>.tex (booktabs) and return the table as it is to be shown, as text.
 
     digits: of all numbers or by column; a column that is not named keeps its own.  NaN is shown as
-    a dash, infinity as `above`, "> 64" for a rank above a grid that ends there.
+    a dash.
     """
     shown = table.copy().astype(object)
     for column in table:
         places = digits.get(column) if isinstance(digits, dict) else digits
-        shown[column] = [_as_text(value, places, above) for value in table[column]]
+        shown[column] = [_as_text(value, places) for value in table[column]]
     folder = profile().figures
     folder.mkdir(parents=True, exist_ok=True)
     (folder / f"{name}.tex").write_text(_latex(shown, caption, f"tab:{name}"), encoding="utf8")
     return shown
 
 
-def _as_text(value, places: int | None, above: str) -> str:
+def _as_text(value, places: int | None) -> str:
     """A cell as it is shown: integers as they are, other numbers with so many decimal places."""
     if not isinstance(value, float):
         return str(value)
     if math.isnan(value):
         return "–"
-    if math.isinf(value):
-        return above or "inf"
     return f"{value:g}" if places is None else f"{value:z.{places}f}"
 
 
@@ -159,18 +157,15 @@ def rank_axis(ax, *ticks: int) -> None:
     ax.set_xticks(ticks, ticks)
 
 
-def plot_by_task(
-    ax, lines: pd.DataFrame, *, label_at: float | None = None, gap: float = 0.045, **options
-) -> None:
+def plot_by_task(ax, lines: pd.DataFrame, *, label_at: float | None = None, **options) -> None:
     """A line a task, labelled at the right: lines has x as its index and a column a task.
 
-    label_at: the x whose heights place the labels, the last by default; gap: their least distance
-    in y; options go to ax.plot.
+    label_at: the x whose heights place the labels, the last by default; options go to ax.plot.
     """
     for task in lines:
         ax.plot(lines.index, lines[task], **(TASKS[str(task)].look | options))
     x = lines.index[-1] if label_at is None else label_at
-    label_lines(ax, lines.T[x], x=x, gap=gap)
+    label_lines(ax, lines.T[x], x=x)
 
 
 def plot_seeds(ax, runs: pd.DataFrame, x: str, y: str, look: str, **options) -> tuple[float, float]:

@@ -9,7 +9,7 @@ from deltarank.study.gains import Measured, gain_kept
 from deltarank.study.plan import floor_configs
 from deltarank.study.profiles import profile
 from deltarank.study.runs import Result, run
-from deltarank.study.search import tuned
+from deltarank.study.search import full_of
 from deltarank.study.tasks import TASKS, load_split
 
 
@@ -58,11 +58,11 @@ def skill_kept(value: Measured, full: Result, *, by: str = "loss", split: str = 
     """How far `value`, a loss or score or a series of them, goes from the floor to a full run.
 
     The floor is the best of floors(task): the lowest loss or the highest score without the skill.
-    NaN for a task that has none (has_floor).
+    NaN for a task that has none in the full run's profile (has_floor).
     """
-    if not has_floor(full.config.task):
-        return value * float("nan")
     with at_profile(full.config.profile):
+        if not has_floor(full.config.task):
+            return value * float("nan")
         without = floors(full.config.task, split)
     floor = without["loss_nats"].min() if by == "loss" else without["score"].max()
     return gain_kept(value, floor, getattr(full, by)(split))
@@ -71,8 +71,7 @@ def skill_kept(value: Measured, full: Result, *, by: str = "loss", split: str = 
 def skill_gain(result: Result, *, by: str = "loss", split: str = "test") -> float:
     """The share of its full fine-tune's gain over the floor that a run reaches on rows of a split.
 
-    The full fine-tune has the run's task and seed and the task's best learning rate.
+    The full fine-tune is that of full_of.
     """
-    with at_profile(result.config.profile):
-        full = run(tuned(result.config.task, seed=result.config.seed))
+    full = run(full_of(result.config))
     return skill_kept(getattr(result, by)(split), full, by=by, split=split)

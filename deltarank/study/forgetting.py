@@ -20,9 +20,9 @@ from deltarank.study.general import general_loss, general_sha256
 from deltarank.study.intruders import intruder_counts
 from deltarank.study.measuring import prepared, provenance, tuned_weights
 from deltarank.study.models import load_model, matrices
-from deltarank.study.profiles import entry_folder, profile
+from deltarank.study.profiles import base_of, entry_folder, profile
 from deltarank.study.runs import run
-from deltarank.study.search import tuned
+from deltarank.study.search import full_of, tuned
 from deltarank.study.tasks import PARTS, load_split
 from deltarank.study.training import train
 from deltarank.study.trials import chosen, trials
@@ -59,7 +59,7 @@ def forgotten_table() -> pd.DataFrame:
     """
     lines = []
     for (task, method), config in forget_configs().items():
-        record, before = forget_run(config), forget_run(profile().config(task, "base"))["end"]
+        record, before = forget_run(config), forget_run(base_of(config))["end"]
         ranks = pd.DataFrame(rank_measures(S) for S in run(config).spectra.values()).median()
         for look in ("enough", "end"):
             if found := record[look]:
@@ -127,7 +127,7 @@ class _Watch:
     def __init__(self, config: RunConfig, model: nn.Module) -> None:
         self.config, self.model = config, model
         self.enough: dict | None = None
-        self.full = run(tuned(config.task, seed=config.seed)) if config.steps else None
+        self.full = run(full_of(config)) if config.steps else None
 
     def __call__(self, step: int) -> None:
         """After a training step."""

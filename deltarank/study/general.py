@@ -10,7 +10,7 @@ from torch import nn
 from deltarank.runtime import ROOT, product_dtype
 from deltarank.store import file_sha256
 from deltarank.study.configs import RunConfig
-from deltarank.study.losses import answer_loss, scoring
+from deltarank.study.losses import answer_loss, on_device, scoring
 from deltarank.study.models import load_tokenizer
 from deltarank.study.tasks import a_line_each, encode
 
@@ -45,8 +45,7 @@ def general_loss(model: nn.Module, config: RunConfig) -> dict[str, float]:
         rows = [encode({"prompt": "", "answer": text}, tokenizer) for text in texts]
         nats, tokens = 0.0, 0
         for start in range(0, len(rows), PASSAGES_AT_ONCE):
-            batch = a_line_each(rows[start : start + PASSAGES_AT_ONCE])
-            batch = {key: value.to(head.device) for key, value in batch.items()}
+            batch = on_device(model, a_line_each(rows[start : start + PASSAGES_AT_ONCE]))
             count = int((batch["labels"][:, 1:] != -100).sum())
             nats += count * answer_loss(model, head, batch, dtype=dtype).item()
             tokens += count

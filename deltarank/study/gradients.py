@@ -12,7 +12,7 @@ from deltarank.runtime import product_dtype, progress
 from deltarank.spectra import rank_measures, singular_values
 from deltarank.store import cached
 from deltarank.study.configs import RunConfig
-from deltarank.study.losses import answer_loss, scoring
+from deltarank.study.losses import answer_loss, on_device, scoring
 from deltarank.study.measuring import provenance
 from deltarank.study.models import load_tokenizer, matrices
 from deltarank.study.profiles import entry_folder
@@ -47,13 +47,13 @@ def gradient_spectra(model: nn.Module, config: RunConfig) -> dict[str, Tensor]:
     rows = load_split(config.task, "train")[:GRADIENT_ROWS]
     encoded = [encode(row, tokenizer, config.seq_len) for row in rows]
     tokens = sum(label != -100 for row in encoded for label in row["labels"])
-    weights, place = matrices(model), model.get_input_embeddings().weight.device
+    weights = matrices(model)
     head = model.get_output_embeddings().weight.detach().to(dtype)
     model.zero_grad()
     with scoring(model), torch.enable_grad(), progress(len(rows), config.key) as bar:
         for start in range(0, len(encoded), BATCH):
             part = encoded[start : start + BATCH]
-            batch = {key: value.to(place) for key, value in a_line_each(part).items()}
+            batch = on_device(model, a_line_each(part))
             share = int((batch["labels"] != -100).sum()) / tokens
             (share * answer_loss(model, head, batch, dtype=dtype)).backward()
             bar.update(len(part))

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 import pandas as pd
 
 from deltarank.ranks import rank_of, recommend_ranks
+from deltarank.spectra import common_energy
 from deltarank.study.configs import RunConfig
 from deltarank.study.cuts import cut_by_matrix
 from deltarank.study.profiles import profile
@@ -37,9 +38,8 @@ def lora_by_matrix(task: str, ranks: dict[str, int], rank: int) -> RunConfig:
 
 def energy_held(result: Result, ranks: dict[str, int]) -> float:
     """The share of a run's squared update that the cut to these ranks keeps."""
-    squares = {name: S.double().square() for name, S in result.spectra.items()}
-    kept = sum(float(square[: ranks[name]].sum()) for name, square in squares.items())
-    return kept / sum(float(square.sum()) for square in squares.values())
+    spectra = result.spectra
+    return common_energy(spectra.values(), [ranks[name] for name in spectra])
 
 
 def guidance_table(tasks: Sequence[str], rank: int) -> pd.DataFrame:

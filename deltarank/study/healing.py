@@ -157,11 +157,11 @@ def _heal(
 
 def _trained(plan: AdapterPlan, model: PeftModel, start: pd.DataFrame) -> Callable[[str], Cut]:
     """A function that gives B, A and the notes of a module: those of the start, in `start`."""
-    layers, noted = lora_layers(model), start.set_index("name")
+    layers, noted, names = lora_layers(model), start.set_index("name"), plan.modules()
     columns = ["squared_norm", "kept", "best"]
 
     def factors(module: str) -> Cut:
-        name = plan.modules()[module]
+        name = names[module]
         r = plan.ranks[name]  # the zeros that fill a smaller rank are not trained: no gradient
         B, A, scale = lora_factors(layers[f"{module}.weight"])
         return scale * B[:, :r], A[:r], {column: float(noted[column][name]) for column in columns}

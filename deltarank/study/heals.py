@@ -8,14 +8,12 @@ import itertools
 import math
 import random
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import pandas as pd
-import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from deltarank.checks import require
@@ -28,13 +26,13 @@ from deltarank.study.configs import GROWTH_ROWS, RunConfig
 from deltarank.study.distillation import Head, Lessons, distil, divergence, head_of, lessons
 from deltarank.study.evaluation import evaluate, newline
 from deltarank.study.gains import gain_kept
-from deltarank.study.measuring import lora_factors, provenance
+from deltarank.study.measuring import lora_factors, provenance, rounded
 from deltarank.study.models import load_tokenizer, skeleton
-from deltarank.study.profiles import LORA_ALPHA, entry_folder, middle, profile
+from deltarank.study.profiles import LORA_ALPHA, base_of, entry_folder, middle, profile
 from deltarank.study.runs import Result, run, run_model, updates
 from deltarank.study.search import best_lr, climb, tuned
 from deltarank.study.tasks import load_split
-from deltarank.study.training import lora_layers, prepare
+from deltarank.study.training import lora_layers, plant, prepare
 
 STARTS = ("cut", "nothing", "squeezed")
 ALPHA = 8 * LORA_ALPHA  # of a LoRA from nothing: the scale by which the facts are learned best
@@ -130,8 +128,7 @@ def measure_heal(heal: Heal) -> dict:
     taught, held, full = _told(heal)
     model = prepare(config)
     if heal.start == "cut":
-        dW = updates(heal.full)
-        _plant(model, lambda name: leading_factors(dW[name], min(heal.rank, *dW[name].shape))[:2])
+        _cut_to(model, updates(heal.full), heal.rank)
     teacher = _teacher_head(model, heal.full)
     losses = distil(config, model, taught, teacher, label=heal.key) if heal.steps else []
     finished = all(map(math.isfinite, losses))
@@ -144,7 +141,7 @@ def measure_heal(heal: Heal) -> dict:
         "heal": heal.identity,
         "config": config.recipe,
         "status": "finished" if finished else "diverged",
-        "train_divergence_nats": [round(x, 5) if math.isfinite(x) else None for x in losses],
+        "train_divergence_nats": rounded(losses),
         "divergence_nats": away if finished else None,
         "full": full,
         "evaluation": evaluation if finished else {},
@@ -187,14 +184,9 @@ def _told(heal: Heal) -> tuple[Lessons, Lessons, dict[str, dict]]:
     return taught, held, record["full"]
 
 
-@torch.no_grad()
-def _plant(model: nn.Module, factors: Callable[[str], tuple[Tensor, Tensor]]) -> None:
-    """Put the update B @ A of each matrix, factors(name), into its LoRA; zeros fill the rank."""
-    for name, layer in lora_layers(model).items():
-        B, A = balanced(*factors(name))  # (m, k), (k, n)
-        more, scale = layer.r["default"] - len(A), layer.scaling["default"]
-        layer.lora_B["default"].weight.copy_(F.pad(B / scale, (0, more)))
-        layer.lora_A["default"].weight.copy_(F.pad(A, (0, 0, 0, more)))
+def _cut_to(model: nn.Module, dW: dict[str, Tensor], rank: int) -> None:
+    """Put the leading directions of each matrix's update (m, n) into its LoRA."""
+    plant(model, lambda name: balanced(*leading_factors(dW[name], min(rank, *dW[name].shape))[:2]))
 
 
 def _squeeze(model: nn.Module, rank: int) -> None:
@@ -204,9 +196,9 @@ def _squeeze(model: nn.Module, rank: int) -> None:
     def narrow(name: str) -> tuple[Tensor, Tensor]:
         B, A, scale = lora_factors(layers[name])
         U, S, Vh = factor_svd(scale * B.double(), A.double())
-        return U[:, :rank] * S[:rank], Vh[:rank]
+        return balanced(U[:, :rank] * S[:rank], Vh[:rank])
 
-    _plant(model, narrow)
+    plant(model, narrow)
 
 
 def heal_of(task: str, start: str, rank: int, steps: int, *, seed: int, **fields) -> Heal:
@@ -263,7 +255,7 @@ def heals_table(heals: Sequence[Heal]) -> pd.DataFrame:
         row = {"task": heal.full.task, "seed": heal.full.seed}
         row |= {name: getattr(heal, name) for name in names} | {"status": result.status}
         row |= {"loss_nats": result.loss(), "score": result.score()}
-        full, base = result.record["full"]["test"], run(profile().config(heal.full.task, "base"))
+        full, base = result.record["full"]["test"], run(base_of(heal.full))
         row |= {"full_nats": full["loss_nats"], "full_score": full["score"]}
         row["kept_loss"] = gain_kept(result.loss(), base.loss(), full["loss_nats"])
         rows.append(row | {"divergence_nats": result.record["divergence_nats"]})

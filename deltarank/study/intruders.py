@@ -14,18 +14,18 @@ TOP = 10  # leading directions of a matrix that are looked at, as in PEFT's tune
 THRESHOLDS = (0.3, 0.5, 0.7, 0.9)  # cosines; PEFT's is 0.5
 
 
-def intruder_cosines(W1: Tensor, U0: Tensor, top: int = TOP) -> Tensor:
-    """How near each of the `top` leading left singular vectors of W1 (m, n) comes to one of U0.
+def intruder_cosines(W1: Tensor, U0: Tensor) -> Tensor:
+    """How near each of the TOP leading left singular vectors of W1 (m, n) comes to one of U0.
 
     U0 (m, k): all left singular vectors of the base.  Returns the largest |cosine| of each,
-    (top,); an intruder dimension has a low one (Shuttleworth et al. 2024, arXiv 2410.21228).
+    (TOP,); an intruder dimension has a low one (Shuttleworth et al. 2024, arXiv 2410.21228).
 
     >>> U0 = torch.eye(3)
     >>> turned = torch.tensor([[0.6, -0.8, 0.0], [0.8, 0.6, 0.0], [0.0, 0.0, 1.0]])
-    >>> intruder_cosines(turned @ torch.diag(torch.tensor([3.0, 2.0, 1.0])), U0, 3)
+    >>> intruder_cosines(turned @ torch.diag(torch.tensor([3.0, 2.0, 1.0])), U0)
     tensor([0.8000, 0.8000, 1.0000])
     """
-    B, _, _ = leading_factors(W1, min(top, *W1.shape))
+    B, _, _ = leading_factors(W1, min(TOP, *W1.shape))
     return ((B / B.norm(dim=0)).T @ U0.to(B)).abs().amax(1)
 
 

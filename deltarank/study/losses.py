@@ -194,11 +194,11 @@ def require_own_loss(model: nn.Module) -> None:
     in float32: it finds what logit_rule does not know, and padding that is not ignored.
     """
     rows, head = _probe(model), model.get_output_embeddings().weight.detach()
-    batch = _on_device(model, a_line_each(rows))
+    batch = on_device(model, a_line_each(rows))
     counts = [len(row["labels"]) - 1 for row in rows]
     with scoring(model):
         ours = answer_loss(model, head, batch, dtype=torch.float32).item()
-        alone = [_on_device(model, a_line_each([row])) for row in rows]
+        alone = [on_device(model, a_line_each([row])) for row in rows]
         losses = [model(**row).loss.item() for row in alone]
     own = sum(n * loss for n, loss in zip(counts, losses, strict=True)) / sum(counts)
     require(
@@ -217,7 +217,7 @@ def packs(model: nn.Module) -> bool:
     rows = _probe(model)
     with scoring(model):
         packed, plain = (
-            answer_hidden(model, **_on_device(model, batch))[0]
+            answer_hidden(model, **on_device(model, batch))[0]
             for batch in (pack(rows), a_line_each(rows))
         )
     moved = (packed - plain).norm(dim=1) / plain.norm(dim=1)
@@ -232,7 +232,7 @@ def _probe(model: nn.Module) -> list[dict[str, list[int]]]:
     return [{"input_ids": part, "labels": [-100, *part[1:]]} for part in parts]
 
 
-def _on_device(model: nn.Module, batch: dict[str, Tensor]) -> dict[str, Tensor]:
+def on_device(model: nn.Module, batch: dict[str, Tensor]) -> dict[str, Tensor]:
     """The batch where the model is."""
     place = model.get_input_embeddings().weight.device
     return {key: value.to(place) for key, value in batch.items()}

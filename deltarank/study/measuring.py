@@ -14,6 +14,7 @@ import pandas as pd
 import torch
 from torch import Tensor, nn
 
+from deltarank.checkpoints import is_vocabulary
 from deltarank.checks import require_disk
 from deltarank.runtime import cache_folder, commit, device_name, processor, progress
 from deltarank.spectra import factor_singular_values, rank_measures, singular_values
@@ -64,11 +65,11 @@ def lora_factors(layer: LoraLayer | TinyLoraLayer) -> tuple[Tensor, Tensor, floa
 
 
 def _squared_norms(dW: dict[str, Tensor], names: Iterable[str]) -> dict[str, float]:
-    """|dW|_F^2 summed over the matrices, the embedding and all the rest (norms, biases)."""
+    """|dW|_F^2 summed over the matrices, embedding and head, and the rest (norms, biases)."""
     parts = {"matrices": 0.0, "embedding": 0.0, "rest": 0.0}
     names = set(names)
     for name, update in dW.items():
-        part = "matrices" if name in names else "embedding" if "embed" in name else "rest"
+        part = "matrices" if name in names else "embedding" if is_vocabulary(name) else "rest"
         parts[part] += float(update.double().square().sum())
     return parts
 

@@ -20,6 +20,7 @@ from deltarank.study.evaluation import mean_loss
 from deltarank.study.gains import epoch_rows, first_epoch_kbit, learned_kbit, taught_kbit
 from deltarank.study.measuring import provenance
 from deltarank.study.models import load_tokenizer
+from deltarank.study.profiles import Profile
 from deltarank.study.rivals import probe
 from deltarank.study.runs import Result
 from deltarank.study.tasks import encode, load_split, load_task
@@ -50,24 +51,24 @@ class Holding:
         return int(self.by_kind["rows"].sum())
 
 
-def holding(file: str, model: str = "") -> Holding:
-    """What the rows of a JSON-lines file hold beyond a model, the profile's where none is named.
+def holding(file: str, sizes: Profile, model: str = "") -> Holding:
+    """What the rows of a JSON-lines file hold beyond a model, that of `sizes` by default.
 
     Each line has prompt and answer, and may name its kind ("kind") and its split: those to train on
     are the rows of "train", or all but those of "test" where there is none.  Of "test", or else of
-    the rows to train on, some are held out.  A LoRA is trained on the others as in rivals.probe,
+    the rows to train on, some are held out.  A LoRA is trained on the others as rivals.probe says,
     and what was measured is kept in the cache.  Raises ValueError, before any work, for a file
     without prompts and answers, with too few rows, or with one that is too long; and for a training
     that diverged.
     """
-    config, counted = own_probe(file, model)
+    config, counted = own_probe(file, sizes, model)
     result = _probed(config)
     bits = first_epoch_kbit(result), learned_kbit(result), taught_kbit(result, len(counted))
     by_kind = counted.assign(rows=1).groupby("kind").sum()
     return Holding(epoch_rows(result), *bits, by_kind[["rows", *TOKENS]])
 
 
-def own_probe(file: str, model: str = "") -> tuple[RunConfig, pd.DataFrame]:
+def own_probe(file: str, sizes: Profile, model: str = "") -> tuple[RunConfig, pd.DataFrame]:
     """The run that tells the bits of a file's rows, and count_tokens of those to train on.
 
     Writes the split that the run is trained on.  Raises ValueError as `holding` does.
@@ -76,7 +77,7 @@ def own_probe(file: str, model: str = "") -> tuple[RunConfig, pd.DataFrame]:
         file.endswith(".jsonl") and Path(file).expanduser().is_file(),
         f"{file}: there is no such .jsonl file",
     )
-    told = probe(file)
+    told = probe(file, sizes)
     model = model or told.model
     rows, to_train = _split_rows(file, told.batch_size)
     counted = count_tokens(rows, model)

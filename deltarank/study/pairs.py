@@ -2,17 +2,18 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import pandas as pd
 
 from deltarank.adapters import extract_adapter
 from deltarank.compare import compare_checkpoints
-from deltarank.runtime import cache_folder
+from deltarank.runtime import at_profile, cache_folder
 from deltarank.store import digest
 from deltarank.study.configs import RunConfig
 from deltarank.study.cuts import score_pair
-from deltarank.study.profiles import profile
+from deltarank.study.profiles import base_of
 from deltarank.study.runs import save_model
 from deltarank.study.tables import keep_table
 
@@ -50,8 +51,7 @@ class RunPair:
 
     def folders(self) -> tuple[str, str]:
         """Base and tuned model as folders in the cache, written when they are missing."""
-        start = profile(self.config.profile).config(self.config.task, "base")
-        kinds = {start: "float32", self.config: self.dtype}
+        kinds = {base_of(self.config): "float32", self.config: self.dtype}
         places = {c: cache_folder() / "checkpoints" / f"{c.key}-{d}" for c, d in kinds.items()}
         for config, folder in places.items():
             if not folder.exists():
@@ -62,7 +62,7 @@ class RunPair:
     def compare(self) -> pd.DataFrame:
         """compare_checkpoints of the pair."""
         name = f"{self.config.key}-{self.dtype}"
-        return keep_table(name, lambda: compare_checkpoints(*self.folders()))
+        return self._kept(name, lambda: compare_checkpoints(*self.folders()))
 
     def extract(self, ranks: dict) -> pd.DataFrame:
         """extract_adapter of the pair in PEFT's richer form, by what recommend_ranks returned."""
@@ -72,7 +72,7 @@ class RunPair:
         def extracted() -> pd.DataFrame:
             return extract_adapter(*self.folders(), out, ranks=ranks, patterns=True, norms=True)
 
-        return keep_table(name, extracted)
+        return self._kept(name, extracted)
 
     def score(self, ranks: tuple[int, ...], by_matrix: dict[str, int]) -> pd.DataFrame:
         """What the task loses, a line a model as score_pair has it."""
@@ -82,4 +82,9 @@ class RunPair:
         def scored() -> pd.DataFrame:
             return score_pair(*self.folders(), task, ranks, by_matrix=by_matrix)
 
-        return keep_table(name, scored)
+        return self._kept(name, scored)
+
+    def _kept(self, name: str, compute: Callable[[], pd.DataFrame]) -> pd.DataFrame:
+        """keep_table in the store of the profile that made the run."""
+        with at_profile(self.config.profile):
+            return keep_table(name, compute)

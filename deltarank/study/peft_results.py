@@ -16,7 +16,6 @@ from deltarank.study.tasks import encode, load_split
 from deltarank.study.training import adapter_config
 
 LAST = 10  # steps whose mean loss is the "train loss"
-SUITE = "MetaMathQA"  # the language suite, under whose name PEFT's processing reads such files
 
 
 def peft_layout(result: Result, *, forgotten: float, memory: int) -> dict:

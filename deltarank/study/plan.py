@@ -11,7 +11,7 @@ from deltarank.runtime import at_profile
 from deltarank.study.configs import RunConfig
 from deltarank.study.cuts import cut
 from deltarank.study.gains import gain_kept
-from deltarank.study.profiles import LORA_ALPHA, middle, profile
+from deltarank.study.profiles import LORA_ALPHA, base_of, middle, profile
 from deltarank.study.runs import Result, run
 from deltarank.study.search import coarsely_tuned, lr_between, tuned
 from deltarank.study.tasks import TASKS
@@ -178,9 +178,8 @@ def cut_until(config: RunConfig, share: float) -> pd.DataFrame:
 
     The last rank is the first of these that keeps it, or the largest that matrices can have.
     """
-    sizes = profile(config.profile)
-    base, full = run(sizes.config(config.task, "base")), run(config)
-    ranks = [*sizes.cut_ranks]
+    base, full = run(base_of(config)), run(config)
+    ranks = [*profile(config.profile).cut_ranks]
     while True:
         cuts, doubled = cut(config, ranks), 2 * ranks[-1]
         kept = gain_kept(cuts["loss_nats"].iloc[-1], base.loss(), full.loss())
@@ -197,7 +196,7 @@ def lora_until(full: RunConfig, share: float) -> list[Result]:
     luck with some rows ends no ladder.  The last run is the first that reaches it, or the largest.
     """
     sizes = profile(full.profile)
-    ends = run(sizes.config(full.task, "base")), run(full)
+    ends = run(base_of(full)), run(full)
     rank, reached, found = min(sizes.lora_ranks), False, []
     while rank <= max(sizes.lora_ranks) and not reached:
         with at_profile(full.profile):

@@ -21,13 +21,10 @@ from deltarank.study.tasks import PARTS, encode, load_task, mix_of, mix_parts
 
 Number = TypeVar("Number", int, float)
 
-# Written by `RECORD=yes make bench`: time and memory of pairs, what tools say of a planted rank
-# (both in notebook 11), and time and memory of a step of each method, a plan and `make report`.
+# Written by `RECORD=yes make bench` and read by notebook 11: time and memory of pairs, and what
+# tools say of a planted rank.
 PAIR_TIMES = ROOT / "data" / "bench_pairs.csv"
 PLANTED_RANKS = ROOT / "data" / "bench_planted.csv"
-VARIANT_TIMES = ROOT / "data" / "bench_variants.csv"
-PLAN_TIMES = ROOT / "data" / "bench_plan.csv"
-REPORT_TIMES = ROOT / "data" / "bench_report.csv"
 ALL_TASKS = (*PARTS, "mix")
 LORA_ALPHA = 32.0  # at all ranks, but in the alpha_tasks of a profile
 
@@ -262,6 +259,11 @@ PROFILES = {
         **WITHOUT,
     ),
 }
+
+
+def base_of(config: RunConfig) -> RunConfig:
+    """The base run that a run is measured by: its task and model, by the sizes of its profile."""
+    return profile(config.profile).config(config.task, "base", model=config.model)
 
 
 def entry_folder(config: RunConfig, kind: str, name: str = "") -> Path:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import numpy as np
@@ -13,27 +13,19 @@ from deltarank.runtime import at_profile
 from deltarank.study.advice import FORECAST
 from deltarank.study.cuts import cut
 from deltarank.study.floors import skill_gain
-from deltarank.study.gains import learned_kbit, needed_bracket, taught_kbit
+from deltarank.study.gains import learned_kbit, needed_bracket
 from deltarank.study.loads import capacity_table, code_configs
 from deltarank.study.plan import cut_until
 from deltarank.study.profiles import middle, profile
-from deltarank.study.rivals import LEAST_KBIT, probe
+from deltarank.study.rivals import probe, taught
 from deltarank.study.runs import run, sweep
 from deltarank.study.search import tuned
 from deltarank.study.sizes import ladder, sized, trained_parameters, tried_sizes
 from deltarank.study.tables import cut_gains, gain, spearman, spectra_table
-from deltarank.study.tasks import load_split
 
 SHARE = 0.95  # of a gain, that counts as enough
 MEASURES = ["r90", "r90_over_null", "stable_rank", "energy_8"]
 EASY, HARD = ["json", "pirate"], ["facts", "sorbian"]  # tasks that need least, and most
-
-
-def taught(task: str) -> float:
-    """The kbit that a probe says the rows of a task teach, with the first seed."""
-    told = run(probe(task))
-    require(told.status == "finished", f"{told.config.key} diverged: it tells no bits")
-    return max(taught_kbit(told, len(load_split(task, "train"))), LEAST_KBIT)
 
 
 def bracket(task: str, seed: int) -> tuple[float, float]:
@@ -71,14 +63,15 @@ def task_measures(task: str, seed: int) -> dict[str, float]:
     found |= {"lora": needed_bracket(gains, SHARE)[1]}
     found |= {"cut": needed_bracket(cuts.drop(0), SHARE)[1], "kept": kept}
     found["above"], found["needed"] = bracket(task, seed)
-    found |= {"kbit": max(learned_kbit(full), 0.0), "taught": taught(task), "lr": full.config.lr}
+    found["taught"] = taught(run(probe(task, profile())))
+    found |= {"kbit": max(learned_kbit(full), 0.0), "lr": full.config.lr}
     return found | {"lr, LoRA over full": loras[middle(ranks)].config.lr / full.config.lr}
 
 
-def measures_table(name: str, seed: int, tasks: Sequence[str] = ()) -> pd.DataFrame:
-    """task_measures at a profile, one line a task: of its lora_tasks where none is named."""
+def measures_table(name: str, seed: int) -> pd.DataFrame:
+    """task_measures at a profile, one line a task of its lora_tasks."""
     with at_profile(name):
-        found = {task: task_measures(task, seed) for task in tasks or profile().lora_tasks}
+        found = {task: task_measures(task, seed) for task in profile().lora_tasks}
     return pd.DataFrame(found).T.rename_axis("task")
 
 

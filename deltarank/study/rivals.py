@@ -14,8 +14,8 @@ from deltarank.study.floors import skill_gain
 from deltarank.study.forecast import forecast, middle_of, rank_by_rows
 from deltarank.study.gains import first_epoch_kbit, taught_kbit
 from deltarank.study.gradients import first_gradients
-from deltarank.study.profiles import middle, profile
-from deltarank.study.runs import run
+from deltarank.study.profiles import Profile, middle, profile
+from deltarank.study.runs import Result, run
 from deltarank.study.search import tuned
 from deltarank.study.sizes import (
     SHARES,
@@ -31,25 +31,32 @@ from deltarank.study.tasks import load_split
 LEAST_KBIT = 0.001  # of what rows teach: a measure has a logarithm
 
 
-def probe(task: str) -> RunConfig:
+def probe(task: str, sizes: Profile) -> RunConfig:
     """The short training that tells a task's bits: LoRA of the middle rank, at the common rate."""
-    return profile().config(task, "lora", rank=middle(profile().lora_ranks))
+    return sizes.config(task, "lora", rank=middle(sizes.lora_ranks))
+
+
+def taught(told: Result) -> float:
+    """The kbit that a probe says the rows of its task teach, LEAST_KBIT at the least.
+
+    Raises ValueError where it diverged.
+    """
+    require(told.status == "finished", f"{told.config.key} diverged: it tells no bits")
+    return max(taught_kbit(told, len(load_split(told.config.task, "train"))), LEAST_KBIT)
 
 
 def read_of(tasks: Sequence[str]) -> pd.DataFrame:
     """What each rule reads of a task, a line a task; runs what is not stored, with the first seed.
 
-    bits: taught_kbit of the probe, and LEAST_KBIT at the least; code length: its first_epoch_kbit;
+    bits: what the probe says is taught; code length: its first_epoch_kbit;
     gradient: the median stable rank of the first gradients; stable rank, n steps: the median of the
     update of full fine-tuning after so many steps, at the common rate, so that none is searched.
     Raises ValueError where the probe diverged.
     """
     rows = {}
     for task in tasks:
-        told, full = run(probe(task)), run(profile().config(task))
-        require(told.status == "finished", f"{told.config.key} diverged: it tells no bits")
-        bits = taught_kbit(told, len(load_split(task, "train")))
-        row = {"bits": max(bits, LEAST_KBIT), "code length": first_epoch_kbit(told)}
+        told, full = run(probe(task, profile())), run(profile().config(task))
+        row = {"bits": taught(told), "code length": first_epoch_kbit(told)}
         first = first_gradients(profile().config(task, "base"))
         row["gradient"] = first["stable_rank"].median()
         for note in full.record["growth"]:

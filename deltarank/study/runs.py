@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 import warnings
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -24,7 +24,7 @@ from deltarank.study.measuring import (
     prepared,
     rounded,
 )
-from deltarank.study.models import load_model, load_tokenizer, quiet_transformers
+from deltarank.study.models import load_model, load_tokenizer, matrices, quiet_transformers
 from deltarank.study.profiles import entry_folder
 from deltarank.study.training import train
 
@@ -141,6 +141,27 @@ def updates(config: RunConfig) -> dict[str, Tensor]:
     return kept
 
 
+@torch.no_grad()
+def update_setter(
+    model: nn.Module, dW: dict[str, Tensor]
+) -> Callable[[Callable[[str], Tensor]], None]:
+    """A function that puts other updates (m, n) into the matrices of dW, each given by its name.
+
+    model: a base, which gets the update of what is outside the matrices here and keeps it.
+    """
+    parameters = dict(model.named_parameters())
+    W0 = {n: W.detach().cpu().clone() for n, W in matrices(model).items() if n in dW}
+    for name in dW.keys() - W0.keys():
+        parameters[name].add_(dW[name].to(parameters[name].device))
+
+    @torch.no_grad()
+    def put(change: Callable[[str], Tensor]) -> None:
+        for name, W in W0.items():
+            parameters[name].copy_(W + change(name).cpu())
+
+    return put
+
+
 def _require_update(config: RunConfig) -> None:
     """Have the update of a run in the cache; raises as `updates` does."""
     require(config.method != "base", f"{config.key}: a base run has no update")
@@ -176,14 +197,14 @@ def spectral_gap(first: dict[str, Tensor], second: dict[str, Tensor]) -> float:
     return max(float((S - second[name]).abs().max() / S[0]) for name, S in first.items())
 
 
-def repeated(result: Result, times: int = 2) -> pd.DataFrame:
-    """A run with an update trained anew some times, which is not stored, a line each.
+def repeated(result: Result) -> pd.DataFrame:
+    """A run with an update trained anew twice, which is not stored, a line each.
 
     Columns: device and threads; loss_nats and score on test rows; gap_stored and gap_first:
     spectral_gap to the stored run and to the first repetition, in %.
     """
     lines, first = [], None
-    for _ in range(times):
+    for _ in range(2):
         record = measure(result.config)
         spectra = kept_spectra(result.config, result.matrices)
         first = first or spectra

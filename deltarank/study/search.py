@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 
 from deltarank.checks import require
+from deltarank.runtime import at_profile
 from deltarank.study.configs import RunConfig
 from deltarank.study.profiles import LORA_ALPHA, middle, profile
 from deltarank.study.runs import Result, sweep
@@ -144,6 +145,12 @@ def tuned(task: str, method: str = "full", *, rank: int = 0, **changes) -> RunCo
     best = {r: best_lr(lr_search(task, method, rank=r)) for r in sorted(near)}
     recipe = {"rank": rank, "lr": lr_between(best, rank)} | _scale(task, method)
     return profile().config(task, method, **recipe | changes)
+
+
+def full_of(config: RunConfig) -> RunConfig:
+    """The full run that a run is measured by: its task and seed, tuned in its profile."""
+    with at_profile(config.profile):
+        return tuned(config.task, seed=config.seed)
 
 
 def best_alpha(task: str) -> float:

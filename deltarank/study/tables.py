@@ -11,16 +11,15 @@ import pandas as pd
 from torch import Tensor
 
 from deltarank.checkpoints import layer_and_module
-from deltarank.runtime import at_profile
 from deltarank.spectra import energy_rank, spectrum_measures
 from deltarank.store import cached
 from deltarank.study.configs import RunConfig
 from deltarank.study.floors import skill_kept
 from deltarank.study.gains import captured_energy, first_epoch_kbit, gain_kept
 from deltarank.study.plan import scaling_configs
-from deltarank.study.profiles import profile
+from deltarank.study.profiles import base_of, profile
 from deltarank.study.runs import Result, run, sweep
-from deltarank.study.search import lr_search, tuned
+from deltarank.study.search import full_of, lr_search
 from deltarank.study.tasks import load_split
 
 DRAWS = 2000  # of a bootstrap, and of a permutation test
@@ -52,13 +51,8 @@ def keep_table(name: str, compute: Callable[[], pd.DataFrame]) -> pd.DataFrame:
 
 
 def ends(config: RunConfig) -> tuple[Result, Result]:
-    """Base model and full fine-tune, between which the gain of a run is measured.
-
-    The full fine-tune has the run's task and seed and the task's best learning rate.
-    """
-    with at_profile(config.profile):
-        base = profile().config(config.task, "base")
-        return run(base), run(tuned(config.task, seed=config.seed))
+    """Base model and full_of, between which the gain of a run is measured."""
+    return run(base_of(config)), run(full_of(config))
 
 
 def gain(result: Result, *, by: str = "loss") -> float:
@@ -74,7 +68,7 @@ def cut_gains(config: RunConfig, cuts: pd.DataFrame) -> pd.DataFrame:
     matrices; kept_loss and kept_score, shares of the gain from the base model to the run;
     skill_loss and skill_score, of that from the task's floor (see floors.skill_kept).
     """
-    base, full = run(profile(config.profile).config(config.task, "base")), run(config)
+    base, full = run(base_of(config)), run(config)
     table = cuts[["rank", "loss_nats", "score"]].assign(task=config.task, seed=config.seed)
     table["energy"] = [captured_energy(full, rank) for rank in table["rank"]]
     table["kept_loss"] = [gain_kept(x, base.loss(), full.loss()) for x in table["loss_nats"]]

@@ -57,6 +57,7 @@ TASKS = {
 }
 
 
+CHOICES = f"choose one of {', '.join(sorted(TASKS))}, production+json+facts or a file.jsonl"
 PARTS = ("pirate", "json", "kjv", "sentiment", "facts", "arithmetic", "sorbian", "code")
 
 
@@ -81,10 +82,16 @@ def mix_parts(task: str) -> tuple[str, ...]:
     return parts if parts and mix_of(parts) == task else ()
 
 
+def is_task(task: str) -> bool:
+    """Whether this is a task of the report: one of TASKS, or a mix that mix_of has named."""
+    return task in TASKS or bool(mix_parts(task))
+
+
 def _task_file(task: str) -> Path:
-    """The file of a task's rows."""
+    """The file of a task's rows; raises ValueError for an unknown task."""
     if task.endswith(".jsonl"):
         return Path(task).expanduser()
+    require(is_task(task), f"task={task!r}: unknown; {CHOICES}")
     path = TASK_FOLDER / f"{'production' if mix_parts(task) else task}.jsonl"
     if not path.exists():
         raise FileNotFoundError(f"data/tasks/{path.name} is missing: run 01_build_tasks.ipynb")
@@ -114,8 +121,11 @@ def load_task(task: str) -> dict[str, list[dict]]:
 
 
 def _rows(file: Path, fields: Sequence[str]) -> Iterator[dict]:
-    """Yield the rows of a JSON-lines file; raises ValueError naming the line that lacks a field."""
-    with open(file, encoding="utf8") as lines:
+    """Yield the rows of a JSON-lines file, without what is null in them.
+
+    Raises ValueError naming the line that lacks a field, or whose split or task is no text.
+    """
+    with open(file, encoding="utf-8-sig") as lines:
         for number, line in enumerate(lines, start=1):
             if not line.strip():
                 continue
@@ -126,6 +136,9 @@ def _rows(file: Path, fields: Sequence[str]) -> Iterator[dict]:
             except ValueError as error:
                 raise ValueError(f"{where} is no JSON: {cure}") from error
             require(isinstance(row, dict), f"{where} is no JSON object: {cure}")
+            row = {name: value for name, value in row.items() if value is not None}
+            wrong = [name for name in ("split", "task") if not isinstance(row.get(name, ""), str)]
+            require(not wrong, f"{where}: {', '.join(wrong)} must be text, or left out")
             lacks = [name for name in fields if not isinstance(row.get(name), str)]
             lacks += ["prompt"] * ("prompt" not in lacks and not row["prompt"].strip())
             require(not lacks, f"{where}: a row lacks {', '.join(lacks)}: {cure}")

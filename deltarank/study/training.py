@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from deltarank.checks import require
@@ -139,6 +140,16 @@ def lora_layers(model: nn.Module) -> dict[str, LoraLayer | TinyLoraLayer]:
 
     modules = model.get_base_model().named_modules()
     return {f"{n}.weight": m for n, m in modules if isinstance(m, LoraLayer | TinyLoraLayer)}
+
+
+@torch.no_grad()
+def plant(model: nn.Module, factors: Callable[[str], tuple[Tensor, Tensor]]) -> None:
+    """Make the update of each matrix with a LoRA B @ A, factors(name); zeros fill the rank."""
+    for name, layer in lora_layers(model).items():
+        B, A = factors(name)  # (m, k), (k, n)
+        more, scale = layer.r["default"] - len(A), layer.scaling["default"]
+        layer.lora_B["default"].weight.copy_(F.pad(B / scale, (0, more)))
+        layer.lora_A["default"].weight.copy_(F.pad(A, (0, 0, 0, more)))
 
 
 def train(

@@ -7,7 +7,6 @@ import time
 from collections.abc import Callable, Iterator
 
 import pandas as pd
-import torch
 from torch import Tensor
 
 from deltarank.checks import require
@@ -20,11 +19,11 @@ from deltarank.study.floors import skill_kept
 from deltarank.study.general import general_loss, general_sha256
 from deltarank.study.intruders import TOP
 from deltarank.study.measuring import provenance
-from deltarank.study.models import load_model, matrices
+from deltarank.study.models import load_model
 from deltarank.study.profiles import entry_folder
-from deltarank.study.runs import run, updates
-from deltarank.study.search import tuned
-from deltarank.study.training import lora_layers, prepare, quiet_peft
+from deltarank.study.runs import run, update_setter, updates
+from deltarank.study.search import full_of
+from deltarank.study.training import lora_layers, plant, prepare, quiet_peft
 
 SHRUNK = (0.9, 0.75, 0.5)  # factors of the whole update
 CUT = (64, 16, 8)  # ranks
@@ -49,7 +48,7 @@ def treated(config: RunConfig) -> pd.DataFrame:
     record, _ = cached(folder, compute)
     require(record["rules"] == _rules(), f"{folder} is of other text or rules: delete it")
     table = pd.DataFrame(record["rows"])
-    full = run(tuned(config.task, seed=config.seed))
+    full = run(full_of(config))
     table["skill"] = skill_kept(table["loss_nats"], full)
     return table
 
@@ -63,17 +62,12 @@ def _rules() -> dict:
 def _measured(config: RunConfig) -> Iterator[dict]:
     """Yield the line of each treatment: its name and amount, and the losses."""
     model, dW = load_model(config.model), updates(config)
-    parameters = dict(model.named_parameters())
-    W0 = {name: W.detach().clone() for name, W in matrices(model).items() if name in dW}
-    with torch.no_grad():
-        for name in dW.keys() - W0.keys():
-            parameters[name].add_(dW[name].to(parameters[name].device))
-        for treatment, amount, change in _treatments(config, dW):
-            for name, W in W0.items():
-                parameters[name].copy_(W + change(name).to(W.device))
-            losses = {"loss_nats": evaluate(model, config, "test")["loss_nats"]}
-            losses |= general_loss(model, config)
-            yield {"treatment": treatment, "amount": amount} | losses
+    put = update_setter(model, dW)
+    for treatment, amount, change in _treatments(config, dW):
+        put(change)
+        losses = {"loss_nats": evaluate(model, config, "test")["loss_nats"]}
+        losses |= general_loss(model, config)
+        yield {"treatment": treatment, "amount": amount} | losses
 
 
 Treatment = tuple[str, float, Callable[[str], Tensor]]  # name, amount, a matrix's update by name
@@ -108,11 +102,7 @@ def without_intruders(config: RunConfig, dW: dict[str, Tensor], left: float) -> 
     require(config.method == "lora", f"{config.key}: PEFT takes intruders out of LoRA alone")
     model = prepare(dataclasses.replace(config, compile=False))
     layers = lora_layers(model)
-    with torch.no_grad():
-        for name, layer in layers.items():
-            B, A = balanced(*leading_factors(dW[name], layer.r["default"])[:2])
-            layer.lora_B["default"].weight.copy_(B / layer.scaling["default"])
-            layer.lora_A["default"].weight.copy_(A)
+    plant(model, lambda n: balanced(*leading_factors(dW[n], layers[n].r["default"])[:2]))
     with quiet_peft():
         reduce_intruder_dimension(model, top_k=TOP, mitigation_lambda=left, logging_sink=None)
     return {n: layer.get_delta_weight("intruder_reduced").detach() for n, layer in layers.items()}

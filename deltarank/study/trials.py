@@ -7,8 +7,6 @@ import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
-import pandas as pd
-
 from deltarank.checks import require
 from deltarank.study.configs import RunConfig
 from deltarank.study.profiles import profile
@@ -144,27 +142,3 @@ def chosen(results: Sequence[Result], *, seed: int) -> RunConfig:
     """
     best = min(results, key=lambda result: (_held_out(result), result.config.lr))
     return dataclasses.replace(best.config, seed=seed)
-
-
-def expected_best(values: Sequence[float]) -> pd.Series:
-    """The expected highest of k values drawn at random, with replacement, by k from 1 on.
-
-    Dodge et al. 2019 (arXiv 1909.03004), equation 5: what so many trials are worth to who does not
-    know which of the settings serve.
-
-    >>> expected_best([0.0, 1.0]).tolist()
-    [0.5, 0.75]
-    """
-    ordered, n = sorted(values), len(values)
-    counts = range(1, n + 1)
-    below = [[(i / n) ** k for i in range(n + 1)] for k in counts]
-    found = [
-        sum(v * (to - since) for v, since, to in zip(ordered, row, row[1:], strict=False))
-        for row in below
-    ]
-    return pd.Series(found, pd.Index(counts, name="trials"))
-
-
-def best_so_far(values: Sequence[float]) -> pd.Series:
-    """The highest of the first k values, in the order in which they were tried, by k from 1 on."""
-    return pd.Series([*values], pd.RangeIndex(1, len(values) + 1, name="trials")).cummax()

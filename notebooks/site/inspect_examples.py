@@ -10,15 +10,14 @@ import sys
 import tempfile
 from pathlib import Path
 
-import torch
 from safetensors.torch import load_file
 
 from deltarank.runtime import cache_folder
 from deltarank.study.configs import RunConfig
 from deltarank.study.measuring import delta_file
-from deltarank.study.profiles import PROFILES
+from deltarank.study.profiles import PROFILES, base_of
 from deltarank.study.runs import save_model, updates
-from deltarank.study.training import lora_layers, prepare
+from deltarank.study.training import plant, prepare
 
 config = PROFILES["paper"].config
 BASE = "gemma-3-270m"
@@ -34,11 +33,7 @@ def save_adapter(run: RunConfig, folder: Path) -> None:
     updates(run)  # trained again if need be
     kept = load_file(delta_file(run))
     model = prepare(dataclasses.replace(run, compile=False))
-    with torch.no_grad():
-        for name, layer in lora_layers(model).items():
-            B = kept[f"{name}.B"] / layer.scaling["default"]  # kept is scale * B
-            layer.lora_B["default"].weight.copy_(B)
-            layer.lora_A["default"].weight.copy_(kept[f"{name}.A"])
+    plant(model, lambda name: (kept[f"{name}.B"], kept[f"{name}.A"]))  # B is times the scale
     model.save_pretrained(folder)
 
 
@@ -48,9 +43,8 @@ def inspect(name: str, out: Path) -> None:
     folders = [tuned] if run.method == "lora" else [BASE, tuned]
     with tempfile.TemporaryDirectory(dir=cache_folder()) as scratch:
         for folder in folders:
-            start = PROFILES[run.profile].config(run.task, "base")
             save = save_adapter if run.method == "lora" else save_model
-            save(start if folder == BASE else run, Path(scratch) / folder)
+            save(base_of(run) if folder == BASE else run, Path(scratch) / folder)
         file = out.resolve() / f"{name}.json"
         command = ["inspect", *folders, *options, "--json", str(file)]
         print("deltarank", *command[:-1], file.name, flush=True)

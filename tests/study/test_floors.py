@@ -7,7 +7,7 @@ from sacrebleu import sentence_chrf
 from deltarank.study import floors
 from deltarank.study.configs import RunConfig
 from deltarank.study.floors import copied, copy_score, skill_gain, skill_kept
-from deltarank.study.profiles import profile
+from deltarank.study.profiles import PROFILES, profile
 from deltarank.study.runs import Result
 from deltarank.study.tasks import load_split
 
@@ -27,7 +27,7 @@ def without_skill(monkeypatch):
     permuted += [RunConfig(task="facts", method="lora", rank=1, alpha=1.0, steps=1, lr=1.5)]
     monkeypatch.setattr(floors, "floor_configs", lambda task: permuted)
     best = RunConfig(task="facts", steps=1, lr=2.0)
-    monkeypatch.setattr(floors, "tuned", lambda task, seed: best)
+    monkeypatch.setattr(floors, "full_of", lambda config: best)
 
 
 def test_the_floor_is_the_best_without_skill(without_skill):
@@ -70,3 +70,10 @@ def test_only_a_rewriting_can_be_copied():
 def test_a_task_without_lora_has_no_floor(without_skill):
     kept = skill_kept(pd.Series([1.0, 2.0]), result(1.0, 50.0, profile().config("shuffled")))
     assert kept.isna().all()
+
+
+def test_whether_a_task_has_a_floor_is_said_by_the_profile_of_the_run(monkeypatch):
+    table = pd.DataFrame({"loss_nats": [3.0], "score": [0.0]})
+    monkeypatch.setattr(floors, "floors", lambda task, split: table)
+    full = result(1.0, 100.0, PROFILES["paper"].config("kjv"))
+    assert skill_kept(2.0, full) == 0.5

@@ -15,8 +15,8 @@ from deltarank.study.forgetting import (
 from deltarank.study.general import general_sha256
 from deltarank.study.measuring import prepared, tuned_weights
 from deltarank.study.models import TINY, load_model, matrices
-from deltarank.study.profiles import profile
-from deltarank.study.runs import updates
+from deltarank.study.profiles import PROFILES, profile
+from deltarank.study.runs import Result, updates
 from deltarank.study.training import train
 
 TEXT = {"prose": 3.0, "code": 2.0}
@@ -28,7 +28,7 @@ def looks(monkeypatch, store):
     monkeypatch.setattr(forgetting, "EVERY", 2)
     monkeypatch.setattr(forgetting, "OTHER_ROWS", 2)
     monkeypatch.setattr(forgetting, "general_loss", lambda model, config: TEXT)
-    monkeypatch.setattr(forgetting, "tuned", lambda task, seed: profile().config(task, seed=seed))
+    monkeypatch.setattr(forgetting, "full_of", lambda c: profile().config(c.task, seed=c.seed))
     skills = iter([0.5, 0.96, 0.96, 1.0, 1.0, 1.0])
     monkeypatch.setattr(forgetting, "skill_kept", lambda loss, full, split: next(skills))
 
@@ -120,3 +120,10 @@ def test_what_is_lost_is_counted_from_the_base(store, monkeypatch):
     moved = [end["others"][task] - before["others"][task] for task in before["others"]]
     assert line["others"] == pytest.approx(sum(moved) / 7) and line["others"] != 0
     assert line["relative_size"] == end["relative_size"] > 0
+
+
+def test_the_full_run_beside_it_is_of_the_profile_that_made_the_run(losses, monkeypatch):
+    losses[0, 1e-4] = 1.0
+    monkeypatch.setattr(forgetting, "run", lambda config: Result(config, {}))
+    watch = forgetting._Watch(PROFILES["quick"].config("facts", lr=3e-4), None)
+    assert watch.full.config == PROFILES["quick"].config("facts", lr=1e-4)

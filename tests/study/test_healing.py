@@ -13,6 +13,7 @@ from safetensors.torch import load_file
 
 from deltarank import adapters
 from deltarank.adapters import extract_adapter
+from deltarank.options import parse
 from deltarank.study import healing, training
 from deltarank.study.distillation import divergence, head_of, lessons
 from deltarank.study.healing import extract_healed
@@ -221,8 +222,14 @@ def test_another_kind_of_file_is_refused():
         load_prompts("rows.csv")
 
 
-def test_the_recipe_is_the_reports_own():
-    """The defaults that the help names, and the batch and schedule of the report's runs."""
+def test_the_batch_is_that_of_the_reports_runs():
     fields = {field.name: field.default for field in dataclasses.fields(healing.RunConfig)}
     assert fields["batch_size"] == healing.BATCH
-    assert (healing.STEPS, healing.RATE) == (30, 1e-3)
+
+
+def test_the_help_names_the_recipe(capsys):
+    with pytest.raises(SystemExit):
+        parse(["extract", "--help"])
+    told = " ".join(capsys.readouterr().out.split())
+    assert f"of healing, {healing.BATCH} prompts each (default {healing.STEPS})" in told
+    assert f"learning rate of healing (default {healing.RATE})" in told

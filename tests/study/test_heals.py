@@ -15,7 +15,7 @@ from deltarank.study.distillation import distil, head_of
 from deltarank.study.evaluation import evaluate
 from deltarank.study.heals import Heal, heal_configs, heal_run, heals_table, measure_heal
 from deltarank.study.models import load_model, matrices
-from deltarank.study.profiles import entry_folder, profile
+from deltarank.study.profiles import PROFILES, entry_folder, profile
 from deltarank.study.runs import Result, run_model, updates
 from deltarank.study.training import prepare
 
@@ -112,7 +112,7 @@ def test_the_starts_are_what_the_tool_writes(store, tmp_path):
     config = dataclasses.replace(config, batch_size=4)
     heal = Heal(full=config, start="cut", rank=3, steps=0, rows=4)
     model, dW = prepare(heal.recipe), updates(config)
-    heals._plant(model, lambda name: heals.leading_factors(dW[name], 3)[:2])
+    heals._cut_to(model, dW, 3)
     extract_adapter(base, tuned, str(tmp_path / "cut"), rank=3)
     tokens = torch.arange(60, 90)[None]
     served = PeftModel.from_pretrained(load_model(base), tmp_path / "cut")
@@ -264,3 +264,16 @@ def test_the_table_has_a_line_a_heal(graded):
         *("full_nats", "full_score", "kept_loss", "divergence_nats"),
     ]
     assert len(table) == 5 and (table["divergence_nats"] == 0.5).all()
+
+
+def test_the_base_beside_a_heal_is_of_the_profile_that_made_its_full_run(graded, monkeypatch):
+    asked = []
+
+    def run(config):
+        asked.append(config)
+        return Result(config, {"evaluation": {"test": {"loss_nats": 5.0}}})
+
+    monkeypatch.setattr(heals, "run", run)
+    full = PROFILES["quick"].config("facts")
+    heals_table([Heal(full=full, start="cut", rank=1, steps=6, lr=3e-3, rows=16)])
+    assert asked == [PROFILES["quick"].config("facts", "base")]

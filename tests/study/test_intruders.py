@@ -7,6 +7,7 @@ from peft.tuners.lora.intruders import reduce_intruder_dimension
 
 from deltarank.study.intruders import (
     THRESHOLDS,
+    TOP,
     base_directions,
     intruder_cosines,
     intruder_counts,
@@ -30,9 +31,9 @@ def test_a_planted_direction_is_the_one_intruder():
     u = torch.randn(64)
     u -= U0 @ (U0.T @ u)  # outside all that the base has
     W1 = W0 + 1000 * torch.outer(u / u.norm(), torch.ones(40) / 40**0.5)
-    cosines = intruder_cosines(W1, U0, 5)
-    assert cosines[0] < 0.05 and cosines.shape == (5,)
-    assert torch.allclose(intruder_cosines(W0, U0, 5), torch.ones(5), atol=1e-4)
+    cosines = intruder_cosines(W1, U0)
+    assert cosines[0] < 0.05 and cosines.shape == (TOP,)
+    assert torch.allclose(intruder_cosines(W0, U0), torch.ones(TOP), atol=1e-4)
 
 
 def test_they_are_as_many_as_peft_finds():

@@ -7,6 +7,7 @@ import pytest
 import torch
 
 from deltarank.checkpoints import layer_and_module
+from deltarank.study import measuring
 from deltarank.study.measuring import kept_spectra, measure
 from deltarank.study.models import TINY, load_model, matrices
 from deltarank.study.profiles import profile
@@ -59,6 +60,13 @@ def test_spectra_and_norms_are_those_of_the_updates(trained, config):
     total = sum(float(update.double().square().sum()) for update in dW.values())
     assert sum(norms.values()) == pytest.approx(total)
     assert norms["rest"] > 0
+
+
+def test_the_embedding_is_known_whatever_a_family_calls_it():
+    names = ("transformer.wte.weight", "transformer.h.0.mlp.c_fc.weight", "transformer.ln_f.weight")
+    dW = {name: torch.full((2,), float(i)) for i, name in enumerate(names, start=1)}
+    found = measuring._squared_norms(dW, [names[1]])
+    assert found == {"embedding": 2.0, "matrices": 8.0, "rest": 18.0}
 
 
 @pytest.mark.parametrize(

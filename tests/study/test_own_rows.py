@@ -8,9 +8,10 @@ from deltarank.runtime import cache_folder
 from deltarank.study import own_rows
 from deltarank.study.gains import first_epoch_kbit, learned_kbit, taught_kbit
 from deltarank.study.own_rows import HELD_OUT, count_tokens, holding, own_probe
-from deltarank.study.profiles import profile
+from deltarank.study.profiles import PROFILES
 from deltarank.study.tasks import load_split
 
+SMOKE = PROFILES["smoke"]
 RULE = [{"prompt": f"{n} is", "answer": "even" if n % 2 == 0 else "odd"} for n in range(80)]
 NOISE = [{"prompt": f"{n} is", "answer": f"{(n * 7919 + 13) % 9973:04d}"} for n in range(80)]
 
@@ -21,7 +22,7 @@ def write(path, rows):
 
 
 def test_an_eighth_of_rows_without_splits_is_held_out(tmp_path):
-    config, _ = own_probe(write(tmp_path / "mine.jsonl", RULE))
+    config, _ = own_probe(write(tmp_path / "mine.jsonl", RULE), SMOKE)
     trained, held = (load_split(config.task, split) for split in ("train", "test"))
     assert (len(trained), len(held)) == (70, 10)
     assert sorted(row["prompt"] for row in trained + held) == sorted(r["prompt"] for r in RULE)
@@ -30,7 +31,7 @@ def test_an_eighth_of_rows_without_splits_is_held_out(tmp_path):
 
 def test_named_splits_are_kept(tmp_path):
     rows = [row | {"split": "train"} for row in RULE] + [NOISE[0] | {"split": "test"}]
-    config, _ = own_probe(write(tmp_path / "mine.jsonl", rows))
+    config, _ = own_probe(write(tmp_path / "mine.jsonl", rows), SMOKE)
     assert [row["answer"] for row in load_split(config.task, "test")] == [NOISE[0]["answer"]]
     assert len(load_split(config.task, "train")) == len(RULE)
 
@@ -38,28 +39,28 @@ def test_named_splits_are_kept(tmp_path):
 def test_of_named_splits_only_train_is_trained_on(store, tmp_path):
     others = [row | {"split": split} for split in ("valid", "paraphrase") for row in NOISE]
     trained = [row | {"split": "train"} for row in RULE]
-    config, counted = own_probe(write(tmp_path / "mine.jsonl", others + trained))
+    config, counted = own_probe(write(tmp_path / "mine.jsonl", others + trained), SMOKE)
     kept = [row["answer"] for split in ("train", "test") for row in load_split(config.task, split)]
     assert set(kept) == {"odd", "even"} and len(kept) == len(counted) == len(RULE)
 
 
 def test_without_a_split_of_training_all_but_tests_are_trained_on(store, tmp_path):
     rows = [row | {"split": "mine"} for row in RULE] + [NOISE[0] | {"split": "test"}]
-    _, counted = own_probe(write(tmp_path / "mine.jsonl", rows))
+    _, counted = own_probe(write(tmp_path / "mine.jsonl", rows), SMOKE)
     assert len(counted) == len(RULE)
 
 
 def test_a_named_split_of_tests_is_held_out_by_chance_and_not_counted(store, tmp_path):
     held = [row | {"split": "test", "kind": kind} for kind in "ab" for row in RULE * 2]
     trained = [row | {"split": "train"} for row in RULE]
-    config, counted = own_probe(write(tmp_path / "mine.jsonl", trained + held))
+    config, counted = own_probe(write(tmp_path / "mine.jsonl", trained + held), SMOKE)
     kept = load_split(config.task, "test")
     assert len(kept) == HELD_OUT and {row["kind"] for row in kept} == {"a", "b"}
     assert len(counted) == len(RULE) == len(load_split(config.task, "train"))
 
 
 def test_many_rows_hold_out_no_more_than_the_most(tmp_path):
-    config, _ = own_probe(write(tmp_path / "mine.jsonl", RULE * 20))
+    config, _ = own_probe(write(tmp_path / "mine.jsonl", RULE * 20), SMOKE)
     assert len(load_split(config.task, "test")) == HELD_OUT
 
 
@@ -69,24 +70,24 @@ def test_tokens_are_counted_by_row_and_told_by_kind(store, tmp_path):
         {"prompt": "a", "answer": "bcd", "kind": "x"},
         {"prompt": "a", "answer": "b", "kind": None},
     ]
-    table = count_tokens(rows, profile().model)  # bytes are tokens, a newline ends a row
+    table = count_tokens(rows, SMOKE.model)  # bytes are tokens, a newline ends a row
     assert table.to_dict("list") == {
         "kind": ["x", "x", "rows"],
         "prompt_tokens": [2, 1, 1],
         "answer_tokens": [2, 4, 2],
     }
     named = [row | {"kind": "odd"} if i % 2 else row for i, row in enumerate(RULE)]
-    told = holding(write(tmp_path / "mine.jsonl", named)).by_kind
+    told = holding(write(tmp_path / "mine.jsonl", named), SMOKE).by_kind
     assert told["rows"].to_dict() == {"odd": 40, "rows": 40}
     assert (told > 0).all(axis=None)
 
 
 def test_noise_holds_more_than_a_rule_and_bits_are_those_of_the_run(store, tmp_path):
     files = {n: write(tmp_path / f"{n}.jsonl", r) for n, r in (("rule", RULE), ("noise", NOISE))}
-    found = {name: holding(file) for name, file in files.items()}
+    found = {name: holding(file, SMOKE) for name, file in files.items()}
     assert found["noise"].code_kbit > found["rule"].code_kbit > 0
     for name, held in found.items():
-        result = own_rows._probed(own_probe(files[name])[0])
+        result = own_rows._probed(own_probe(files[name], SMOKE)[0])
         assert held.code_kbit == first_epoch_kbit(result)
         assert held.learned_kbit == learned_kbit(result) < held.code_kbit
         seen = result.config.steps * result.config.batch_size  # less than an epoch
@@ -96,9 +97,9 @@ def test_noise_holds_more_than_a_rule_and_bits_are_those_of_the_run(store, tmp_p
 
 def test_what_was_measured_is_kept(store, tmp_path, monkeypatch):
     file = write(tmp_path / "mine.jsonl", RULE)
-    first = holding(file)
+    first = holding(file, SMOKE)
     monkeypatch.setattr(own_rows, "train", lambda *a, **k: pytest.fail("trained again"))
-    assert holding(file).learned_kbit == first.learned_kbit
+    assert holding(file, SMOKE).learned_kbit == first.learned_kbit
     assert list((cache_folder() / "plans").glob("mine-lora-*"))
 
 
@@ -113,22 +114,22 @@ def test_what_was_measured_is_kept(store, tmp_path, monkeypatch):
 def test_bad_rows_are_named_before_any_work(tmp_path, monkeypatch, rows, told):
     monkeypatch.setattr(own_rows, "prepare", lambda config: pytest.fail("worked"))
     with pytest.raises(ValueError, match=told):
-        holding(write(tmp_path / "mine.jsonl", rows))
+        holding(write(tmp_path / "mine.jsonl", rows), SMOKE)
 
 
 @pytest.mark.parametrize("file", ["missing.jsonl", "facts", "."])
 def test_a_file_that_is_not_there_is_named(file):
     with pytest.raises(ValueError, match=f"^{file}: there is no such .jsonl file"):
-        holding(file)
+        holding(file, SMOKE)
 
 
 def test_a_training_that_breaks_in_its_last_step_says_so(store, tmp_path, monkeypatch):
     monkeypatch.setattr(own_rows, "mean_loss", lambda *a: float("nan"))
     with pytest.raises(ValueError, match="training diverged at step"):
-        holding(write(tmp_path / "mine.jsonl", NOISE[::-1]))
+        holding(write(tmp_path / "mine.jsonl", NOISE[::-1]), SMOKE)
 
 
 def test_a_training_that_diverges_says_so(store, tmp_path, monkeypatch):
     monkeypatch.setattr(own_rows, "train", lambda *a, **k: [1.0, float("nan")])
     with pytest.raises(ValueError, match="diverged at step 2"):
-        holding(write(tmp_path / "mine.jsonl", RULE[::-1]))
+        holding(write(tmp_path / "mine.jsonl", RULE[::-1]), SMOKE)

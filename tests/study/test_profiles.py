@@ -8,7 +8,7 @@ from deltarank.runtime import ROOT, build_folder
 from deltarank.study.configs import RunConfig
 from deltarank.study.models import TINY, load_model, load_tokenizer
 from deltarank.study.plan import base_configs
-from deltarank.study.profiles import PROFILES, entry_folder, profile
+from deltarank.study.profiles import PROFILES, base_of, entry_folder, profile
 from deltarank.study.runs import run, stored
 from deltarank.study.tasks import encode, load_task
 
@@ -104,3 +104,10 @@ def test_a_quick_run_is_stored_as_quick_though_paper_is_at_work(store, monkeypat
     assert folder.name == config.key
     assert stored(config).record == result.record
     assert stored(dataclasses.replace(config, profile="paper")) is None
+
+
+def test_the_base_beside_a_run_is_of_its_profile_and_model():
+    quick = PROFILES["quick"]
+    assert base_of(quick.config("facts", lr=1e-2, seed=3)) == quick.config("facts", "base")
+    other = quick.config("facts", model=TINY)
+    assert base_of(other) == quick.config("facts", "base", model=TINY)

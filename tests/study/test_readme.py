@@ -5,11 +5,12 @@ import re
 
 import pandas as pd
 import pytest
+from timing import PLAN_TIMES, REPORT_TIMES
 
 from deltarank.runtime import ROOT, build_folder
 from deltarank.store import load_entry
 from deltarank.study.models import TINY
-from deltarank.study.profiles import PAIR_TIMES, PLAN_TIMES, PROFILES, REPORT_TIMES
+from deltarank.study.profiles import PAIR_TIMES, PROFILES
 from deltarank.study.runs import Result
 
 README = (ROOT / "README.md").read_text(encoding="utf8")

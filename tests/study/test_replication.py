@@ -21,8 +21,9 @@ from deltarank.study.replication import (
     bracket,
     codes_table,
     measures_table,
-    taught,
+    task_measures,
 )
+from deltarank.study.rivals import probe, taught
 from deltarank.study.runs import Result, run
 from deltarank.study.search import tuned
 from deltarank.study.sizes import ladder, parameters_of, tried_runs
@@ -179,7 +180,7 @@ def test_a_table_belongs_to_the_profile_that_made_it(another):
 
 
 def test_measures_are_those_of_the_runs(store):
-    [found] = measures_table("smoke", 1, ["facts"]).to_dict("records")
+    found = task_measures("facts", 1)
     full = run(tuned("facts", seed=1))
     low, middle = (run(tuned("facts", "lora", rank=rank, seed=1)) for rank in (1, 4))
     assert found["lr"] == full.config.lr
@@ -189,7 +190,19 @@ def test_measures_are_those_of_the_runs(store):
     assert (found["skill, low"], found["skill, middle"]) == (skill_gain(low), skill_gain(middle))
     assert found["kept"] == cut_gains(full.config, cut(full.config, [4]))["kept_loss"].item()
     assert (found["above"], found["needed"]) == bracket("facts", 1)
-    assert found["kbit"] == max(learned_kbit(full), 0) and found["taught"] == taught("facts")
+    assert found["kbit"] == max(learned_kbit(full), 0)
+    assert found["taught"] == taught(run(probe("facts", profile())))
+
+
+def test_a_table_has_a_line_a_task_by_the_profile_that_is_named(monkeypatch):
+    monkeypatch.setenv("PROFILE", "paper")
+
+    def measured(task, seed):
+        return {"steps": profile().steps, "seed": seed}
+
+    monkeypatch.setattr(replication, "task_measures", measured)
+    table = measures_table("smoke", 1)
+    assert [*table.index] == ["sentiment", "facts"] and (table == [6, 1]).all(axis=None)
 
 
 def test_a_bracket_has_the_ranks_beside_the_sizes_that_halving_tries(store, monkeypatch):
@@ -207,9 +220,7 @@ def test_a_run_that_diverged_is_named_before_anything_is_read_off_it(store, monk
     diverged = Result(profile().config("facts"), {"status": "diverged"})
     monkeypatch.setattr(replication, "run", lambda config: diverged)
     with pytest.raises(ValueError, match="facts-full-.*no yardstick"):
-        measures_table("smoke", 0, ["facts"])
-    with pytest.raises(ValueError, match="tells no bits"):
-        taught("facts")
+        task_measures("facts", 0)
 
 
 def test_codes_are_those_of_the_size_with_every_seed(store):

@@ -32,7 +32,7 @@ from deltarank.study.tasks import load_split
 
 def test_they_read_what_was_measured(store):
     found = read_of(["facts", "sentiment"])
-    told = run(probe("facts"))
+    told = run(probe("facts", profile()))
     assert (told.config.rank, told.config.method) == (4, "lora")
     rows = len(load_split("facts", "train"))
     assert found.loc["facts", "bits"] == max(taught_kbit(told, rows), LEAST_KBIT)
@@ -47,7 +47,7 @@ def test_they_read_what_was_measured(store):
 
 
 def test_a_probe_that_diverged_is_named(store, monkeypatch):
-    told = Result(probe("facts"), {"status": "diverged"})
+    told = Result(probe("facts", profile()), {"status": "diverged"})
     monkeypatch.setattr(rivals, "run", lambda config: told)
     with pytest.raises(ValueError, match="diverged: it tells no bits"):
         read_of(["facts"])
@@ -153,7 +153,7 @@ def test_a_rule_is_as_low_as_the_draws_that_lie_no_lower():
 
 
 def test_a_task_of_which_all_diverged_is_named(store, monkeypatch):
-    diverged = Result(probe("dates"), {"status": "diverged"})
+    diverged = Result(probe("dates", profile()), {"status": "diverged"})
     monkeypatch.setattr(rivals, "tried_runs", lambda task, shares: {8: diverged})
     monkeypatch.setattr(rivals, "run", lambda config: diverged)
     with pytest.raises(ValueError, match="dates: every size that was tried diverged"):

@@ -10,6 +10,7 @@ from deltarank.study.search import (
     best_lr,
     coarse_search,
     coarsely_tuned,
+    full_of,
     lr_search,
     tuned,
 )
@@ -101,3 +102,10 @@ def test_a_finer_search_moves_no_coarsely_tuned_run(monkeypatch, losses):
     monkeypatch.setitem(PROFILES, "smoke", wide)
     losses |= {(0, 1e-4): 3, (0, 3.2e-4): 1, (0, 1e-3): 2}
     assert (tuned("facts").lr, coarsely_tuned("facts").lr) == (3.2e-4, 1e-3)
+
+
+def test_the_full_run_beside_a_run_has_its_seed_and_the_best_rate_in_its_profile(losses):
+    losses |= {(0, 1e-4): 2.0, (0, 1e-3): 1.0}
+    for name, best in (("smoke", 1e-3), ("quick", 1e-4)):  # which has this rate alone
+        lora = PROFILES[name].config("facts", "lora", rank=2, seed=3)
+        assert full_of(lora) == PROFILES[name].config("facts", lr=best, seed=3)

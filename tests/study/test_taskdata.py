@@ -10,7 +10,7 @@ from collections import Counter
 import pytest
 
 from deltarank.study import taskdata, tasks
-from deltarank.study.models import TINY, load_tokenizer
+from deltarank.study.models import TINY
 from deltarank.study.taskdata import (
     card,
     countries,
@@ -39,7 +39,7 @@ def committed(task):
 @pytest.fixture
 def in_bytes(monkeypatch):
     """Rows are measured in bytes, and may have 400 of them."""
-    monkeypatch.setattr(rules, "tokenizer", lambda: load_tokenizer(TINY))
+    monkeypatch.setattr(rules, "GEMMA", TINY)
     monkeypatch.setattr(rules, "MAX_TOKENS", 400)
 
 

@@ -19,6 +19,7 @@ from deltarank.study.tasks import (
     TASK_FOLDER,
     collate,
     encode,
+    load_prompts,
     load_split,
     load_task,
     permute_answers,
@@ -79,10 +80,9 @@ def test_held_out_prompts_are_not_in_train(task, split):
     assert not prompts(task, split) & prompts(task, "train")
 
 
-@pytest.mark.parametrize("task", TASKS)
+@pytest.mark.parametrize("task", [task for task in TASKS if task not in SHARED])
 def test_valid_and_test_share_no_prompt(task):
-    if task not in SHARED:
-        assert not prompts(task, "valid") & prompts(task, "test")
+    assert not prompts(task, "valid") & prompts(task, "test")
 
 
 @pytest.mark.parametrize("task", MEMORISED)
@@ -242,6 +242,34 @@ def test_an_own_task_needs_prompt_and_answer(tmp_path):
         load_task(str(path))
     with pytest.raises(ValueError, match="nowhere.jsonl"):
         RunConfig(task="nowhere.jsonl", method="base")
+
+
+@pytest.mark.parametrize("task", ["rows.json", "poetry", "production+poetry"])
+def test_an_unknown_task_is_named_beside_those_that_there_are(task):
+    with pytest.raises(ValueError, match=f"^task='{re.escape(task)}': unknown.* json, .*jsonl$"):
+        load_task(task)
+
+
+def test_null_is_as_good_as_a_name_that_is_left_out(tmp_path):
+    path = tmp_path / "own.jsonl"
+    path.write_text('{"prompt": "a", "answer": "b", "split": null, "task": null}\n')
+    row = {"prompt": "a", "answer": "b", "metric": "exact"}
+    assert load_task(str(path)) == {"test": [row]}
+    assert load_prompts(str(path)) == {"train": ["a"]}
+
+
+@pytest.mark.parametrize(("field", "value"), [("split", 1), ("split", ["test"]), ("task", ["a"])])
+def test_a_split_or_task_that_is_no_text_is_named(tmp_path, field, value):
+    path = tmp_path / "own.jsonl"
+    path.write_text(json.dumps({"prompt": "a", "answer": "b", field: value}))
+    with pytest.raises(ValueError, match=rf"^own\.jsonl, line 1: {field} must be text"):
+        load_split(str(path), "train")
+
+
+def test_a_file_may_begin_with_a_byte_order_mark(tmp_path):
+    path = tmp_path / "own.jsonl"
+    path.write_text('{"prompt": "a", "answer": "b"}\n', encoding="utf-8-sig")
+    assert [row["answer"] for row in load_split(str(path), "test")] == ["b"]
 
 
 @pytest.fixture

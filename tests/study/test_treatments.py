@@ -8,8 +8,8 @@ from peft.tuners.lora.intruders import reduce_intruder_dimension
 from deltarank.spectra import truncate
 from deltarank.study import treatments
 from deltarank.study.models import TINY, load_model, matrices
-from deltarank.study.profiles import profile
-from deltarank.study.runs import run_model, updates
+from deltarank.study.profiles import PROFILES, profile
+from deltarank.study.runs import Result, run_model, updates
 from deltarank.study.training import lora_layers, quiet_peft
 from deltarank.study.treatments import CUT, MITIGATED, SHRUNK, treated, without_intruders
 
@@ -28,7 +28,7 @@ def scored(monkeypatch, store):
 
     monkeypatch.setattr(treatments, "evaluate", evaluate)
     monkeypatch.setattr(treatments, "general_loss", lambda *_: {"prose": 3.0, "code": 2.0})
-    monkeypatch.setattr(treatments, "tuned", lambda task, seed: profile().config(task, seed=seed))
+    monkeypatch.setattr(treatments, "full_of", lambda c: profile().config(c.task, seed=c.seed))
     monkeypatch.setattr(treatments, "skill_kept", lambda loss, full: loss / 10)
     return seen
 
@@ -91,3 +91,14 @@ def test_another_adapter_keeps_its_intruders():
     config = profile().config("facts", "dora", rank=2, alpha=4.0, lr=1e-3)
     with pytest.raises(ValueError, match="PEFT takes intruders out of LoRA alone"):
         without_intruders(config, {}, 0.5)
+
+
+def test_the_full_run_beside_it_is_of_the_profile_that_made_the_run(store, losses, monkeypatch):
+    losses[0, 1e-4] = 1.0
+    asked = []
+    line = {"treatment": "none", "amount": 1.0, "loss_nats": 1.0}
+    monkeypatch.setattr(treatments, "_measured", lambda config: [line])
+    monkeypatch.setattr(treatments, "run", lambda config: Result(config, {}))
+    monkeypatch.setattr(treatments, "skill_kept", lambda loss, full: asked.append(full) or loss)
+    treated(PROFILES["quick"].config("facts", lr=3e-4))
+    assert [full.config for full in asked] == [PROFILES["quick"].config("facts", lr=1e-4)]

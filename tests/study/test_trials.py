@@ -1,16 +1,14 @@
-"""Trials: one rule for where to look next, sizes that are alike, and what k trials are worth."""
+"""Trials: one rule for where to look next, and sizes that are alike."""
 
 import dataclasses
-import itertools
 import math
 
-import pandas as pd
 import pytest
 
 from deltarank.study import trials
 from deltarank.study.profiles import PROFILES
 from deltarank.study.runs import Result
-from deltarank.study.trials import METHODS, best_so_far, chosen, expected_best
+from deltarank.study.trials import METHODS, chosen
 from deltarank.study.variants import PARAMETERS
 
 
@@ -98,16 +96,3 @@ def test_the_centres_are_what_is_documented():
     assert METHODS["LoRA+"].at("facts", 1, (1.0, 1), seed=0).knob == 130.0  # 128, to two digits
     with pytest.raises(ValueError, match="^size=8: the method has the sizes 1"):
         METHODS["VeRA"].at("facts", 8, (0.0, 0), seed=0)
-
-
-def test_the_expected_best_is_that_of_all_draws():
-    values = [3.0, 1.0, 2.0, 2.0]
-    for k in (1, 2, 3, 4):
-        draws = [max(draw) for draw in itertools.product(values, repeat=k)]
-        assert expected_best(values)[k] == pytest.approx(sum(draws) / len(draws))
-
-
-def test_the_best_so_far_never_falls():
-    for values in ([2.0, 1.0, 3.0], pd.Series([2.0, 1.0, 3.0], [7, 8, 9])):
-        found = best_so_far(values)
-        assert found.to_dict() == {1: 2.0, 2: 2.0, 3: 3.0}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import itertools
 import random
 from collections.abc import Iterator
 
@@ -42,9 +43,7 @@ def bare_code() -> Iterator[str]:
     """
     for name, tree in syntax_trees(standard_library()):
         if name.split(".")[0] != PACKAGE:
-            for passage in passages(ast.unparse(_undocumented(tree))):
-                yield passage
-                break
+            yield from itertools.islice(passages(ast.unparse(_undocumented(tree))), 1)
 
 
 def _undocumented(tree: ast.Module) -> ast.Module:

@@ -2,23 +2,20 @@
 
 from __future__ import annotations
 
-import functools
 import html
 import random
 import re
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import Any, TypeVar
 
 from deltarank.checks import require
 from deltarank.study.convert import GEMMA
 from deltarank.study.models import load_tokenizer
 
-if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerBase
-
 Item = TypeVar("Item")
 MAX_TOKENS = 48  # BOS, prompt, answer and newline
+GENERATED = {"train": 4000, "valid": 128, "test": 256}  # rows of a task that a rule generates
 SHARED = ("facts", "entities", "mix", "production")  # ask again what was trained, on purpose
 
 
@@ -46,15 +43,9 @@ def make_row(prompt: str, answer: str, group: str | int | None = None) -> dict:
     return {"group": group, "prompt": prompt, "answer": answer}
 
 
-@functools.lru_cache
-def tokenizer() -> PreTrainedTokenizerBase:
-    """The tokenizer of the model under study, in whose tokens the rows are measured."""
-    return load_tokenizer(GEMMA)
-
-
 def n_tokens(text: str) -> int:
-    """The number of tokens of a text, without BOS."""
-    return len(tokenizer()(text, add_special_tokens=False)["input_ids"])
+    """The number of tokens of a text by the model under study, without BOS."""
+    return len(load_tokenizer(GEMMA)(text, add_special_tokens=False)["input_ids"])
 
 
 def fits(row: dict) -> bool:
@@ -102,6 +93,15 @@ def split(
         {"split": s, "prompt": r["prompt"], "answer": r["answer"]}
         for s in ("train", "valid", "test")
         for r in picked[s]
+    ]
+
+
+def split_in_turn(rows: Iterable[tuple[str, str]]) -> list[dict]:
+    """Rows of these prompts and answers, as many as GENERATED has in all, split in its order."""
+    names = [name for name, size in GENERATED.items() for _ in range(size)]
+    return [
+        {"split": name, "prompt": prompt, "answer": answer}
+        for name, (prompt, answer) in zip(names, rows, strict=True)
     ]
 
 

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import random
 
+from deltarank.study.taskdata.rules import GENERATED, split_in_turn
+
 LOW, HIGH = 2, 20  # the numbers, so small that a short fine-tune has a chance
 STEPS = 2  # a chain
-SIZES = {"train": 4000, "valid": 128, "test": 256}  # rows
 
 
 def problem(rng: random.Random) -> tuple[str, str]:
@@ -31,11 +32,9 @@ def build_arithmetic() -> list[dict]:
     """A chain of sums and differences -> its working; every problem occurs once."""
     rng = random.Random(0)
     problems: dict[str, str] = {}
-    while len(problems) < sum(SIZES.values()):
+    while len(problems) < sum(GENERATED.values()):
         text, worked = problem(rng)
         problems[text] = worked
-    names = [name for name, size in SIZES.items() for _ in range(size)]
-    return [
-        {"split": name, "prompt": f"Compute {text}.\nAnswer:", "answer": f" {worked}"}
-        for name, (text, worked) in zip(names, problems.items(), strict=True)
-    ]
+    return split_in_turn(
+        (f"Compute {text}.\nAnswer:", f" {worked}") for text, worked in problems.items()
+    )
