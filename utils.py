@@ -90,7 +90,7 @@ from deltarank.study.runs import (
     stored,
     sweep,
 )
-from deltarank.study.search import coarse_search, coarsely_tuned, lr_between, lr_search, tuned
+from deltarank.study.search import coarse_search, coarsely_tuned, lr_search, tuned
 from deltarank.study.sizes import ladder, lora_by_skill, parameters_of, size_gains, sized
 from deltarank.study.tables import (
     bootstrap_interval,
