@@ -102,14 +102,16 @@ def score_intervals(result: Result, full: Result, floor: pd.Series) -> pd.DataFr
     """The share of a full run's score above the floor that another has, by part: low and high.
 
     Both are of one mix.  95 % percentile bootstrap over its test rows, drawn for both together,
-    seed 0; floor: the score of each part that needs no skill.
+    seed 0; floor: the score of each part that needs no skill.  NaN where the full run is at its
+    floor in a draw.
     """
     rows, rng = _rows(result).assign(full=_rows(full)["score"]), np.random.default_rng(0)
     found = {}
     for part, table in rows.dropna(subset="score").groupby("part"):
         scores = table[["score", "full"]].to_numpy()  # (rows, 2)
         draws = scores[rng.integers(0, len(scores), (DRAWS, len(scores)))].mean(1) - floor[part]
-        found[part] = np.percentile(draws[:, 0] / draws[:, 1], [2.5, 97.5])
+        above = np.where(draws[:, 1] == 0, np.nan, draws[:, 1])
+        found[part] = np.percentile(draws[:, 0] / above, [2.5, 97.5])
     return pd.DataFrame(found, ["low", "high"]).T
 
 

@@ -100,6 +100,8 @@ def test_the_share_of_a_score_has_an_interval_over_rows_that_both_runs_share():
     assert [*half.index] == [*floor.index] and half.to_numpy() == pytest.approx(0.5)
     strange = score_intervals(scored(rng.permutation(whole)), scored(whole), floor)
     assert (strange["low"] < 0.99).all() and (strange["high"] > 1.01).all()
+    nothing = score_intervals(scored(whole), scored(0 * whole), 0 * floor)  # full is at its floor
+    assert nothing.isna().all(axis=None)
 
 
 def test_what_orders_tasks_without_an_svd_is_the_median_of_their_runs():
