@@ -10,7 +10,7 @@ from deltarank.study.plan import floor_configs
 from deltarank.study.profiles import profile
 from deltarank.study.runs import Result, run
 from deltarank.study.search import full_of
-from deltarank.study.tasks import TASKS, load_split
+from deltarank.study.tasks import load_split
 
 
 def copied(row: dict) -> str:
@@ -23,17 +23,20 @@ def copied(row: dict) -> str:
 
 
 def copy_score(task: str, rows: int | None = None) -> float:
-    """Mean chrF of a rewriting's test rows when the input is the answer; NaN for other tasks.
+    """Mean score of a task's test rows when rewritings give their input back; NaN without any.
 
-    rows: how many of them, by default as many as the profile's runs generate.
+    A rewriting has its chrF, another row, where nothing can be given back, 0.  rows: how many
+    rewritings, by default as many as the profile's runs generate.
     """
     from sacrebleu import sentence_chrf
 
-    if TASKS[task].metric != "chrf":
+    given = load_split(task, "test")[: profile().eval_rows]
+    rewritings = [row for row in given if row["metric"] == "chrf"]
+    if not rewritings:
         return float("nan")
-    given = load_split(task, "test")[: rows or profile().generate_rows]
-    scores = [sentence_chrf(copied(row), [row["answer"].strip()]).score for row in given]
-    return sum(scores) / len(scores)
+    others, picked = len(given) - len(rewritings), rewritings[: rows or profile().generate_rows]
+    scores = [sentence_chrf(copied(row), [row["answer"].strip()]).score for row in picked]
+    return sum(scores) / (len(scores) + others)
 
 
 def floors(task: str, split: str = "test") -> pd.DataFrame:

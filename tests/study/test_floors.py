@@ -63,6 +63,14 @@ def test_copying_is_scored_on_as_many_rows_as_are_asked_for():
     assert copy_score("kjv", profile().generate_rows) == copy_score("kjv")
 
 
+def test_a_mix_is_copied_where_it_is_a_rewriting_and_has_nothing_elsewhere():
+    given = load_split("mix", "test")[: profile().eval_rows]
+    rewritings = [row for row in given if row["metric"] == "chrf"][: profile().generate_rows]
+    scores = [sentence_chrf(copied(row), [row["answer"].strip()]).score for row in rewritings]
+    exact = sum(row["metric"] == "exact" for row in given)
+    assert 0 < exact and copy_score("mix") == pytest.approx(sum(scores) / (len(scores) + exact))
+
+
 def test_only_a_rewriting_can_be_copied():
     assert copy_score("json") != copy_score("json")  # NaN
 
