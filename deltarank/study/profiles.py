@@ -15,14 +15,13 @@ from deltarank.checks import require
 from deltarank.runtime import ROOT, build_folder, own_model, profile_name, venue
 from deltarank.study.configs import RunConfig
 from deltarank.study.convert import GEMMA, SMOLLM
-from deltarank.study.grids import CodeGrid, HealGrid, LadderGrid, MixGrid, OptimizerGrid
+from deltarank.study.grids import BEGUN, CodeGrid, HealGrid, LadderGrid, MixGrid, OptimizerGrid
 from deltarank.study.models import TINY, load_tokenizer
 from deltarank.study.tasks import PARTS, encode, load_task, mix_of, mix_parts
 
 Number = TypeVar("Number", int, float)
 
-# Written by `RECORD=yes make bench` and read by notebook 11: time and memory of pairs, and what
-# tools say of a planted rank.
+# Of `RECORD=yes make bench`, for notebook 11: what pairs take, what tools say of a planted rank.
 PAIR_TIMES = ROOT / "data" / "bench_pairs.csv"
 PLANTED_RANKS = ROOT / "data" / "bench_planted.csv"
 ALL_TASKS = (*PARTS, "mix")
@@ -238,6 +237,7 @@ PROFILES = {
         committed=True,
         fine_tasks=("facts", "sorbian", "sentiment", "json", "code", "mix"),
         alpha_tasks=("facts", "sorbian", "kjv", "arithmetic", "code", "mix", "entities"),
+        ladder=LadderGrid(begun=BEGUN),
     ),
     "smollm2": Profile(
         "smollm2",

@@ -132,10 +132,13 @@ def tried_sizes(task: str, *, shares: Sequence[float] = SHARES, **changes) -> di
     """The sizes of the ladder that a task is trained at, ascending: what halving needs for shares.
 
     Each half of the ladder is kept or left by the skill gain in loss of its middle on the rows that
-    choose (split "valid"), as if a larger size never had less.  changes: as of `sized`.  Raises
-    ValueError for a task without a floor.
+    choose (split "valid"), as if a larger size never had less; of a task that the ladder's
+    `begun` names, the sizes there.  changes: as of `sized`.  Raises ValueError for a task without a
+    floor.
     """
     require(has_floor(task), f"{task} has no floor, from which a skill is read")
+    if begun := dict(profile().ladder.begun).get(task):
+        return {name: ladder()[name] for name in begun}
     steps, tried = list(ladder().items()), {}
 
     def kept(i: int) -> float:

@@ -22,10 +22,9 @@ from deltarank.study import (
 from deltarank.study.capacity import code_folder
 from deltarank.study.code_runs import CodeRun
 from deltarank.study.configs import RunConfig
-from deltarank.study.floors import skill_gain
 from deltarank.study.profiles import PROFILES, entry_folder, profile
 from deltarank.study.rivals import paid, read_of
-from deltarank.study.sizes import ladder, lora_by_skill, size_gains, sized
+from deltarank.study.sizes import lora_by_skill, size_gains
 
 EXAMPLES = runpy.run_path(str(ROOT / "notebooks/site/inspect_examples.py"))["EXAMPLES"]
 STORE = PROFILES["paper"].store
@@ -185,11 +184,8 @@ def ask_for_ladders():
     for task in profile().lora_tasks:
         size_gains(task)
     read_of([*profile().lora_tasks, *profile().forecast_tasks])
-    for task in ("danish", "entities", "naming"):
+    for task in profile().forecast_tasks:
         paid(task, shares=(0.95,))
-    found = ladder()
-    for name in ("TinyLoRA of 1,024", "rank 1 on 3 layers", "rank 1", "rank 8"):
-        skill_gain(runs.run(sized("dates", found[name])))
     runs.sweep([config for configs in plan.entities_configs().values() for config in configs])
 
 

@@ -1,5 +1,6 @@
 """Sizes: parameters counted as PEFT counts them, a ladder that ascends, and where it is enough."""
 
+import dataclasses
 import itertools
 import math
 
@@ -181,6 +182,14 @@ def test_halving_tries_what_each_share_needs(monkeypatch, gains, shares, tried):
     configs = [profile().config("facts", **size) for size in found.values()]
     assert [trained_parameters(config) for config in configs] == tried
     assert sorted(asked) == [(count, "valid", 9) for count in tried], "each once"
+
+
+def test_of_a_task_that_is_begun_the_trained_sizes_are_taken(monkeypatch):
+    names = ("TinyLoRA of 32", "rank 1")
+    grid = dataclasses.replace(profile().ladder, begun=(("facts", names),))
+    begun = dataclasses.replace(profile(), ladder=grid)
+    monkeypatch.setattr(sizes, "profile", lambda: begun)
+    assert sizes.tried_sizes("facts", shares=(0.95,)) == {name: ladder()[name] for name in names}
 
 
 def test_a_task_without_a_floor_is_named(store):
