@@ -20,7 +20,7 @@ from deltarank.store import load_entry
 from deltarank.study import taskdata
 from deltarank.study.advice import FORECAST
 from deltarank.study.capacity import code_sweep
-from deltarank.study.claims import assert_claims, assert_table
+from deltarank.study.claims import assert_claims, assert_groups, assert_table
 from deltarank.study.codes import draw_codes
 from deltarank.study.configs import RunConfig
 from deltarank.study.cuts import CUT_PARTS, LENGTH_PARTS, cut, stored_cuts

@@ -44,3 +44,22 @@ def assert_table(
     }
     assert_claims(claims)
     return pd.DataFrame(texts).T
+
+
+def assert_groups(column: pd.Series, stated: dict) -> pd.DataFrame:
+    """Compare which rows have each value of a column with what the prose states, {value: "rows"}.
+
+    Every row is named, in any order, parted by spaces.  Returns the stated rows; raises
+    AssertionError, naming the first value whose rows are others.
+
+    >>> needed = pd.Series({"json": "1", "kjv": "1 to 8", "mix": "1 to 8"})
+    >>> assert_groups(needed, {"1": "json", "1 to 8": "mix kjv"}).shape
+    (2, 1)
+    """
+    groups = column.groupby(column, dropna=False).groups
+    found = {value: " ".join(sorted(rows)) for value, rows in groups.items()}
+    texts = {value: " ".join(sorted(rows.split())) for value, rows in stated.items()}
+    for value in texts | found:
+        text, measured = texts.get(value), found.get(value)
+        assert measured == text, f"{value}: the text says {text}, measured {measured}"
+    return pd.Series(texts, name=column.name).to_frame()

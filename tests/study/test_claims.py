@@ -5,7 +5,7 @@ import math
 import pandas as pd
 import pytest
 
-from deltarank.study.claims import assert_claims, assert_table
+from deltarank.study.claims import assert_claims, assert_groups, assert_table
 
 
 @pytest.mark.parametrize(
@@ -44,3 +44,29 @@ def test_a_wrong_cell_is_named_by_row_and_column():
 def test_a_row_with_a_number_too_few_is_refused():
     with pytest.raises(ValueError):
         assert_table(SHARES, {"json": "83"}, scale=100)
+
+
+NEEDED = pd.Series({"json": "1", "kjv": "1 to 8", "mix": "1 to 8"}, name="needed")
+
+
+def test_rows_of_each_value_are_held_against_what_is_stated():
+    found = assert_groups(NEEDED, {"1 to 8": "mix kjv", "1": "json"})
+    assert found["needed"].to_dict() == {"1 to 8": "kjv mix", "1": "json"}
+
+
+@pytest.mark.parametrize(
+    ("stated", "told"),
+    [
+        ({"1": "json", "1 to 8": "kjv"}, "1 to 8: the text says kjv, measured kjv mix"),
+        ({"1": "json"}, "1 to 8: the text says None, measured kjv mix"),
+        ({"1": "json", "1 to 8": "kjv mix", "8": "code"}, "8: the text says code, measured None"),
+    ],
+)
+def test_a_wrong_group_is_named(stated, told):
+    with pytest.raises(AssertionError, match=f"^{told}"):
+        assert_groups(NEEDED, stated)
+
+
+def test_a_row_without_a_value_has_to_be_stated_too():
+    with pytest.raises(AssertionError, match="nan: the text says None, measured mix"):
+        assert_groups(pd.Series({"json": 1.0, "mix": math.nan}), {1.0: "json"})
