@@ -17,6 +17,7 @@ from deltarank.checks import first_line, require
 # What names tell; the rest is known by its shape.
 VOCABULARY = re.compile(r"(embed|wte|wpe|shared|lm_head|decoder|cls|score|classifier|qa_outputs)")
 EXPERT = re.compile(r"\bexperts\.|\.(gate|router)\.(\w+\.)?weight$")  # also what chooses them
+EMBEDDING = re.compile(r"embed|_emb\.|\b(wte|wpe|shared)\.|relative_attention_bias")
 BUFFER = re.compile(r"(inv_freq|masked_bias|(position|token_type)_ids|final_logits_bias)$")
 STORED = {  # types as safetensors names them
     torch.float64: "F64",
@@ -42,6 +43,12 @@ def layer_and_module(name: str) -> tuple[int, str]:
 def is_vocabulary(name: str) -> bool:
     """Whether a tensor is outside the layers and has a row for each word or class."""
     return layer_and_module(name)[0] < 0 and VOCABULARY.search(name) is not None
+
+
+def is_linear_weight(name: str) -> bool:
+    """Whether a 2-D tensor is, by its name, the weight of a linear layer: no norm, no embedding."""
+    plain = name.endswith(".weight") and EMBEDDING.search(name) is None
+    return plain and "norm" not in layer_and_module(name)[1]
 
 
 def model_source(name: str) -> str:
@@ -135,11 +142,15 @@ def read_json(file: Path) -> dict:
 
 
 def download(source: str, patterns: list[str]) -> Path:
-    """The folder into which those files of a hub model were downloaded that match the patterns."""
+    """The folder into which those files of a hub model were downloaded that match the patterns.
+
+    Not its subfolders, nor what other programs read: onnx/, original/, consolidated.safetensors.
+    """
     from huggingface_hub import snapshot_download
 
     try:
-        return Path(snapshot_download(source, allow_patterns=patterns))
+        others = ["*/*", "consolidated*"]
+        return Path(snapshot_download(source, allow_patterns=patterns, ignore_patterns=others))
     except Exception as error:
         raise ValueError(f"{source!r} cannot be downloaded: {first_line(error)}") from error
 
@@ -194,7 +205,7 @@ def _unpickle(file: Path) -> dict[str, Tensor]:
         told = f"{where} is torn, or holds more than tensors"
         raise ValueError(f"{told}: fetch it again, or as safetensors") from error
     require(isinstance(tensors, dict), f"{where} holds no tensors by name: save it as safetensors")
-    return {name: tensor for name, tensor in tensors.items() if isinstance(tensor, Tensor)}
+    return {name: tensor.detach() for name, tensor in tensors.items() if isinstance(tensor, Tensor)}
 
 
 def read_header(file: Path) -> dict[str, tuple[str, tuple[int, ...]]]:

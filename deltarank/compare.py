@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from deltarank.alignment import Pair, open_pair
-from deltarank.checkpoints import EXPERT, is_vocabulary, layer_and_module
+from deltarank.checkpoints import EXPERT, is_linear_weight, is_vocabulary, layer_and_module
 from deltarank.checks import all_finite, require
 from deltarank.gram import gram_matrix, root_spectrum
 from deltarank.runtime import by_core, cache_folder, device, progress
@@ -29,12 +29,12 @@ NEAR_ROUNDING = 0.05  # share of rounding noise in the squared update above whic
 def compare_checkpoints(base: str, tuned: str, *, allow_pickle: bool = False) -> pd.DataFrame:
     """One line a matrix of tuned - base: how large the update is, and its rank by each definition.
 
-    Columns: name, layer, module, kind ("matrix", "vocabulary", or "expert", their routers too),
-    shape (m, n), S (the singular values of the update, descending, float32), dtype_base,
-    dtype_tuned; relative_size |dW| / |W0| and changed_share of the entries; those of
-    spectrum_measures; rounding_share, what rounding the tuned weights is expected to add to |dW|^2,
-    as a share of it (at most 1; too high for updates below the spacing of the type), by the
-    narrowest type that holds them: float32 may be a copy of bfloat16; above_rounding, how many
+    Columns: name, layer, module, kind ("matrix", of a linear layer; "vocabulary"; "expert", their
+    routers too; "other"), shape (m, n), S (the singular values of the update, descending,
+    float32), dtype_base, dtype_tuned; relative_size |dW| / |W0| and changed_share of the entries;
+    those of spectrum_measures; rounding_share, what rounding the tuned weights is expected to add
+    to |dW|^2, as a share of it (at most 1; too high for updates below the spacing of the type), by
+    the narrowest type that holds them: float32 may be a copy of bfloat16; above_rounding, how many
     singular values exceed that noise; near_rounding, a share over 5 %; base_rounding_share, that of
     base weights in a narrower type than the tuned ones.
 
@@ -173,9 +173,7 @@ def _pair_row(pair: Pair, label: str, name: str, entry: tuple[dict, dict[str, Te
     """The line of compare_checkpoints for one matrix."""
     sums, S, (m, n) = entry[0]["sums"], entry[1]["S"], pair.shape(name)[-2:]
     layer, module = layer_and_module(name)
-    expert = label != name or EXPERT.search(name) is not None
-    kind = "expert" if expert else "vocabulary" if is_vocabulary(name) else "matrix"
-    row = {"name": label, "layer": layer, "module": module, "kind": kind}
+    row = {"name": label, "layer": layer, "module": module, "kind": _kind(label, name)}
     row |= {"shape": (m, n), "S": S, "dtype_base": pair.base.dtypes[pair.names[name]]}
     row["dtype_tuned"] = pair.tuned.dtypes[name]
     row["relative_size"] = math.sqrt(sums["update"] / sums["base"]) if sums["base"] else math.inf
@@ -188,6 +186,15 @@ def _pair_row(pair: Pair, label: str, name: str, entry: tuple[dict, dict[str, Te
     edge = math.sqrt(sums["rounding"]) * (m**-0.5 + n**-0.5)
     row |= {"rounding_share": share, "above_rounding": int((edge < S).sum())}
     return row | {"near_rounding": share > NEAR_ROUNDING, "base_rounding_share": of_base}
+
+
+def _kind(label: str, name: str) -> str:
+    """What a matrix is: only of a linear layer's can a rank be chosen."""
+    if label != name or EXPERT.search(name):
+        return "expert"
+    if is_vocabulary(name):
+        return "vocabulary"
+    return "matrix" if is_linear_weight(name) else "other"
 
 
 def difference(pair: Pair, name: str) -> float:

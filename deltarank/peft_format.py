@@ -15,15 +15,14 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from deltarank.checkpoints import EXPERT, STORED, layer_and_module
-from deltarank.checks import require, require_disk
+from deltarank.checkpoints import EMBEDDING, EXPERT, STORED, is_linear_weight, layer_and_module
+from deltarank.checks import require, require_disk, require_writable
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 CARD = "README.md"  # which PEFT begins and its reader may have written
 Layout = dict[str, tuple[torch.dtype, tuple[int, ...]]]  # a file's tensors: name, type and shape
 
 # What the names of tensors and config.json say of a language model, as transformers builds it.
-EMBEDDING = re.compile(r"embed|_emb\.|\b(wte|wpe|shared)\.|relative_attention_bias")
 CONV1D = {"decision_transformer", "gpt2", "imagegpt", "openai-gpt"}  # model types with Conv1D
 CONV1D_MODULES = {"c_attn", "c_fc", "c_proj", "q_attn"}
 PREFIXES = {  # of the modules of a model with a head, and the model types; a file may leave it out
@@ -135,12 +134,9 @@ def _vocabulary_sizes(config: dict, shapes: dict[str, tuple[int, ...]]) -> set[i
 
 def _is_linear(name: str, shape: tuple[int, ...], heads: set[int]) -> bool:
     """Whether a tensor is the weight of a linear layer that PEFT can adapt."""
-    layer, module = layer_and_module(name)
-    if len(shape) != 2 or not name.endswith(".weight") or "norm" in module:
+    if len(shape) != 2 or not is_linear_weight(name) or EXPERT.search(name):
         return False
-    if EMBEDDING.search(name) or EXPERT.search(name):
-        return False
-    return layer >= 0 or shape[0] not in heads
+    return layer_and_module(name)[0] >= 0 or shape[0] not in heads
 
 
 def _norms(shapes: dict[str, tuple[int, ...]]) -> list[str]:
@@ -163,12 +159,14 @@ def lora_config(arguments: dict, **more) -> dict:
 def require_replaceable(folder: Path) -> None:
     """Raise FileExistsError for a folder that is there and is more than an adapter.
 
-    And NotADirectoryError for one that cannot be made, since it would be inside of a file.
+    And NotADirectoryError for one that cannot be made, since it would be inside of a file; OSError
+    where nothing can be written beside it.
     """
+    above = next(parent for parent in folder.parents if os.path.lexists(parent))
+    if not above.is_dir():
+        raise NotADirectoryError(f"{above} is no folder: name another place for {folder.name}")
+    require_writable(above, str(folder), cure="name another folder")
     if not os.path.lexists(folder):
-        above = next(parent for parent in folder.parents if os.path.lexists(parent))
-        if not above.is_dir():
-            raise NotADirectoryError(f"{above} is no folder: name another place for {folder.name}")
         return
     held = {file.name for file in folder.iterdir()} if folder.is_dir() else set()
     if CONFIG not in held or held - {CONFIG, WEIGHTS, CARD}:

@@ -229,6 +229,8 @@ def _rank_sentences(table: pd.DataFrame, rows: pd.DataFrame, ranks: pd.Series) -
     most = f"; {len(more)} matrices need more than the median" if len(more) else ""
     if len(more) and len(top) == 1:
         most += f", most of all {top.index[0]}"
+    stored = (ranks.max() * sides).sum()
+    padded = f" ({stored:,} stored at one rank)" if ranks.min() < ranks.max() else ""
     parts = table.groupby("kind")["squared_norm"].sum().to_dict()
     parts["norms and biases"] = sum(table.attrs["rest"].values())
     total = sum(parts.values())
@@ -236,7 +238,7 @@ def _rank_sentences(table: pd.DataFrame, rows: pd.DataFrame, ranks: pd.Series) -
     return (
         f"For 90 % of its squared update a matrix needs rank {rows['r90'].median():.0f} (median), "
         f"{rows['r90_over_null'].median():.2f} of what noise of its shape needs. The ranks for "
-        f"extraction take {(ranks * sides).sum():,} parameters"
+        f"extraction take {(ranks * sides).sum():,} parameters{padded}"
         f"{most}. Outside these matrices: {', '.join(shares)}."
     )
 

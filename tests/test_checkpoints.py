@@ -5,6 +5,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from huggingface_hub.utils import filter_repo_objects
 from pairs import Q, build, edit, refuse, same_tables
 from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file, save_file
@@ -124,6 +125,16 @@ def test_pickles_are_read_only_when_it_is_said(save, zipped):
     assert same_tables(compare_checkpoints(base, tuned, allow_pickle=True), before)
 
 
+def test_a_pickle_of_parameters_is_read_as_one_of_tensors(save):
+    base, tuned = save()
+    before = compare_checkpoints(base, tuned)
+    file = Path(tuned) / "model.safetensors"
+    parameters = {name: torch.nn.Parameter(tensor) for name, tensor in load_file(file).items()}
+    torch.save(parameters, file.with_name("pytorch_model.bin"))
+    file.unlink()
+    assert same_tables(compare_checkpoints(base, tuned, allow_pickle=True), before)
+
+
 def test_a_pickle_that_runs_code_is_refused_even_then(save):
     class Bomb:
         def __reduce__(self):
@@ -147,13 +158,21 @@ def test_a_pickle_of_anything_else_is_named_without_advice_to_trust_it(save, con
     assert "weights_only" not in str(told.value) and "safetensors" in str(told.value)
 
 
+ENDS = ("safetensors", "json", "bin")
+
+
 @pytest.mark.parametrize("allow_pickle", [False, True])
 def test_pickles_of_the_hub_are_fetched_only_when_they_are_allowed(save, monkeypatch, allow_pickle):
     folder, asked = Path(save()[1]), []
     to_pickle(folder)
 
-    def download(source, *, allow_patterns):
+    def download(source, *, allow_patterns, ignore_patterns):
         asked.append((source, allow_patterns))
+        listed = {f"{place}model.{end}": end for place in ("", "onnx/") for end in ENDS}
+        listed |= {"consolidated.safetensors": "", "consolidated-00001-of-2.bin": ""}
+        kinds = {"allow_patterns": allow_patterns, "ignore_patterns": ignore_patterns}
+        fetched = {*filter_repo_objects(listed, **kinds)}
+        assert fetched == {f"model.{end}" for end in ENDS[: 2 + allow_pickle]}
         return str(folder)
 
     monkeypatch.setattr("huggingface_hub.snapshot_download", download)

@@ -7,8 +7,10 @@ import pytest
 import torch
 from pairs import RANK, SIGMA, Q, build, edit, plant
 from peft import LoHaConfig, convert_to_lora, get_peft_model
+from safetensors.torch import load_file
 
 from deltarank import ranks
+from deltarank.adapters import extract_adapter
 from deltarank.compare import compare_checkpoints
 from deltarank.page import Inspection
 from deltarank.ranks import adapter_verdict, kept_share, rank_of, recommend_ranks, verdict
@@ -186,6 +188,33 @@ def test_the_verdict_on_an_adapter_of_nothing_is_one_line():
     assert adapter_verdict(adapter_table(torch.zeros(8), 8), None) == [
         "None of 2 matrices can be cut: the adapter changes no layer."
     ]
+
+
+def test_what_is_no_linear_layer_gets_no_rank(save):
+    """A norm of many heads, the state of a Mamba, the positions of a T5: 2-D, and no LoRA's."""
+    base, tuned = save()
+    before = recommend_ranks(compare_checkpoints(base, tuned), rank=2)
+    layer, generator = "model.layers.0.self_attn", torch.Generator().manual_seed(0)
+    names = [f"{layer}.q_norm.weight", f"{layer}.A_log"]
+    names.append(f"{layer}.relative_attention_bias.weight")
+    for folder in (base, tuned):
+        more = {name: torch.randn(8, 16, generator=generator) for name in names}
+        edit(folder, lambda tensors, more=more: tensors.update(more))
+    table = compare_checkpoints(base, tuned)
+    kinds = table.set_index("name")["kind"]
+    assert {*kinds[names]} == {"other"} and (kinds == "matrix").sum() == 14
+    assert recommend_ranks(table, rank=2) == before
+    assert "Outside these matrices: " in (told := verdict(table, before)[1]) and "other " in told
+
+
+def test_the_verdict_says_what_one_rank_for_all_stores(save, tmp_path):
+    base, tuned = save()
+    edit(tuned, lambda t: plant(t[Q], torch.Generator().manual_seed(5), sigma=torch.ones(9) / 50))
+    table = compare_checkpoints(base, tuned)
+    lora = recommend_ranks(table, energy=0.99)
+    extract_adapter(base, tuned, str(tmp_path / "out"), ranks=lora)
+    stored = sum(t.numel() for t in load_file(tmp_path / "out/adapter_model.safetensors").values())
+    assert f"parameters ({stored:,} stored at one rank); 1 matrices" in verdict(table, lora)[1]
 
 
 def test_the_verdict_names_the_matrix_that_needs_most(save):
