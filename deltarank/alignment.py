@@ -48,6 +48,11 @@ class Pair:
         """Whether the base continues text, which PEFT wants to be told."""
         return any(map(CAUSAL.search, self.base.config.get("architectures") or []))
 
+    def require_same_vocabulary(self, cure: str) -> None:
+        """Raise ValueError for a pair that cannot be run on the same tokens."""
+        grown, told = [*self.added_rows()], f"{self.base.source} and {self.tuned.source} differ"
+        require(not grown, f"{told} in vocabulary, by {grown[:1]}: {cure}")
+
     def shape(self, name: str) -> tuple[int, ...]:
         """The shape that both sides have: for a resized vocabulary, of its common rows."""
         shapes = self.base.shapes[self.names[name]], self.tuned.shapes[name]

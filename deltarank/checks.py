@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import shutil
+import tempfile
 from pathlib import Path
 
 from torch import Tensor
@@ -25,11 +26,23 @@ def first_line(error: Exception) -> str:
     return (str(error).strip().splitlines() or [type(error).__name__])[0]
 
 
+def require_writable(folder: Path, what: str, *, cure: str) -> None:
+    """Raise OSError where no file can be made in a folder, into which `what` is to be written."""
+    try:
+        tempfile.TemporaryFile(dir=folder).close()
+    except OSError as error:
+        raise OSError(f"{what} cannot be written ({error.strerror}): {cure}") from error
+
+
 def require_disk(
     folder: Path, gigabytes: float, *, cure: str = "make room, or move the cache with LOWRANK_CACHE"
 ) -> None:
-    """Raise OSError before any work is done when `folder` has less free space than needed."""
-    folder.mkdir(parents=True, exist_ok=True)
+    """Raise OSError before any work when `folder` has no room for so much or is not writable."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise OSError(f"{folder} cannot be written ({error.strerror}): {cure}") from error
+    require_writable(folder, str(folder), cure=cure)
     free = shutil.disk_usage(folder).free / 1e9
     if free < gigabytes:
         told = f"{folder.name} has {free:.2g} GB free and needs {gigabytes:.2g} GB"

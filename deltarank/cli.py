@@ -6,8 +6,8 @@ import argparse
 import contextlib
 import importlib.util
 import os
+import signal
 import sys
-import tempfile
 import warnings
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -21,8 +21,12 @@ FORM = ("dtype", "patterns", "allow_pickle")  # what both kinds of extraction ta
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run the command; returns 0, 2 for bad input (named in one line on stderr), 130 for Ctrl-C."""
+    """Run the command; returns 0, 2 for bad input (named in one line on stderr), 130 for Ctrl-C.
+
+    What ends a job (SIGTERM) ends it as Ctrl-C does: nothing half-written is left.
+    """
     arguments = parse(argv)
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
     try:
         {"inspect": _inspect, "extract": _extract, "plan": _plan}[arguments.command](arguments)
         sys.stdout.flush()
@@ -75,13 +79,14 @@ def _inspect(arguments: argparse.Namespace) -> None:
     html, numbers = (_writable(path, arguments.paths) for path in (arguments.html, arguments.json))
     if html and html == numbers:
         raise ValueError(f"--html and --json both name {arguments.html}: give two files")
-    if arguments.task:
-        _require_task(arguments)
     from deltarank.page import Inspection, as_html, as_json, as_text
     from deltarank.ranks import changed_matrices, recommend_ranks
+    from deltarank.store import replace_text
 
     paths, ranks_by = arguments.paths, rule(arguments)
     with _one_line_warnings() as caught:
+        if arguments.task:
+            _require_task(arguments)
         table = _table(paths, ranks_by, arguments.allow_pickle)
         lora = None if changed_matrices(table).empty else recommend_ranks(table, **ranks_by)
         losses = _losses(arguments, table, lora) if arguments.task else None
@@ -98,7 +103,7 @@ def _inspect(arguments: argparse.Namespace) -> None:
         )
         for path, text in ((html, as_html), (numbers, as_json)):
             if path:
-                _replace(path, text(found))
+                replace_text(path, text(found))
     print(as_text(found))
     for path in filter(None, (html, numbers)):
         print(f"Written: {path}")
@@ -125,12 +130,17 @@ def _require_task(arguments: argparse.Namespace) -> None:
     """Refuse, before any work, a task that cannot be scored."""
     if len(arguments.paths) == 1:
         raise ValueError("--task needs BASE and TUNED: merge the adapter (merge_and_unload) first")
+    if arguments.allow_pickle:
+        raise ValueError("--task runs both models, from safetensors: leave --allow-pickle out")
     _require_packages("--task", SCORES)
-    from deltarank.study.models import load_tokenizer
-    from deltarank.study.tasks import load_split
+    from deltarank.alignment import open_pair
+    from deltarank.study.models import load_tokenizer, require_short
+    from deltarank.study.tasks import encode, load_split
 
-    load_split(arguments.task, "test")
-    load_tokenizer(arguments.paths[0])
+    rows, tokenizer = load_split(arguments.task, "test"), load_tokenizer(arguments.paths[0])
+    open_pair(*arguments.paths).require_same_vocabulary("leave --task out")
+    lengths = [len(encode(row, tokenizer)["labels"]) for row in rows]
+    require_short(arguments.paths[0], lengths, [row["prompt"] for row in rows])
 
 
 def _losses(arguments: argparse.Namespace, table, lora: dict | None):
@@ -223,23 +233,12 @@ def _writable(name: str | None, read: Sequence[str]) -> Path | None:
         raise OSError(f"{name} cannot be written: it is no file")
     if not path.parent.is_dir():
         raise FileNotFoundError(f"{name} cannot be written: there is no folder {path.parent}")
-    try:
-        tempfile.TemporaryFile(dir=path.parent).close()
-    except OSError as error:
-        raise OSError(f"{name} cannot be written: {error.strerror}") from error
+    from deltarank.checks import require_writable
+
+    require_writable(path.parent, name, cure="name another file")
     return path
 
 
 def _resolved(name: str) -> Path:
     """Where a file or folder lies, whatever way leads there."""
     return Path(name).expanduser().resolve()
-
-
-def _replace(path: Path, text: str) -> None:
-    """Write a file whole or not at all, in place of what was there."""
-    scratch = path.with_name(f".{path.name}.{os.getpid()}")
-    try:
-        scratch.write_text(text, encoding="utf8")
-        scratch.replace(path)
-    finally:
-        scratch.unlink(missing_ok=True)

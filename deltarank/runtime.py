@@ -106,6 +106,11 @@ def device() -> torch.device:
     return torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
 
+def visible_gpus() -> int:
+    """How many accelerators there are; the report's code uses one."""
+    return torch.cuda.device_count()
+
+
 def device_name() -> str:
     """What the accelerator or the processor calls itself."""
     if torch.cuda.is_available():

@@ -38,6 +38,16 @@ def _sha256(path: Path, *stamp: int) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
+def replace_text(path: Path, text: str) -> None:
+    """Write a file whole or not at all, in place of what was there."""
+    scratch = path.with_name(f".{path.name}.{os.getpid()}")
+    try:
+        scratch.write_text(text, encoding="utf8")
+        scratch.replace(path)
+    finally:
+        scratch.unlink(missing_ok=True)
+
+
 def cached(
     folder: Path, compute: Callable[[], tuple[dict, dict[str, Tensor] | None]]
 ) -> tuple[dict, dict[str, Tensor]]:
@@ -47,7 +57,7 @@ def cached(
     """
     entry = load_entry(folder)
     if entry is None:
-        folder.parent.mkdir(parents=True, exist_ok=True)
+        require_disk(folder.parent, 0.1)
         save_entry(folder, *compute())
         entry = load_entry(folder)
     assert entry is not None, f"{folder} was written a moment ago and cannot be read"

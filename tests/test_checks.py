@@ -2,12 +2,13 @@
 
 import math
 import shutil
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 import torch
 
-from deltarank.checks import all_finite, first_line, require, require_disk
+from deltarank.checks import all_finite, first_line, require, require_disk, require_writable
 
 
 def test_a_condition_that_does_not_hold_is_an_error_with_its_message():
@@ -44,3 +45,11 @@ def test_a_full_disk_is_named_with_what_it_lacks(monkeypatch, tmp_path):
     with pytest.raises(OSError, match=r"needs 0\.002 GB: name another folder$"):
         require_disk(tmp_path / "store", 0.002, cure="name another folder")
     require_disk(tmp_path / "store", 0.0005)
+
+
+@pytest.mark.skipif(not Path("/proc/self").is_dir(), reason="no folder that is never writable")
+def test_a_folder_that_cannot_be_written_is_named_with_a_cure():
+    with pytest.raises(OSError, match=r"^/proc/cache cannot be written \(.*\): .*LOWRANK_CACHE"):
+        require_disk(Path("/proc/cache"), 0.1)
+    with pytest.raises(OSError, match=r"^/proc/out cannot be written \(.*\): name another$"):
+        require_writable(Path("/proc"), "/proc/out", cure="name another")

@@ -6,6 +6,7 @@ import os
 import pty
 import re
 import shutil
+import signal
 import struct
 import subprocess
 import sys
@@ -261,6 +262,10 @@ def bad_calls(pair, home):
         ),
         "OUT in a file": (["extract", base, tuned, f"{tuned}/config.json/out"], "is no folder"),
         "no task": (["inspect", base, tuned, "--task", "cooking.jsonl"], "cooking"),
+        "a task of pickles": (
+            ["inspect", base, tuned, "--task", "facts", "--allow-pickle"],
+            "leave --allow-pickle out",
+        ),
         "no command": (["shrink", base, tuned], "shrink"),
         "no path": (["inspect"], "BASE TUNED | ADAPTER"),
         "one model": (
@@ -353,6 +358,16 @@ def test_an_interrupt_of_what_keeps_nothing_says_so(pair, tmp_path, capsys, monk
     assert status == 130 and errors == "deltarank: interrupted; nothing was written\n"
 
 
+def test_the_end_of_a_job_is_as_an_interrupt(pair, tmp_path, capsys, monkeypatch):
+    before = signal.getsignal(signal.SIGTERM)
+    monkeypatch.setattr(adapters, "write_adapter", lambda *_: signal.raise_signal(signal.SIGTERM))
+    try:
+        status, told, errors = said(capsys, "extract", *pair, tmp_path / "new", "--rank", "2")
+    finally:
+        signal.signal(signal.SIGTERM, before)
+    assert status == 130 and told == "" and "interrupted; nothing was written" in errors
+
+
 @pytest.mark.parametrize("missing", ["transformers", "sacrebleu"])
 def test_a_task_needs_the_extra_and_says_so_before_any_work(pair, capsys, monkeypatch, missing):
     monkeypatch.setattr(compare, "_compare_matrix", lambda *_: pytest.fail("a matrix was read"))
@@ -366,6 +381,24 @@ def test_a_base_without_a_tokenizer_is_refused_before_any_work(pair, capsys, mon
     status, told, errors = said(capsys, "inspect", *pair, "--task", "sentiment")
     assert status == 2 and told == "" and errors.count("\n") == 1
     assert "deltarank: the tokenizer of " in errors and "save it beside the model" in errors
+
+
+def test_models_that_cannot_be_scored_are_refused_before_any_work(
+    config, tmp_path, capsys, monkeypatch
+):
+    monkeypatch.setattr(compare, "_compare_matrix", lambda *_: pytest.fail("a matrix was read"))
+    base, tuned, _ = saved_pair(tmp_path)
+    model = models.load_model(tuned)
+    model.resize_token_embeddings(390)
+    model.save_pretrained(tuned)
+    capsys.readouterr()  # of transformers
+    status, told, errors = said(capsys, "inspect", base, tuned, "--task", "sentiment")
+    assert status == 2 and told == "" and errors.count("\n") == 1
+    assert "differ in vocabulary" in errors and "leave --task out" in errors
+    rows = tmp_path / "long.jsonl"
+    rows.write_text(json.dumps({"prompt": "x" * 3000, "answer": "y"}))
+    status, told, errors = said(capsys, "inspect", base, base, "--task", rows)
+    assert status == 2 and told == "" and "a row has 3,002 tokens" in errors
 
 
 def test_a_task_scores_base_cuts_recommended_ranks_and_tuned(config, tmp_path, capsys):

@@ -87,10 +87,15 @@ def _evaluate_cuts(
     given = [r for each in ranks for r in (each.values() if isinstance(each, dict) else [each])]
     require(min(given) >= 0 and max(given) <= limit, f"ranks={given}: must be 0 to {limit}")
     generator = torch.Generator().manual_seed(0)
-    factors = {n: _cut_factors(dW[n], max(given), part, generator) for n in names if n in dW}
+
+    def rank(r: int | dict[str, int], name: str) -> int:
+        return r.get(name, 0) if isinstance(r, dict) else r
+
+    most = {name: max(rank(r, name) for r in ranks) for name in names if name in dW}
+    factors = {n: _cut_factors(dW[n], r, part, generator) for n, r in most.items()}
 
     def cut_to(r: int | dict[str, int], name: str) -> Tensor:
-        k = r.get(name, 0) if isinstance(r, dict) else r
+        k = rank(r, name)
         B, A = factors[name]
         return _part(dW[name], B[:, :k] @ A[:k], part)
 
@@ -184,5 +189,6 @@ def _update_and_ends(config: RunConfig, tuned: str) -> tuple[dict[str, Tensor], 
     strange = [n for n in W0 if n not in W1 or W0[n].shape != W1[n].shape]
     told = f"{config.model} and {tuned} differ in {strange[:1]}: they cannot be scored"
     require(not strange, told)
-    dW = {name: (W1[name] - W0[name]).detach().cpu() for name in W0}
-    return dW, {name: evaluate(model, config, "test") for name, model in models.items()}
+    ends = {name: evaluate(model, config, "test") for name, model in models.items()}
+    with torch.no_grad():  # in the tuned model's place: a third copy would not fit so soon
+        return {name: W1[name].sub_(W0[name]).detach().cpu() for name in W0}, ends

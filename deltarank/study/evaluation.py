@@ -8,11 +8,19 @@ from collections.abc import Sequence
 import pandas as pd
 import torch
 import torch.nn.functional as F
-from torch import nn
+from torch import Tensor, nn
 
 from deltarank.runtime import product_dtype
 from deltarank.study.configs import RunConfig
-from deltarank.study.losses import answer_hidden, autocast, logit_rule, on_device, scoring
+from deltarank.study.losses import (
+    CHUNK,
+    LogitRule,
+    answer_hidden,
+    autocast,
+    logit_rule,
+    on_device,
+    scoring,
+)
 from deltarank.study.models import load_tokenizer
 from deltarank.study.tasks import a_line_each, batches, encode, encode_prompt, load_split
 
@@ -33,13 +41,20 @@ def score_rows(model: nn.Module, config: RunConfig, rows: Sequence[dict]) -> pd.
         batch = on_device(model, a_line_each([encoded[i] for i in picked]))
         with autocast(head.device, dtype):
             hidden, target = answer_hidden(model, **batch)
-        logits = rule.logits(F.linear(hidden.float(), head))  # (answer tokens, vocabulary)
-        nats = F.cross_entropy(logits, target, reduction="none")
-        right = logits.gather(1, target[:, None])[:, 0] >= logits.amax(-1)
+        chunks = zip(hidden.split(CHUNK), target.split(CHUNK), strict=True)
+        judged = [_judged(h, t, head, rule) for h, t in chunks]
+        nats, right = (torch.cat(part) for part in zip(*judged, strict=True))
         lengths = (batch["labels"] != -100).sum(1).tolist()
         for i, n, r in zip(picked, nats.split(lengths), right.split(lengths), strict=True):
             scores[i] = {"nats": n.sum().item(), "tokens": len(n), "right": bool(r.all())}
     return pd.DataFrame(scores)
+
+
+def _judged(hidden: Tensor, target: Tensor, head: Tensor, rule: LogitRule) -> tuple[Tensor, Tensor]:
+    """Of some answer tokens: the nats of each, and whether it is the most likely one."""
+    logits = rule.logits(F.linear(hidden.float(), head))  # (tokens, vocabulary)
+    nats = F.cross_entropy(logits, target, reduction="none")
+    return nats, logits.gather(1, target[:, None])[:, 0] >= logits.amax(-1)
 
 
 def mean_loss(model: nn.Module, config: RunConfig, rows: Sequence[dict]) -> float:

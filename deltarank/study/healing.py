@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING
 import pandas as pd
 
 from deltarank.adapters import AdapterPlan, plan_adapter
-from deltarank.alignment import Pair, open_pair
+from deltarank.alignment import open_pair
 from deltarank.checks import require
 from deltarank.factors import Cut, Form
 from deltarank.peft_format import require_replaceable, write_adapter
@@ -23,8 +23,8 @@ from deltarank.study.distillation import Head, Lessons, distil, divergence, head
 from deltarank.study.evaluation import newline
 from deltarank.study.losses import require_own_loss
 from deltarank.study.measuring import lora_factors
-from deltarank.study.models import load_model, load_tokenizer
-from deltarank.study.tasks import load_prompts
+from deltarank.study.models import load_model, load_tokenizer, require_short
+from deltarank.study.tasks import encode_prompt, load_prompts
 from deltarank.study.training import lora_layers, quiet_peft
 
 if TYPE_CHECKING:  # PEFT is imported where it trains
@@ -64,8 +64,7 @@ def extract_healed(
     folder, form = Path(out).expanduser().resolve(), Form(dtype, patterns)
     learned, held = _parted(load_prompts(rows), steps * BATCH)
     require_replaceable(folder)
-    _require_same_vocabulary(open_pair(base, tuned))
-    load_tokenizer(base)
+    _require_answers(base, tuned, learned + held)
     plan = plan_adapter(base, tuned, form, rule=rule)
     config = _recipe(base, rows, plan, steps=steps, lr=lr, batch_size=min(BATCH, len(learned)))
     told, teacher = _teacher(tuned, config, learned + held)
@@ -92,13 +91,13 @@ def _parted(prompts: dict[str, list[str]], most: int) -> tuple[list[str], list[s
     return random.Random(0).sample(given, min(most, len(given))), held[:HELD_OUT]
 
 
-def _require_same_vocabulary(pair: Pair) -> None:
-    """Raise ValueError, before any work, for pairs that do not share their vocabulary."""
-    base, tuned = pair.base, pair.tuned
-    require(pair.is_causal(), f"{base.source} does not continue text: extract without healing")
-    grown = [n for n, same in pair.names.items() if tuned.shapes[n] != base.shapes[same]]
-    differ = f"{base.source} and {tuned.source} differ in vocabulary, by {grown[:1]}"
-    require(not grown, f"{differ}: extract without healing")
+def _require_answers(base: str, tuned: str, prompts: list[str]) -> None:
+    """Raise ValueError, before any work, for models that cannot both answer these prompts."""
+    pair, cure = open_pair(base, tuned), "extract without healing"
+    require(pair.is_causal(), f"{base} does not continue text: {cure}")
+    pair.require_same_vocabulary(cure)
+    tokenizer = load_tokenizer(base)
+    require_short(base, [len(encode_prompt(p, tokenizer)) + ROOM for p in prompts], prompts)
 
 
 def _recipe(base: str, rows: str, plan: AdapterPlan, **sizes) -> RunConfig:

@@ -16,6 +16,7 @@ from deltarank.study.tasks import a_line_each, pack
 # that is left out, or a row that sees another, moves even random models by much more.
 LOSS_TOLERANCE = 1e-4
 HIDDEN_TOLERANCE = 1e-3
+CHUNK = 2048  # answer tokens whose logits are formed at once: of 262 k words some 2 GB
 
 
 def answer_hidden(
@@ -147,12 +148,16 @@ def answer_loss(model: nn.Module, head: Tensor, batch: dict, *, dtype: torch.dty
     """Mean cross-entropy of the answer tokens in nats; the head sees only their rows.
 
     head: (vocabulary, width).  A frozen head comes in the autocast type, so that the 262 k
-    rows are not converted at every step.
+    rows are not converted at every step.  Of long answers it sees a chunk at a time.
     """
     with autocast(head.device, dtype):
         hidden, target = answer_hidden(model, **batch)
     rule = logit_rule(model)
-    return HeadCrossEntropy.apply(hidden.to(dtype), head, target, rule.bias, rule.scale, rule.cap)
+    fields = rule.bias, rule.scale, rule.cap
+    chunks = zip(hidden.to(dtype).split(CHUNK), target.split(CHUNK), strict=True)
+    whole = len(target)
+    means = [(len(t) / whole) * HeadCrossEntropy.apply(h, head, t, *fields) for h, t in chunks]
+    return torch.stack(means).sum()
 
 
 class AnswerModel(nn.Module):

@@ -228,8 +228,11 @@ def _write_update(config: RunConfig, update: dict[str, Tensor]) -> None:
     from safetensors.torch import save_file
 
     part = delta_file(config).with_suffix(f".{os.getpid()}")
-    save_file({name: X.cpu().contiguous() for name, X in update.items()}, part)
-    os.replace(part, delta_file(config))
+    try:
+        save_file({name: X.cpu().contiguous() for name, X in update.items()}, part)
+        os.replace(part, delta_file(config))
+    finally:
+        part.unlink(missing_ok=True)
 
 
 def estimated_seconds(config: RunConfig) -> float:

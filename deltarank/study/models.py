@@ -20,6 +20,7 @@ from deltarank.study.convert import EMBEDDED, embedded_folder
 if TYPE_CHECKING:  # transformers is imported where it loads
     from transformers import PreTrainedTokenizerBase
 
+LONGEST = 2048  # tokens of a row of a reader's own
 TINY = "tiny-gemma3"  # two random layers of the same architecture, for tests
 
 
@@ -127,6 +128,18 @@ def load_tokenizer(name: str) -> PreTrainedTokenizerBase:
         cure = "save it beside the model (tokenizer.save_pretrained)"
         told = first_line(error).rstrip(":")
         raise ValueError(f"the tokenizer of {name!r} cannot be loaded: {cure}; {told}") from error
+
+
+def require_short(name: str, lengths: Sequence[int], texts: Sequence[str]) -> None:
+    """Raise ValueError for a text of more tokens than LONGEST or than model `name` has places for.
+
+    lengths: the tokens of each text, or of the row that begins with it.
+    """
+    config = skeleton(name).config.get_text_config()
+    most = min(LONGEST, getattr(config, "max_position_embeddings", None) or LONGEST)
+    tokens, text = max(zip(lengths, texts, strict=True))
+    told = f"a row has {tokens:,} tokens, {name} takes {most:,} here: shorten it"
+    require(tokens <= most, f"{told}: {text[:60]!r}")
 
 
 @contextlib.contextmanager

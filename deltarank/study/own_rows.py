@@ -14,12 +14,12 @@ import pandas as pd
 
 from deltarank.checks import require
 from deltarank.runtime import cache_folder
-from deltarank.store import cached, file_sha256
+from deltarank.store import cached, file_sha256, replace_text
 from deltarank.study.configs import RunConfig
 from deltarank.study.evaluation import mean_loss
 from deltarank.study.gains import epoch_rows, first_epoch_kbit, learned_kbit, taught_kbit
 from deltarank.study.measuring import provenance
-from deltarank.study.models import load_tokenizer
+from deltarank.study.models import load_tokenizer, require_short
 from deltarank.study.profiles import Profile
 from deltarank.study.rivals import probe
 from deltarank.study.runs import Result
@@ -27,7 +27,6 @@ from deltarank.study.tasks import encode, load_split, load_task
 from deltarank.study.training import prepare, train
 
 HELD_OUT = 128  # rows at most, and an eighth of those given where they name no split "test"
-LONGEST = 2048  # tokens of a row
 TOKENS = ["prompt_tokens", "answer_tokens"]
 
 
@@ -82,14 +81,10 @@ def own_probe(file: str, sizes: Profile, model: str = "") -> tuple[RunConfig, pd
     rows, to_train = _split_rows(file, told.batch_size)
     counted = count_tokens(rows, model)
     lengths = counted[TOKENS].sum(axis=1)
-    longest = int(lengths.max())
-    require(
-        longest <= LONGEST,
-        f"{Path(file).name}: a row has {longest:,} tokens: shorten it to {LONGEST:,}: "
-        f"{rows[lengths.argmax()]['prompt'][:60]!r}",
-    )
+    require_short(model, lengths.tolist(), [row["prompt"] for row in rows])
     task = _written(file, rows)
-    return dataclasses.replace(told, task=task, model=model, seq_len=longest), counted[:to_train]
+    config = dataclasses.replace(told, task=task, model=model, seq_len=int(lengths.max()))
+    return config, counted[:to_train]
 
 
 def _split_rows(file: str, batch_size: int) -> tuple[list[dict], int]:
@@ -120,7 +115,7 @@ def _written(file: str, rows: list[dict]) -> str:
     folder = cache_folder() / "plans" / file_sha256(Path(file).expanduser())[:12]
     folder.mkdir(parents=True, exist_ok=True)
     path = folder / Path(file).name
-    path.write_text(lines, encoding="utf8")
+    replace_text(path, lines)
     return str(path)
 
 

@@ -123,9 +123,10 @@ def load_task(task: str) -> dict[str, list[dict]]:
 def _rows(file: Path, fields: Sequence[str]) -> Iterator[dict]:
     """Yield the rows of a JSON-lines file, without what is null in them.
 
-    Raises ValueError naming the line that lacks a field, or whose split or task is no text.
+    Raises ValueError naming the line that lacks a field, whose split or task is no text, or that
+    is not UTF-8.
     """
-    with open(file, encoding="utf-8-sig") as lines:
+    with open(file, encoding="utf-8-sig", errors="surrogateescape") as lines:
         for number, line in enumerate(lines, start=1):
             if not line.strip():
                 continue
@@ -136,6 +137,8 @@ def _rows(file: Path, fields: Sequence[str]) -> Iterator[dict]:
             except ValueError as error:
                 raise ValueError(f"{where} is no JSON: {cure}") from error
             require(isinstance(row, dict), f"{where} is no JSON object: {cure}")
+            told = f"{where} holds what is no character, or half of one: save it as UTF-8"
+            require(_is_text(row), told)
             row = {name: value for name, value in row.items() if value is not None}
             wrong = [name for name in ("split", "task") if not isinstance(row.get(name, ""), str)]
             require(not wrong, f"{where}: {', '.join(wrong)} must be text, or left out")
@@ -143,6 +146,15 @@ def _rows(file: Path, fields: Sequence[str]) -> Iterator[dict]:
             lacks += ["prompt"] * ("prompt" not in lacks and not row["prompt"].strip())
             require(not lacks, f"{where}: a row lacks {', '.join(lacks)}: {cure}")
             yield row
+
+
+def _is_text(row: dict) -> bool:
+    """Whether all that a row holds can be written as UTF-8: no stray byte, no lone surrogate."""
+    try:
+        json.dumps(row, ensure_ascii=False).encode()
+    except UnicodeEncodeError:
+        return False
+    return True
 
 
 def load_prompts(file: str) -> dict[str, list[str]]:

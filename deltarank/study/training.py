@@ -17,7 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from deltarank.checks import require
-from deltarank.runtime import device, product_dtype, progress
+from deltarank.runtime import device, product_dtype, progress, visible_gpus
 from deltarank.study.configs import OWN_OPTIMIZERS, VARIANTS, RunConfig
 from deltarank.study.losses import AnswerModel, packs, require_own_loss
 from deltarank.study.models import load_model, load_tokenizer, matrices
@@ -234,8 +234,8 @@ def _training_arguments(config: RunConfig, scratch: str):
         def n_gpu(self) -> int:
             return min(super().n_gpu, 1)
 
-    if device().type == "cuda" and torch.cuda.device_count() > 1:
-        warnings.warn(f"{torch.cuda.device_count()} GPUs are visible, one is used", stacklevel=3)
+    if visible_gpus() > 1:
+        warnings.warn(f"{visible_gpus()} GPUs are visible, one is used", stacklevel=3)
     return OneDevice(
         output_dir=scratch,
         max_steps=config.steps,

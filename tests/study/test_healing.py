@@ -207,11 +207,13 @@ def test_a_pair_that_does_not_share_its_vocabulary_is_refused(planted, rows, tmp
         ('{"prompt": 7}\n', "line 1: a row lacks prompt"),
         ("[1]\n", "line 1 is no JSON object: write a JSON object with prompt there"),
         ('{"prompt": "a"}\nhello\n', "line 2 is no JSON: write"),
+        ('{"prompt": "a"}\n{"prompt": "half \\ud83d"}\n', "line 2 holds what is no character"),
+        (b'{"prompt": "caf\xe9"}\n', "line 1 holds what is no character.*: save it as UTF-8"),
     ],
 )
 def test_a_file_without_prompts_is_named_with_its_line(tmp_path, text, said):
     path = tmp_path / "rows.jsonl"
-    path.write_text(text)
+    path.write_bytes(text if isinstance(text, bytes) else text.encode())
     with pytest.raises(ValueError, match=said) as refused:
         load_prompts(str(path))
     assert "\n" not in str(refused.value)

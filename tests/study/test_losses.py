@@ -6,7 +6,7 @@ import torch.nn.functional as F
 import transformers
 from small_runs import ROWS, batch_of, small
 
-from deltarank.study import training
+from deltarank.study import evaluation, losses, training
 from deltarank.study.evaluation import score_rows
 from deltarank.study.losses import (
     HeadCrossEntropy,
@@ -16,7 +16,7 @@ from deltarank.study.losses import (
     require_own_loss,
     scoring,
 )
-from deltarank.study.models import TINY, load_tokenizer
+from deltarank.study.models import TINY, load_model, load_tokenizer
 from deltarank.study.tasks import a_line_each, encode, pack
 
 VOCABULARY = {"vocab_size": 384, "bos_token_id": 1, "eos_token_id": 1, "pad_token_id": 0}
@@ -117,6 +117,25 @@ def test_gradients_of_every_rule_are_those_of_autograd(biased, scale, cap, dtype
     exact = dtype == torch.float32
     for mine, oracle in zip(*found, strict=True):
         assert (mine - oracle).norm() < (1e-5 if exact else 2e-2) * oracle.norm()
+
+
+def test_long_answers_pass_by_in_chunks(small_task, monkeypatch):
+    config, model = small(), load_model(TINY)
+    batch = batch_of(small_task, seq_len=16)
+    found = []
+    for chunk in (losses.CHUNK, 5):
+        for module in (losses, evaluation):
+            monkeypatch.setattr(module, "CHUNK", chunk)
+        model.zero_grad()
+        loss = losses.answer_loss(model, model.lm_head.weight, batch, dtype=torch.float32)
+        loss.backward()
+        scores = evaluation.score_rows(model, config, small_task)
+        found.append((loss, model.model.layers[0].mlp.up_proj.weight.grad.clone(), scores))
+    (whole, gradient, scores), (parts, of_parts, chunked) = found
+    assert parts.item() == pytest.approx(whole.item(), rel=1e-6)
+    assert (of_parts - gradient).norm() < 1e-5 * gradient.norm()
+    assert chunked["nats"].tolist() == pytest.approx(scores["nats"].tolist(), rel=1e-5)
+    assert chunked[["tokens", "right"]].equals(scores[["tokens", "right"]])
 
 
 def test_a_rule_with_nothing_to_do_leaves_every_bit():

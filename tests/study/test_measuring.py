@@ -198,3 +198,11 @@ def test_a_record_holds_what_a_reader_needs(config):
     assert record["identity"]["task_sha256"] == task_sha256("sentiment")
     assert {"torch", "transformers", "peft", "device", "commit"} <= record["provenance"].keys()
     assert len(record["train_loss_nats"]) == config.steps
+
+
+def test_an_update_that_cannot_be_kept_leaves_nothing(config, monkeypatch, tmp_path):
+    monkeypatch.setenv("LOWRANK_CACHE", str(tmp_path))
+    monkeypatch.setattr(measuring.os, "replace", lambda *_: (_ for _ in ()).throw(OSError("full")))
+    with pytest.raises(OSError, match="full"):
+        measure(config)
+    assert [path for path in (tmp_path / "deltas").rglob("*") if path.is_file()] == []

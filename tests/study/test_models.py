@@ -6,7 +6,14 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from deltarank.study.models import TINY, load_model, load_tokenizer, matrices, model_sha256
+from deltarank.study.models import (
+    TINY,
+    load_model,
+    load_tokenizer,
+    matrices,
+    model_sha256,
+    require_short,
+)
 
 
 @pytest.fixture(scope="module")
@@ -184,3 +191,15 @@ def test_a_hub_model_that_cannot_be_reached_is_named_in_a_line(revision, monkeyp
     monkeypatch.setattr(huggingface_hub, "snapshot_download", fail)
     with pytest.raises(ValueError, match=r"^'org/name' cannot be downloaded: no network$"):
         model_sha256("org/name")
+
+
+def test_a_text_longer_than_a_models_positions_is_named(save):
+    base, _ = save("gpt2")  # 64 positions
+    require_short(base, [64, 3], ["as long as it goes", "short"])
+    with pytest.raises(ValueError, match=r"a row has 65 tokens, .* takes 64 here: .*'the longest'"):
+        require_short(base, [3, 65, 65], ["short", "a longest", "the longest"])
+
+
+def test_a_text_is_not_longer_than_the_report_allows():
+    with pytest.raises(ValueError, match="a row has 2,049 tokens, tiny-gemma3 takes 2,048 here"):
+        require_short(TINY, [2049], ["long"])

@@ -107,7 +107,10 @@ def test_what_was_measured_is_kept(store, tmp_path, monkeypatch):
     ("rows", "told"),
     [
         (RULE[:5], "mine.jsonl has 5 rows to train on: give 8 or more"),
-        ([*RULE, {"prompt": "x" * 3000, "answer": "y"}], "a row has 3,002 tokens: shorten it"),
+        (
+            [*RULE, {"prompt": "x" * 3000, "answer": "y"}],
+            "a row has 3,002 tokens, tiny-gemma3 takes 2,048 here",
+        ),
         ([{"prompt": "x"}], "mine.jsonl, line 1: a row lacks answer"),
     ],
 )
