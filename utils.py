@@ -91,7 +91,13 @@ from deltarank.study.runs import (
     sweep,
 )
 from deltarank.study.search import coarse_search, coarsely_tuned, lr_search, tuned
-from deltarank.study.sizes import ladder, lora_by_skill, parameters_of, size_gains
+from deltarank.study.sizes import (
+    bracket_gains,
+    ladder,
+    lora_by_skill,
+    parameters_of,
+    size_gains,
+)
 from deltarank.study.tables import (
     bootstrap_interval,
     by_part,

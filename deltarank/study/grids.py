@@ -7,16 +7,6 @@ from dataclasses import dataclass
 Size = tuple[tuple[int, ...], tuple[str, ...], int]  # layers, modules, rank
 
 
-# Tasks of the paper whose sizes are not all trained yet, with the names of those that are.
-BEGUN = (
-    ("dates", ("TinyLoRA of 128", "TinyLoRA of 1,024", "rank 1 on 3 layers", "rank 1", "rank 8")),
-    (
-        "sorting",
-        ("rank 1 on 1 layer", "rank 1 on q_proj", "rank 1 on 3 layers", "rank 1", "rank 8"),
-    ),
-)
-
-
 @dataclass(frozen=True)
 class LadderGrid:
     """Adapters of tasks below rank 1 on all layers, and rates of TinyLoRA (see sizes.ladder).
@@ -32,8 +22,20 @@ class LadderGrid:
     modules: tuple[str, ...] = ("q_proj",)
     # Tasks with a LoRA of rank 1 on so many layers, in turn at each of sizes.PLACES.
     place_runs: tuple[tuple[str, int], ...] = (("kjv", 3), ("arithmetic", 3))
-    # Tasks of which these sizes alone are trained, by their names.
+    # Tasks whose needed size is bracketed with every seed (see sizes.bracket_gains).
+    seed_tasks: tuple[str, ...] = ()
+    # Tasks of which these sizes alone are trained yet, by their names.
     begun: tuple[tuple[str, tuple[str, ...]], ...] = ()
+
+
+USUAL = ("rank 1 on 3 layers", "rank 1", "rank 8")
+LADDER = LadderGrid(  # the paper's
+    seed_tasks=("kjv", "sentiment", "facts", "arithmetic", "sorbian", "code", "mix"),
+    begun=(
+        ("dates", ("TinyLoRA of 128", "TinyLoRA of 1,024", *USUAL)),
+        ("sorting", ("rank 1 on 1 layer", "rank 1 on q_proj", *USUAL)),
+    ),
+)
 
 
 @dataclass(frozen=True)

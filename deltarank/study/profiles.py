@@ -15,7 +15,7 @@ from deltarank.checks import require
 from deltarank.runtime import ROOT, build_folder, own_model, profile_name, venue
 from deltarank.study.configs import RunConfig
 from deltarank.study.convert import GEMMA, SMOLLM
-from deltarank.study.grids import BEGUN, CodeGrid, HealGrid, LadderGrid, MixGrid, OptimizerGrid
+from deltarank.study.grids import LADDER, CodeGrid, HealGrid, LadderGrid, MixGrid, OptimizerGrid
 from deltarank.study.models import TINY, load_tokenizer
 from deltarank.study.tasks import PARTS, encode, load_task, mix_of, mix_parts
 
@@ -237,7 +237,7 @@ PROFILES = {
         committed=True,
         fine_tasks=("facts", "sorbian", "sentiment", "json", "code", "mix"),
         alpha_tasks=("facts", "sorbian", "kjv", "arithmetic", "code", "mix", "entities"),
-        ladder=LadderGrid(begun=BEGUN),
+        ladder=LADDER,
     ),
     "smollm2": Profile(
         "smollm2",

@@ -177,3 +177,17 @@ def needed_size(task: str, share: float, **fields) -> tuple[float, float]:
     fields: as of size_gains.
     """
     return needed_bracket(size_gains(task, **fields), share)
+
+
+def bracket_gains(task: str, share: float) -> pd.DataFrame:
+    """skill_gain of every seed at the sizes of needed_size: a row a seed, a column a size.
+
+    The columns are numbers of trained parameters, as many as are on the ladder.  The first seed
+    chose the sizes and their rates; each is read against full fine-tuning of its own seed.
+    """
+    on_ladder = {parameters_of(size): size for size in ladder().values()}
+    ends = [int(count) for count in needed_size(task, share) if count in on_ladder]
+    configs = [[sized(task, on_ladder[n], seed=s) for n in ends] for s in profile().seeds]
+    sweep([config for row in configs for config in row])
+    gains = [[skill_gain(run(config)) for config in row] for row in configs]
+    return pd.DataFrame(gains, profile().seeds, ends)

@@ -13,6 +13,7 @@ from deltarank.study.search import tuned
 from deltarank.study.sizes import (
     PLACES,
     SHARES,
+    bracket_gains,
     ladder,
     lora_by_skill,
     needed_size,
@@ -182,6 +183,23 @@ def test_halving_tries_what_each_share_needs(monkeypatch, gains, shares, tried):
     configs = [profile().config("facts", **size) for size in found.values()]
     assert [trained_parameters(config) for config in configs] == tried
     assert sorted(asked) == [(count, "valid", 9) for count in tried], "each once"
+
+
+@pytest.mark.parametrize(
+    ("ends", "sizes_asked"),
+    [((128.0, 512.0), [128, 512]), ((0.0, 8.0), [8]), ((8192.0, math.inf), [8192])],
+)
+def test_every_seed_is_read_at_the_ends_of_the_bracket(monkeypatch, ends, sizes_asked):
+    seeded = dataclasses.replace(profile(), seeds=(0, 2))
+    monkeypatch.setattr(sizes, "profile", lambda: seeded)
+    monkeypatch.setattr(sizes, "needed_size", lambda task, share: ends)
+    monkeypatch.setattr(sizes, "sized", lambda task, size, **c: profile().config(task, **size, **c))
+    monkeypatch.setattr(sizes, "run", lambda config: config)
+    monkeypatch.setattr(sizes, "sweep", list)
+    monkeypatch.setattr(sizes, "skill_gain", lambda c: trained_parameters(c) + c.seed / 10)
+    found = bracket_gains("facts", 0.95)
+    assert [*found.index] == [0, 2] and [*found.columns] == sizes_asked
+    assert found.to_numpy().tolist() == [[n + s / 10 for n in sizes_asked] for s in (0, 2)]
 
 
 def test_of_a_task_that_is_begun_the_trained_sizes_are_taken(monkeypatch):
