@@ -81,18 +81,18 @@ def _rank(held: Holding, model: str) -> list[str]:
     one = trained_parameters(FITTED.config("facts", "lora", rank=1, model=model))
     most = min(min(weight.shape) for weight in matrices(skeleton(model)).values())
     usual, size = middle(FITTED.lora_ranks), FORECAST.size(held.all_kbit)
-    low, high = size / FORECAST.factor, size * FORECAST.factor
+    high = size * FORECAST.factor
     load = 1000 * held.all_kbit / one
     lines = [
-        f"Forecast: {size:,.0f} trained parameters ({low:,.0f} to {high:,.0f}: a factor of "
-        f"{FORECAST.factor:.0f}, by which it misses tasks left out in the mean); rank 1 on all "
-        f"linear layers has {one:,}, a load of {load:.2g} bits each."
+        f"Forecast: {size:,.0f} trained parameters (tasks left out were missed by a factor of "
+        f"{FORECAST.factor:.0f} in the mean); rank 1 on all linear layers has {one:,}, a load of "
+        f"{load:.2g} bits each."
     ]
     if not FORECAST.least <= held.all_kbit <= FORECAST.most:
         span = f"{FORECAST.least:g} to {FORECAST.most:g} kbit"
         lines.append(f"That is beyond the {span} of the tasks that it is fitted to.")
     if high <= usual * one:
-        return [*lines, f"By it rank {usual} on all linear layers is enough."]
+        return [*lines, f"Take rank {usual} on all of them: it is that factor above, or more."]
     rank = min(math.ceil(high / one), most)
     return [*lines, f"Take rank {usual}, which lost less in tasks left out than this forecast did, "
             f"score it, and score rank {rank} beside it."]  # fmt: skip

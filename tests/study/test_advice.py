@@ -40,7 +40,7 @@ def test_rows_bits_and_forecast_are_told_in_this_order(told):
     assert (
         "teach" in bits and "5.0 kbit: 62.5 bits a row, measured on 40 of them" in bits
     )  # 80 rows
-    told = "Forecast: 5,000 trained parameters (2,500 to 10,000: a factor of 2, by which it misses"
+    told = "Forecast: 5,000 trained parameters (tasks left out were missed by a factor of 2 in "
     assert forecast.startswith(told)
     assert f"has {one:,}, a load of {5_000 / one:.2g} bits each" in forecast
     assert last.startswith("Take rank 4, which lost less in tasks left out than this forecast did")
@@ -50,7 +50,7 @@ def test_rows_bits_and_forecast_are_told_in_this_order(told):
 def test_the_usual_rank_is_enough_up_to_its_parameters(told):
     one, usual = parameters_of(RANK_1), 4
     fits = usual * one / 2 / 1000  # kbit, whose upper end is just the usual rank
-    assert told(fits * 0.99 / 2)[-1] == "By it rank 4 on all linear layers is enough."
+    assert told(fits * 0.99 / 2)[-1].startswith("Take rank 4 on all of them: it is ")
     assert told(fits * 1.01 / 2)[-1].endswith(f"score rank {usual + 1} beside it.")
     assert told(fits)[-1].endswith(f"score rank {2 * usual} beside it.")
 
