@@ -109,8 +109,9 @@ def test_a_pickle_is_read_only_when_it_is_said(tmp_path):
 def test_an_adapter_of_the_hub_is_fetched_without_the_model_beside_it(tmp_path, monkeypatch):
     folder, asked = planted(tmp_path / "lora", "plain"), []
 
-    def download(source, *, allow_patterns):
+    def download(source, *, allow_patterns, ignore_patterns):
         asked.append((source, allow_patterns))
+        assert "*/*" in ignore_patterns
         return folder
 
     monkeypatch.setattr("huggingface_hub.snapshot_download", download)
