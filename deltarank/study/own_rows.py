@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pandas as pd
 
-from deltarank.checks import require
+from deltarank.checks import require, require_disk
 from deltarank.runtime import cache_folder
 from deltarank.store import cached, file_sha256, replace_text
 from deltarank.study.configs import RunConfig
@@ -113,7 +113,7 @@ def _written(file: str, rows: list[dict]) -> str:
     """The file in the cache with these rows of another, whose name it keeps."""
     lines = "".join(json.dumps(row) + "\n" for row in rows)
     folder = cache_folder() / "plans" / file_sha256(Path(file).expanduser())[:12]
-    folder.mkdir(parents=True, exist_ok=True)
+    require_disk(folder, 0.1)
     path = folder / Path(file).name
     replace_text(path, lines)
     return str(path)

@@ -172,12 +172,15 @@ def test_what_cannot_be_healed_is_refused_before_any_work(planted, rows, tmp_pat
     mine.mkdir()
     (mine / "notes.txt").write_text("keep me")
     lone, other = save(tmp_path / "llama")  # without a tokenizer
+    long = tmp_path / "long.jsonl"
+    long.write_text('{"prompt": "' + "x" * 2048 + '"}\n')  # no room for an answer
     calls = {
         "tokenizer": ((lone, other, "new"), {}),
         "exists and is no adapter": ((*planted, "mine"), {}),
         "choose one from 1 to": ((*planted, "new"), {"rule": {"rank": 400}}),
         "dtype='int8'": ((*planted, "new"), {"dtype": "int8"}),
         "nowhere.jsonl": ((*planted, "new"), {"rows": str(tmp_path / "nowhere.jsonl")}),
+        "takes 2,048 here: shorten it": ((*planted, "new"), {"rows": str(long)}),
     }
     for word, ((base, tuned, out), changes) in calls.items():
         options = {"rows": rows, "rule": {"rank": 1}} | changes
