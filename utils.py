@@ -94,6 +94,7 @@ from deltarank.study.search import coarse_search, coarsely_tuned, lr_search, tun
 from deltarank.study.sizes import (
     bracket_gains,
     ladder,
+    longer_gains,
     lora_by_skill,
     parameters_of,
     size_gains,

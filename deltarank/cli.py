@@ -134,12 +134,13 @@ def _require_task(arguments: argparse.Namespace) -> None:
         raise ValueError("--task runs both models, from safetensors: leave --allow-pickle out")
     _require_packages("--task", SCORES)
     from deltarank.alignment import open_pair
-    from deltarank.study.models import load_tokenizer, require_short
+    from deltarank.study.models import load_tokenizer, require_memory, require_short
     from deltarank.study.tasks import encode, load_split
 
     rows, tokenizer = load_split(arguments.task, "test"), load_tokenizer(arguments.paths[0])
     open_pair(*arguments.paths).require_same_vocabulary("leave --task out")
     lengths = [len(encode(row, tokenizer)["labels"]) for row in rows]
+    require_memory(arguments.paths[0], models=2, cure="leave --task out")
     require_short(arguments.paths[0], lengths, [row["prompt"] for row in rows])
 
 

@@ -399,6 +399,9 @@ def test_models_that_cannot_be_scored_are_refused_before_any_work(
     rows.write_text(json.dumps({"prompt": "x" * 3000, "answer": "y"}))
     status, told, errors = said(capsys, "inspect", base, base, "--task", rows)
     assert status == 2 and told == "" and "a row has 3,002 tokens" in errors
+    monkeypatch.setattr(models, "memory", lambda: 1)
+    status, told, errors = said(capsys, "inspect", base, base, "--task", "sentiment")
+    assert status == 2 and told == "" and "2 at once" in errors and "leave --task out" in errors
 
 
 def test_a_task_scores_base_cuts_recommended_ranks_and_tuned(config, tmp_path, capsys):

@@ -1,10 +1,12 @@
 """The machine and its settings: folders, progress, the commit, work over the cores."""
 
+import math
 import subprocess
 import sys
 import threading
 
 import platformdirs
+import psutil
 import pytest
 import torch
 
@@ -207,3 +209,16 @@ def test_the_number_of_threads_is_afterwards_what_it_was():
         assert torch.get_num_threads() == 2
     finally:
         torch.set_num_threads(threads)
+
+
+# Memory
+
+
+def test_the_memory_is_that_of_the_machine():
+    assert runtime.device().type == "cuda" or runtime.memory() == psutil.virtual_memory().total
+
+
+def test_a_system_that_does_not_tell_its_memory_has_room(monkeypatch):
+    monkeypatch.setattr(runtime, "device", lambda: torch.device("cpu"))
+    monkeypatch.delattr(runtime.os, "sysconf")  # as on Windows
+    assert runtime.memory() == math.inf

@@ -24,6 +24,8 @@ class LadderGrid:
     place_runs: tuple[tuple[str, int], ...] = (("kjv", 3), ("arithmetic", 3))
     # Tasks whose needed size is bracketed with every seed (see sizes.bracket_gains).
     seed_tasks: tuple[str, ...] = ()
+    # Tasks whose size just short of it has other budgets of steps, too (see sizes.longer_gains).
+    longer_tasks: tuple[str, ...] = ()
     # Tasks of which these sizes alone are trained yet, by their names.
     begun: tuple[tuple[str, tuple[str, ...]], ...] = ()
 
@@ -31,6 +33,7 @@ class LadderGrid:
 USUAL = ("rank 1 on 3 layers", "rank 1", "rank 8")
 LADDER = LadderGrid(  # the paper's
     seed_tasks=("kjv", "sentiment", "facts", "arithmetic", "sorbian", "code", "mix"),
+    longer_tasks=("pirate", "json", "kjv", "sentiment", "arithmetic", "code", "mix"),
     begun=(
         ("dates", ("TinyLoRA of 128", "TinyLoRA of 1,024", *USUAL)),
         ("sorting", ("rank 1 on 1 layer", "rank 1 on q_proj", *USUAL)),

@@ -23,7 +23,12 @@ from deltarank.study.distillation import Head, Lessons, distil, divergence, head
 from deltarank.study.evaluation import newline
 from deltarank.study.losses import require_own_loss
 from deltarank.study.measuring import lora_factors
-from deltarank.study.models import load_model, load_tokenizer, require_short
+from deltarank.study.models import (
+    load_model,
+    load_tokenizer,
+    require_memory,
+    require_short,
+)
 from deltarank.study.tasks import encode_prompt, load_prompts
 from deltarank.study.training import lora_layers, quiet_peft
 
@@ -96,6 +101,7 @@ def _require_answers(base: str, tuned: str, prompts: list[str]) -> None:
     pair, cure = open_pair(base, tuned), "extract without healing"
     require(pair.is_causal(), f"{base} does not continue text: {cure}")
     pair.require_same_vocabulary(cure)
+    require_memory(base, cure=cure)
     tokenizer = load_tokenizer(base)
     require_short(base, [len(encode_prompt(p, tokenizer)) + ROOM for p in prompts], prompts)
 

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from deltarank.checkpoints import download, layer_and_module, model_source
 from deltarank.checks import all_finite, first_line, require
-from deltarank.runtime import device
+from deltarank.runtime import device, memory
 from deltarank.store import digest, file_sha256
 from deltarank.study.convert import EMBEDDED, embedded_folder
 
@@ -140,6 +140,14 @@ def require_short(name: str, lengths: Sequence[int], texts: Sequence[str]) -> No
     tokens, text = max(zip(lengths, texts, strict=True))
     told = f"a row has {tokens:,} tokens, {name} takes {most:,} here: shorten it"
     require(tokens <= most, f"{told}: {text[:60]!r}")
+
+
+def require_memory(name: str, *, cure: str, models: int = 1) -> None:
+    """Raise ValueError where as many models of the size of `name` do not fit into the memory."""
+    numbers = sum(parameter.numel() for parameter in skeleton(name).parameters())
+    needed, there = 4 * models * numbers / 1e9, memory() / 1e9  # 4 bytes a number, in float32
+    told = f"{name} takes {needed:.2g} GB of memory (in float32, {models} at once)"
+    require(needed <= there, f"{told}, there are {there:.2g}: {cure}")
 
 
 @contextlib.contextmanager

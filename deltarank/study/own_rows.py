@@ -19,7 +19,7 @@ from deltarank.study.configs import RunConfig
 from deltarank.study.evaluation import mean_loss
 from deltarank.study.gains import epoch_rows, first_epoch_kbit, learned_kbit, taught_kbit
 from deltarank.study.measuring import provenance
-from deltarank.study.models import load_tokenizer, require_short
+from deltarank.study.models import load_tokenizer, require_memory, require_short
 from deltarank.study.profiles import Profile
 from deltarank.study.rivals import probe
 from deltarank.study.runs import Result
@@ -78,6 +78,7 @@ def own_probe(file: str, sizes: Profile, model: str = "") -> tuple[RunConfig, pd
     )
     told = probe(file, sizes)
     model = model or told.model
+    require_memory(model, cure="name a smaller one with --model")
     rows, to_train = _split_rows(file, told.batch_size)
     counted = count_tokens(rows, model)
     lengths = counted[TOKENS].sum(axis=1)

@@ -185,9 +185,32 @@ def bracket_gains(task: str, share: float) -> pd.DataFrame:
     The columns are numbers of trained parameters, as many as are on the ladder.  The first seed
     chose the sizes and their rates; each is read against full fine-tuning of its own seed.
     """
-    on_ladder = {parameters_of(size): size for size in ladder().values()}
-    ends = [int(count) for count in needed_size(task, share) if count in on_ladder]
-    configs = [[sized(task, on_ladder[n], seed=s) for n in ends] for s in profile().seeds]
+    rungs = _rungs()
+    ends = [int(count) for count in needed_size(task, share) if count in rungs]
+    configs = [[sized(task, rungs[n], seed=s) for n in ends] for s in profile().seeds]
+    return pd.DataFrame(_gains(configs), profile().seeds, ends)
+
+
+def longer_gains(task: str, share: float) -> pd.DataFrame:
+    """skill_gain of the size short of needed_size: a row a budget of steps, the column the size.
+
+    The column is a number of trained parameters, and there is none where no size falls short.  At
+    the rate of one budget, with the first seed, over full fine-tuning with one budget.
+    """
+    rungs = _rungs()
+    above = [int(count) for count in needed_size(task, share)[:1] if count in rungs]
+    short = [sized(task, rungs[count]) for count in above]
+    steps = [n * profile().steps for n in profile().budgets]
+    configs = [[dataclasses.replace(config, steps=n) for config in short] for n in steps]
+    return pd.DataFrame(_gains(configs), steps, above)
+
+
+def _rungs() -> dict[int, dict]:
+    """The sizes of the ladder by their numbers of trained parameters."""
+    return {parameters_of(size): size for size in ladder().values()}
+
+
+def _gains(configs: list[list[RunConfig]]) -> list[list[float]]:
+    """skill_gain of a table of runs, in one sweep."""
     sweep([config for row in configs for config in row])
-    gains = [[skill_gain(run(config)) for config in row] for row in configs]
-    return pd.DataFrame(gains, profile().seeds, ends)
+    return [[skill_gain(run(config)) for config in row] for row in configs]

@@ -14,7 +14,7 @@ from safetensors.torch import load_file
 from deltarank import adapters
 from deltarank.adapters import extract_adapter
 from deltarank.options import parse
-from deltarank.study import healing, training
+from deltarank.study import healing, models, training
 from deltarank.study.distillation import divergence, head_of, lessons
 from deltarank.study.healing import extract_healed
 from deltarank.study.models import TINY, load_model, load_tokenizer, matrices
@@ -187,6 +187,9 @@ def test_what_cannot_be_healed_is_refused_before_any_work(planted, rows, tmp_pat
         with pytest.raises((ValueError, OSError), match=word) as refused:
             extract_healed(base, tuned, str(tmp_path / out), **options)
         assert "\n" not in str(refused.value)
+    monkeypatch.setattr(models, "memory", lambda: 1)
+    with pytest.raises(ValueError, match="1 at once.*: extract without healing"):
+        extract_healed(*planted, str(tmp_path / "new"), rows=rows, rule={"rank": 1})
     assert not (tmp_path / "new").exists() and (mine / "notes.txt").read_text() == "keep me"
 
 

@@ -6,12 +6,14 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from deltarank.study import models
 from deltarank.study.models import (
     TINY,
     load_model,
     load_tokenizer,
     matrices,
     model_sha256,
+    require_memory,
     require_short,
 )
 
@@ -198,6 +200,17 @@ def test_a_text_longer_than_a_models_positions_is_named(save):
     require_short(base, [64, 3], ["as long as it goes", "short"])
     with pytest.raises(ValueError, match=r"a row has 65 tokens, .* takes 64 here: .*'the longest'"):
         require_short(base, [3, 65, 65], ["short", "a longest", "the longest"])
+
+
+@pytest.mark.parametrize("at_once", [1, 2])
+def test_models_that_do_not_fit_into_the_memory_are_named(monkeypatch, at_once):
+    needed = 4 * at_once * sum(parameter.numel() for parameter in load_model(TINY).parameters())
+    monkeypatch.setattr(models, "memory", lambda: needed)
+    require_memory(TINY, models=at_once, cure="rent one")
+    monkeypatch.setattr(models, "memory", lambda: needed - 1)
+    told = rf"^tiny-gemma3 takes .* GB of memory \(in float32, {at_once} at once\), .*: rent one$"
+    with pytest.raises(ValueError, match=told):
+        require_memory(TINY, models=at_once, cure="rent one")
 
 
 def test_a_text_is_not_longer_than_the_report_allows():

@@ -5,7 +5,7 @@ import json
 import pytest
 
 from deltarank.runtime import cache_folder
-from deltarank.study import own_rows
+from deltarank.study import models, own_rows
 from deltarank.study.gains import first_epoch_kbit, learned_kbit, taught_kbit
 from deltarank.study.own_rows import HELD_OUT, count_tokens, holding, own_probe
 from deltarank.study.profiles import PROFILES
@@ -118,6 +118,13 @@ def test_bad_rows_are_named_before_any_work(tmp_path, monkeypatch, rows, told):
     monkeypatch.setattr(own_rows, "prepare", lambda config: pytest.fail("worked"))
     with pytest.raises(ValueError, match=told):
         holding(write(tmp_path / "mine.jsonl", rows), SMOKE)
+
+
+def test_a_model_too_large_for_the_memory_is_named_before_any_work(tmp_path, monkeypatch):
+    monkeypatch.setattr(own_rows, "prepare", lambda config: pytest.fail("worked"))
+    monkeypatch.setattr(models, "memory", lambda: 1)
+    with pytest.raises(ValueError, match="^tiny-gemma3 takes .*: name a smaller one with --model$"):
+        holding(write(tmp_path / "mine.jsonl", RULE), SMOKE)
 
 
 @pytest.mark.parametrize("file", ["missing.jsonl", "facts", "."])

@@ -15,6 +15,7 @@ from deltarank.study.sizes import (
     SHARES,
     bracket_gains,
     ladder,
+    longer_gains,
     lora_by_skill,
     needed_size,
     place_configs,
@@ -132,6 +133,11 @@ def test_places_differ_in_their_layers_alone(losses):
     assert layers == [(1,), (0,), (1,), (1,)]  # of two layers
 
 
+def unsearched(task, size, **changes):
+    """What `sized` gives, at the profile's own rate."""
+    return profile().config(task, **size, **changes)
+
+
 @pytest.mark.parametrize(
     ("gains", "bracket"),
     [
@@ -151,7 +157,7 @@ def test_the_needed_size_lies_between_two_that_were_tried(monkeypatch, gains, br
         return Result(config, {})
 
     monkeypatch.setattr(sizes, "tried_sizes", lambda task, **fields: ladder())
-    monkeypatch.setattr(sizes, "sized", lambda task, size, **c: profile().config(task, **size, **c))
+    monkeypatch.setattr(sizes, "sized", unsearched)
     monkeypatch.setattr(sizes, "sweep", lambda configs: [result(config) for config in configs])
     monkeypatch.setattr(sizes, "skill_gain", lambda r, by: by_size[trained_parameters(r.config)])
     assert needed_size("facts", 0.95, seed=1) == bracket
@@ -176,7 +182,7 @@ def test_halving_tries_what_each_share_needs(monkeypatch, gains, shares, tried):
         asked.append((trained_parameters(config), split, config.steps))
         return by_size[asked[-1][0]]
 
-    monkeypatch.setattr(sizes, "sized", lambda task, size, **c: profile().config(task, **size, **c))
+    monkeypatch.setattr(sizes, "sized", unsearched)
     monkeypatch.setattr(sizes, "run", lambda config: config)
     monkeypatch.setattr(sizes, "skill_gain", gain)
     found = sizes.tried_sizes("facts", shares=shares, steps=9)
@@ -185,21 +191,40 @@ def test_halving_tries_what_each_share_needs(monkeypatch, gains, shares, tried):
     assert sorted(asked) == [(count, "valid", 9) for count in tried], "each once"
 
 
-@pytest.mark.parametrize(
-    ("ends", "sizes_asked"),
-    [((128.0, 512.0), [128, 512]), ((0.0, 8.0), [8]), ((8192.0, math.inf), [8192])],
-)
-def test_every_seed_is_read_at_the_ends_of_the_bracket(monkeypatch, ends, sizes_asked):
-    seeded = dataclasses.replace(profile(), seeds=(0, 2))
-    monkeypatch.setattr(sizes, "profile", lambda: seeded)
-    monkeypatch.setattr(sizes, "needed_size", lambda task, share: ends)
-    monkeypatch.setattr(sizes, "sized", lambda task, size, **c: profile().config(task, **size, **c))
-    monkeypatch.setattr(sizes, "run", lambda config: config)
-    monkeypatch.setattr(sizes, "sweep", list)
+@pytest.fixture
+def bracketed(monkeypatch):
+    """The profile with two seeds and budgets, and needed_size("facts", …) set to these ends."""
+
+    def set_ends(ends):
+        seeded = dataclasses.replace(profile(), seeds=(0, 2), budgets=(1, 3))
+        monkeypatch.setattr(sizes, "profile", lambda: seeded)
+        monkeypatch.setattr(sizes, "needed_size", lambda task, share: ends)
+        monkeypatch.setattr(sizes, "sized", unsearched)
+        monkeypatch.setattr(sizes, "run", lambda config: config)
+        monkeypatch.setattr(sizes, "sweep", list)
+
+    return set_ends
+
+
+ENDS = [((128.0, 512.0), [128, 512]), ((0.0, 8.0), [8]), ((8192.0, math.inf), [8192])]
+
+
+@pytest.mark.parametrize(("ends", "sizes_asked"), ENDS)
+def test_every_seed_is_read_at_the_ends_of_the_bracket(monkeypatch, bracketed, ends, sizes_asked):
+    bracketed(ends)
     monkeypatch.setattr(sizes, "skill_gain", lambda c: trained_parameters(c) + c.seed / 10)
     found = bracket_gains("facts", 0.95)
     assert [*found.index] == [0, 2] and [*found.columns] == sizes_asked
     assert found.to_numpy().tolist() == [[n + s / 10 for n in sizes_asked] for s in (0, 2)]
+
+
+@pytest.mark.parametrize(("ends", "short"), [((128.0, 512.0), [128]), ((0.0, 8.0), [])])
+def test_every_budget_is_read_at_the_size_that_falls_short(monkeypatch, bracketed, ends, short):
+    bracketed(ends)
+    monkeypatch.setattr(sizes, "skill_gain", lambda c: trained_parameters(c) + c.steps)
+    found, steps = longer_gains("facts", 0.95), [profile().steps, 3 * profile().steps]
+    assert [*found.index] == steps and [*found.columns] == short
+    assert found.to_numpy().tolist() == [[n + many for n in short] for many in steps]
 
 
 def test_of_a_task_that_is_begun_the_trained_sizes_are_taken(monkeypatch):
