@@ -112,15 +112,18 @@ def _inspect(arguments: argparse.Namespace) -> None:
 def _table(paths: list[str], ranks_by: dict, allow_pickle: bool):
     """The table of an adapter, or of a pair for which the rule gives something."""
     if len(paths) == 1:
-        from deltarank.lora import adapter_spectra
+        from deltarank.lora import open_lora
 
-        return adapter_spectra(paths[0], allow_pickle=allow_pickle)
+        lora = open_lora(paths[0], allow_pickle=allow_pickle)
+        lora.require_rule(**ranks_by)
+        return lora.spectra()
     from deltarank.alignment import open_pair
-    from deltarank.compare import compare_pair
+    from deltarank.compare import compare_pair, matrix_kind
     from deltarank.ranks import require_rule
 
     pair = open_pair(*paths, allow_pickle=allow_pickle)
-    shapes = [pair.shape(name)[-2:] for name, _ in pair.matrices().values()]
+    kinds = {label: matrix_kind(label, name) for label, (name, _) in pair.matrices().items()}
+    shapes = [pair.shape(label) for label, kind in kinds.items() if kind == "matrix"]
     if shapes:
         require_rule(map(min, shapes), shapes, **ranks_by)
     return compare_pair(pair)
@@ -140,8 +143,8 @@ def _require_task(arguments: argparse.Namespace) -> None:
     rows, tokenizer = load_split(arguments.task, "test"), load_tokenizer(arguments.paths[0])
     open_pair(*arguments.paths).require_same_vocabulary("leave --task out")
     lengths = [len(encode(row, tokenizer)["labels"]) for row in rows]
-    require_memory(arguments.paths[0], models=2, cure="leave --task out")
     require_short(arguments.paths[0], lengths, [row["prompt"] for row in rows])
+    require_memory(arguments.paths[0], models=2, cure="leave --task out")
 
 
 def _losses(arguments: argparse.Namespace, table, lora: dict | None):
@@ -209,7 +212,7 @@ def _plan(arguments: argparse.Namespace) -> None:
     from deltarank.study.advice import advice
 
     with _one_line_warnings():
-        told = advice(arguments.paths[0], arguments.model)
+        told = advice(arguments.paths[0], arguments.model or "")
     print(told)
 
 

@@ -173,7 +173,7 @@ def _pair_row(pair: Pair, label: str, name: str, entry: tuple[dict, dict[str, Te
     """The line of compare_checkpoints for one matrix."""
     sums, S, (m, n) = entry[0]["sums"], entry[1]["S"], pair.shape(name)[-2:]
     layer, module = layer_and_module(name)
-    row = {"name": label, "layer": layer, "module": module, "kind": _kind(label, name)}
+    row = {"name": label, "layer": layer, "module": module, "kind": matrix_kind(label, name)}
     row |= {"shape": (m, n), "S": S, "dtype_base": pair.base.dtypes[pair.names[name]]}
     row["dtype_tuned"] = pair.tuned.dtypes[name]
     row["relative_size"] = math.sqrt(sums["update"] / sums["base"]) if sums["base"] else math.inf
@@ -188,7 +188,7 @@ def _pair_row(pair: Pair, label: str, name: str, entry: tuple[dict, dict[str, Te
     return row | {"near_rounding": share > NEAR_ROUNDING, "base_rounding_share": of_base}
 
 
-def _kind(label: str, name: str) -> str:
+def matrix_kind(label: str, name: str) -> str:
     """What a matrix is: only of a linear layer's can a rank be chosen."""
     if label != name or EXPERT.search(name):
         return "expert"

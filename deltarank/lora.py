@@ -25,6 +25,7 @@ from deltarank.checkpoints import (
 from deltarank.checks import all_finite, first_line, require
 from deltarank.compare import require_float32
 from deltarank.peft_format import CONFIG, WEIGHTS
+from deltarank.ranks import require_rule
 from deltarank.runtime import by_core, device, progress
 from deltarank.spectra import factor_singular_values, spectrum_measures
 
@@ -73,6 +74,14 @@ class Lora:
         """(out, in) of the update of a matrix."""
         matrix, shapes = self.matrices[name], self.checkpoint.shapes
         return shapes[matrix.B][0], shapes[matrix.A][1]
+
+    def require_rule(self, **rule) -> None:
+        """Raise ValueError, before factors are read, for a rule that gives its matrices nothing."""
+        names = [name for name, matrix in self.matrices.items() if matrix.kind == "matrix"]
+        shapes = [self.shape(name) for name in names]
+        if names:
+            limits = (self.matrices[name].rank for name in names)
+            require_rule(map(min, limits, *zip(*shapes, strict=True)), shapes, **rule)
 
     def factors(self, name: str) -> tuple[Tensor, Tensor]:
         """scale * B (out, r) and A (r, in), float64, on the device."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import contextlib
 import math
+import os
 from collections.abc import Callable, Sequence
 from typing import Any, NoReturn
 
@@ -17,6 +18,7 @@ PATHS = {  # of each command: how many there may be, and which
     "extract": ((2, 3), "BASE TUNED OUT | ADAPTER OUT"),
     "plan": ((1,), "ROWS"),
 }
+NAMED = ("html", "json", "task", "heal", "model")  # options that name something to read or write
 SAID: dict[str, dict[str, Any]] = {  # in the help of each command
     "inspect": {
         "usage": "deltarank inspect [options] BASE TUNED\n"
@@ -62,7 +64,19 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     counts, names = PATHS[arguments.command]
     if len(arguments.paths) not in counts:
         command.error(f"give {names.replace(' | ', ', or ')}; {len(arguments.paths)} given")
+    options = {f"--{name}": getattr(arguments, name, None) for name in NAMED}
+    for option, name in [*options.items(), *((names, path) for path in arguments.paths)]:
+        if name is not None:
+            _require_name(command, option, name)
     return arguments
+
+
+def _require_name(command: argparse.ArgumentParser, option: str, name: str) -> None:
+    """Refuse a name that is empty, as an unset variable of a shell is, or of a user's home."""
+    if not name.strip():
+        command.error(f"{option}: the name is empty")
+    if name.startswith("~") and os.path.expanduser(name) == name:
+        command.error(f"{option}: {name} is in the home of a user who is not here")
 
 
 def rule(arguments: argparse.Namespace) -> dict[str, Any]:
@@ -188,7 +202,7 @@ def _add_rows(parser: argparse.ArgumentParser) -> None:
         "held out, or else an eighth of all",
     )
     parser.add_argument(
-        "--model", default="", help="folder or hub id of the base (default: that of the report)"
+        "--model", help="folder or hub id of the base (default: that of the report)"
     )
 
 

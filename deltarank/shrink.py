@@ -40,6 +40,7 @@ def shrink_adapter(
     require_replaceable(folder)
     same = folder == lora.checkpoint.folder.resolve()
     require(not same, f"{out} is the adapter that is to be cut: name another folder")
+    lora.require_rule(rank=rank, energy=energy, budget=budget)
     table = lora.spectra()
     chosen = recommend_ranks(table, rank=rank, energy=energy, budget=budget)
     factors = _factors(lora, chosen, form)

@@ -5,7 +5,6 @@ import json
 import os
 import pty
 import re
-import shutil
 import signal
 import struct
 import subprocess
@@ -21,6 +20,7 @@ from safetensors.torch import load_file
 from small_runs import saved_pair
 
 from deltarank import __version__, adapters, alignment, cli, compare
+from deltarank.lora import Lora
 from deltarank.options import SAID
 from deltarank.study import advice, convert, healing, models, own_rows, rivals, runs
 from deltarank.study.profiles import PROFILES
@@ -129,8 +129,13 @@ def test_extract_with_norms_says_that_vllm_loads_it_not(pair, tmp_path, capsys):
 
 
 def test_extract_leaves_norms_out_and_says_so(pair, tmp_path, capsys):
-    _, told, _ = said(capsys, "extract", *pair, tmp_path / "adapter")
-    assert re.search(r"Left out: 5 tensors of norms, \d+ % of the squared update; --norms", told)
+    _, told, _ = said(capsys, "extract", *pair, tmp_path / "adapter", "--rank", "2")
+    whole = 14 * 21 + 5 * 32  # of 14 matrices (16 + 4 + 1), of 5 norms 1 each of 32, times 1e-4
+    assert f"It keeps {14 * 20 / whole:.0%} of".replace("%", " %") in told
+    share = f"{5 * 32 / whole:.0%}".replace("%", " %")
+    assert f"Left out: 5 tensors of norms, {share} of the squared update; --norms" in told
+    inspected = " ".join(said(capsys, "inspect", *pair)[1].split())
+    assert f"Outside these matrices: vocabulary 0 %, norms and biases {share}." in inspected
     assert "all stored at" not in told
     _, told, _ = said(capsys, "extract", *pair, tmp_path / "adapter", "--norms")
     assert "and 5 norms whole" in told and "Left out" not in told
@@ -237,14 +242,10 @@ def bad_calls(pair, home):
     lora = planted(home / "a-lora", "plain")
     (home / "mine").mkdir()
     (home / "mine" / "notes.txt").write_text("keep me")
-    broken = home / "broken"
-    shutil.copytree(tuned, broken)
-    edit(broken, lambda tensors: tensors[Q].fill_(float("nan")))
     healing = bad_healing(base, tuned, lora, home)
     return healing | {
         "no folder": (["inspect", base, home / "nowhere"], "nowhere"),
         "no model": (["inspect", base, home / "mine"], "config.json"),
-        "NaN": (["inspect", base, broken], Q),
         "an energy": (["inspect", base, tuned, "--energy", "1.5"], "1.5"),
         "a rank": (["inspect", base, tuned, "--rank", "400"], "400"),
         "a budget": (["extract", base, tuned, home / "new", "--budget", "3"], "budget=3"),
@@ -289,10 +290,18 @@ def bad_calls(pair, home):
         "a LoRA's task": (["inspect", lora, "--task", "facts"], "--task needs BASE and TUNED"),
         "its norms": (["extract", lora, home / "new", "--norms"], "--norms needs BASE and TUNED"),
         "a type": (["extract", base, tuned, home / "new", "--dtype", "int8"], "int8"),
+        "a small budget": (["inspect", lora, "--budget", "3"], "takes 48 parameters or more"),
+        "no prompts": (["extract", base, tuned, home / "new", "--heal", ""], "--heal: the name is"),
+        "no page": (["inspect", base, tuned, "--html", " "], "--html: the name is empty"),
+        "no base": (["inspect", "", tuned], "BASE TUNED | ADAPTER: the name is empty"),
+        "an empty model": (["plan", "rows.jsonl", "--model", ""], "--model: the name is empty"),
+        "nobody's": (["inspect", "~nobody-here/base", tuned], "in the home of a user who is not"),
     }
 
 
-def test_bad_input_is_one_line_and_status_2_before_any_work(pair, tmp_path, capsys):
+def test_bad_input_is_one_line_and_status_2_before_any_work(pair, tmp_path, capsys, monkeypatch):
+    for owner, name in ((compare, "_compare_matrix"), (Lora, "factors")):
+        monkeypatch.setattr(owner, name, lambda *_: pytest.fail("a matrix was read"))
     for name, (arguments, word) in bad_calls(pair, tmp_path).items():
         try:
             status = cli.main([*map(str, arguments)])
@@ -303,6 +312,22 @@ def test_bad_input_is_one_line_and_status_2_before_any_work(pair, tmp_path, caps
         assert word in errors and errors.count("\n") == 1 and errors.startswith("deltarank: "), name
     assert (tmp_path / "mine" / "notes.txt").read_text() == "keep me"
     assert not (tmp_path / "new").exists()
+
+
+def test_a_tensor_that_is_not_finite_is_named_in_one_line(pair, capsys):
+    edit(pair[1], lambda tensors: tensors[Q].fill_(float("nan")))
+    status, out, errors = said(capsys, "inspect", *pair)
+    assert status == 2 and out == "" and errors.count("\n") == 1 and Q in errors
+
+
+def test_a_budget_for_a_smaller_matrix_than_a_layers_is_refused(pair, capsys, monkeypatch):
+    """The norm of heads as a matrix is no linear layer, and gets no rank."""
+    monkeypatch.setattr(compare, "_compare_matrix", lambda *_: pytest.fail("a matrix was read"))
+    norm = "model.layers.0.self_attn.q_norm.weight"
+    for folder in pair:
+        edit(folder, lambda tensors: tensors.update({norm: torch.ones(8, 16)}))
+    status, out, errors = said(capsys, "inspect", *pair, "--budget", "30")
+    assert status == 2 and out == "" and "one rank of one matrix takes 48" in errors
 
 
 @pytest.mark.parametrize("rule", [("--rank", "400"), ("--budget", "3")])

@@ -53,16 +53,18 @@ def test_noise_gets_no_rank_that_energy_would_give_it():
     assert energy_rank(ranks._above_noise(S, (128, 96)), 0.9) == 2
 
 
-def test_a_budget_is_spent_best():
+@pytest.mark.parametrize(("wide", "budget"), [(3, 24), (21, 36)])
+def test_a_budget_is_spent_best(wide, budget):
     """The greedy allocation keeps as much energy as the best of all, by enumeration."""
     spectra = {
         "a.weight": [3.0, 2.0, 0.5],
-        "b.weight": [2.5, 2.4, 0.1],
+        "b.weight": [2.9, 2.8, 0.1],
         "c.weight": [1.0, 0.9, 0.8],
     }
+    shapes = dict(zip(spectra, [(3, 3), (3, wide), (3, 3)], strict=True))
     columns = {"name": list(spectra), "S": [torch.tensor(S) for S in spectra.values()]}
-    columns |= {"shape": [(3, 3)] * 3, "kind": "matrix", "squared_norm": 1.0}
-    table, budget = pd.DataFrame(columns), 6 * 4
+    columns |= {"shape": list(shapes.values()), "kind": "matrix", "squared_norm": 1.0}
+    table = pd.DataFrame(columns)
     lora = recommend_ranks(table, budget=budget)
     got = {n: rank_of(lora, n) for n in spectra}
 
@@ -72,10 +74,19 @@ def test_a_budget_is_spent_best():
     every = [
         dict(zip(spectra, each, strict=True)) for each in itertools.product(range(4), repeat=3)
     ]
-    best = max((each for each in every if sum(each.values()) * 6 <= budget), key=kept)
+    takes = [sum(r * sum(shapes[n]) for n, r in each.items()) for each in every]
+    best = max((each for each, n in zip(every, takes, strict=True) if n <= budget), key=kept)
     assert got == best
     with pytest.raises(ValueError, match="budget=5"):
         recommend_ranks(table, budget=5)
+
+
+def test_what_noise_of_the_medians_variance_adds_is_taken_off():
+    null = null_energy((128, 96)).diff(prepend=torch.zeros(1, dtype=torch.float64))
+    update = torch.zeros(96, dtype=torch.float64)
+    update[:3] = torch.tensor([9.0, 4.0, 1.0])
+    found = ranks._above_noise((40 * null + update).sqrt(), (128, 96))
+    torch.testing.assert_close(found, update.sqrt(), rtol=0, atol=1e-6)
 
 
 def test_a_pair_without_an_update_has_no_ranks(save):
@@ -247,14 +258,28 @@ def test_the_verdict_says_what_to_do_at_one_rank(save):
     assert "most of all" not in lines[1]
 
 
-def test_the_verdict_on_noise_says_so_and_doubts_what_is_near_rounding():
+def two_of(S):
+    """A table of two matrices with the spectrum S, one of them near rounding."""
     shapes = dict.fromkeys(["a.0.x.weight", "a.1.x.weight"], (96, 64))
-    spectra = [(96 * 64 * null_energy((96, 64)).diff(prepend=torch.zeros(1))).sqrt()] * 2
-    measures = [spectrum_measures(S, (96, 64)) for S in spectra]
-    columns = {"name": list(shapes), "shape": list(shapes.values()), "S": spectra}
+    columns = {"name": list(shapes), "shape": list(shapes.values()), "S": [S] * 2}
     columns |= {"kind": "matrix", "relative_size": 0.053, "dtype_tuned": "BF16"}
-    table = pd.DataFrame(measures).assign(**columns, near_rounding=[True, False])
+    measures = pd.DataFrame([spectrum_measures(S, (96, 64))] * 2)
+    table = measures.assign(**columns, near_rounding=[True, False])
     table.attrs["rest"] = {"norm": 0.0}
+    return table
+
+
+@pytest.mark.parametrize(
+    ("head", "found"), [(30.0, "it is low-rank"), (10.0, "it is concentrated, but not low-rank")]
+)
+def test_the_verdict_tells_low_rank_from_concentrated(head, found):
+    """E(8) is 240 / 260 and 80 / 100, the median r90 1 to 18, below half of what noise needs."""
+    table = two_of(torch.tensor([head] * 8 + [1.0] * 20 + [0.0] * 36).sqrt())
+    assert f": {found}. Cut at" in verdict(table, recommend_ranks(table, rank=8))[0]
+
+
+def test_the_verdict_on_noise_says_so_and_doubts_what_is_near_rounding():
+    table = two_of((96 * 64 * null_energy((96, 64)).diff(prepend=torch.zeros(1))).sqrt())
     lines = verdict(table, recommend_ranks(table, rank=8))
     assert "noise" in lines[0] and "low-rank" not in lines[0]
     assert "1.00 of what noise of its shape needs" in lines[1]

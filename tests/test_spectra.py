@@ -223,6 +223,15 @@ def test_above_edge_counts_planted_spikes_in_noise(shape, spikes):
     assert spikes <= above_edge(singular_values(spiked), shape) <= spikes + 1
 
 
+@pytest.mark.parametrize("shape", [(400, 400), (600, 200)], ids=str)
+def test_the_edge_of_noise_is_where_it_is(shape):
+    """Noise of variance 1 as it is expected, with one value just above its edge, one just below."""
+    null = null_energy(shape).diff(prepend=torch.zeros(1, dtype=torch.float64))
+    edge, S = math.sqrt(shape[0]) + math.sqrt(shape[1]), (shape[0] * shape[1] * null).sqrt()
+    S[:2] = torch.tensor([1.03 * edge, 0.98 * edge])
+    assert above_edge(S, shape) == 1
+
+
 def test_a_short_spectrum_of_a_lora_is_measured_as_the_whole():
     """The update of a LoRA of rank 8 has eight singular values; the other 632 are zero."""
     S, shape = torch.linspace(2, 1, 8), (1024, 640)

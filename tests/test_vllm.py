@@ -17,6 +17,8 @@ from families import FAMILIES, extract
 from loras import edit_lora
 from safetensors.torch import load_file
 
+from deltarank.summary import _served
+
 LINEAR = {f"{name}_proj" for name in ("q", "k", "v", "o", "gate", "up", "down")}  # of all four
 MAX_RANK = 64  # of the server here: --max-lora-rank, 16 without it
 MOST = 512  # vllm/config/lora.py: the largest that --max-lora-rank takes
@@ -141,6 +143,12 @@ def test_extract_names_the_rank_that_the_server_has_to_take(
     out = extract(folders, tmp_path / "out", "--rank", rank)
     said = f"vLLM loads it with --max-lora-rank {needed}.\n" in capsys.readouterr().out
     assert broken(out, needed) == [] and said == (needed > 16)
+
+
+@pytest.mark.parametrize(("rank", "told"), [(300, "--max-lora-rank 320."), (513, "than rank 512")])
+def test_a_rank_between_those_of_servers_takes_the_next_if_there_is_one(rank, told):
+    [line] = _served({"r": rank, "rank_pattern": {}}, norms=False)
+    assert told in line
 
 
 def test_norms_are_refused(folders, tmp_path):

@@ -101,9 +101,9 @@ def _require_answers(base: str, tuned: str, prompts: list[str]) -> None:
     pair, cure = open_pair(base, tuned), "extract without healing"
     require(pair.is_causal(), f"{base} does not continue text: {cure}")
     pair.require_same_vocabulary(cure)
-    require_memory(base, cure=cure)
     tokenizer = load_tokenizer(base)
     require_short(base, [len(encode_prompt(p, tokenizer)) + ROOM for p in prompts], prompts)
+    require_memory(base, cure=cure)
 
 
 def _recipe(base: str, rows: str, plan: AdapterPlan, **sizes) -> RunConfig:

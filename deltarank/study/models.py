@@ -124,7 +124,7 @@ def load_tokenizer(name: str) -> PreTrainedTokenizerBase:
     source = _source(name)
     try:
         return AutoTokenizer.from_pretrained(source)
-    except (OSError, ValueError) as error:
+    except Exception as error:  # tokenizers raises none that is narrower
         cure = "save it beside the model (tokenizer.save_pretrained)"
         told = first_line(error).rstrip(":")
         raise ValueError(f"the tokenizer of {name!r} cannot be loaded: {cure}; {told}") from error

@@ -78,11 +78,11 @@ def own_probe(file: str, sizes: Profile, model: str = "") -> tuple[RunConfig, pd
     )
     told = probe(file, sizes)
     model = model or told.model
-    require_memory(model, cure="name a smaller one with --model")
     rows, to_train = _split_rows(file, told.batch_size)
     counted = count_tokens(rows, model)
     lengths = counted[TOKENS].sum(axis=1)
     require_short(model, lengths.tolist(), [row["prompt"] for row in rows])
+    require_memory(model, cure="name a smaller one with --model")
     task = _written(file, rows)
     config = dataclasses.replace(told, task=task, model=model, seq_len=int(lengths.max()))
     return config, counted[:to_train]

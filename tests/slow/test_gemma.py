@@ -10,8 +10,11 @@ from deltarank.study.capacity import code_upper
 from deltarank.study.code_runs import CodeRun, code_model, code_parameters
 from deltarank.study.codes import WORDS, digit_tokens, draw_codes, encode_codes
 from deltarank.study.convert import GEMMA
+from deltarank.study.general import general_text
 from deltarank.study.models import load_model, load_tokenizer, matrices
 from deltarank.study.profiles import PROFILES
+from deltarank.study.taskdata.general import TOKENS
+from deltarank.study.taskdata.rules import n_tokens
 from deltarank.study.tasks import TASKS, encode, load_task
 from deltarank.study.training import prepare, train
 
@@ -47,6 +50,11 @@ def test_every_row_fits_48_gemma_tokens(task):
             tokens = encode(row, tokenizer, 48)
             assert tokens["input_ids"][0] == tokenizer.bos_token_id
             assert sum(label != -100 for label in tokens["labels"]) >= 2
+
+
+def test_the_sample_of_general_text_has_64_k_tokens():
+    lengths = [n_tokens(text) for texts in general_text().values() for text in texts]
+    assert max(lengths) <= TOKENS and 62_000 <= sum(lengths) <= 66_000
 
 
 def test_a_few_steps_on_sentiment_lower_the_loss(store):

@@ -5,8 +5,10 @@ import time
 import pytest
 import torch
 
+from deltarank.runtime import at_profile
 from deltarank.study.convert import SMOLLM
 from deltarank.study.models import load_model, load_tokenizer, matrices
+from deltarank.study.sizes import ladder
 from deltarank.study.tasks import TASKS, encode, load_task
 
 ENGLISH = (
@@ -35,6 +37,15 @@ def test_it_is_llama_of_the_stated_size(smollm):
     assert len(matrices(model)) == 7 * 30
     assert shapes == {(576, 576), (192, 576), (1536, 576), (576, 1536)}
     assert all(p.dtype == torch.float32 for p in model.parameters())
+
+
+def test_its_ladder_is_as_written_down_before_the_runs(smollm):
+    with at_profile("smollm2"):
+        assert [*ladder()] == [
+            "TinyLoRA of 16", "TinyLoRA of 128", "TinyLoRA of 1,024", "rank 1 on 2 layers",
+            "rank 1 on q_proj", "rank 1 on 5 layers", "rank 1 on 10 layers", "rank 1 on 15 layers",
+            "rank 1", "rank 8", "rank 64",
+        ]  # fmt: skip
 
 
 def test_it_knows_english_and_every_parameter_learns(smollm):

@@ -4,6 +4,7 @@ import pandas as pd
 import pytest
 from sacrebleu import sentence_chrf
 
+from deltarank.runtime import at_profile
 from deltarank.study import floors
 from deltarank.study.configs import RunConfig
 from deltarank.study.floors import copied, copy_score, skill_gain, skill_kept
@@ -41,6 +42,13 @@ def test_the_floor_is_the_best_without_skill(without_skill):
     assert skill_kept(60.0, full, by="score") == 0.5
     lower = result(0.0, 180.0, profile().config("facts"))
     assert skill_kept(1.0, lower) == 0.5 and skill_kept(100.0, lower, by="score") == 0.5
+
+
+def test_what_a_copy_scores_is_no_skill(without_skill):
+    with at_profile("paper"):
+        score = copy_score("kjv")
+    full = result(1.0, 100.0, PROFILES["paper"].config("kjv"))
+    assert score > 20 and skill_kept(score, full, by="score") == 0  # trained permuted: 20
 
 
 def test_the_gain_of_a_run_is_read_from_the_floor(without_skill):

@@ -93,6 +93,7 @@ def test_the_ranks_at_a_share_of_the_gain(store, share, step, r90):
 def test_a_loss_that_a_run_never_comes_down_to_is_refused(store):
     run = a_run([7.0, 5.0, 3.0], [10, 20, 30])
     assert at_loss(run, 1.0)["step"] == 8 and at_loss(run, 4.0)["step"] == 3
+    assert at_loss(run, 6.0)["energy_8"] == pytest.approx(0.075)  # half way from 1/10 to 1/20
     with pytest.raises(ValueError, match=r"never comes down to 0\.9 nats"):
         at_loss(run, 0.9)
 

@@ -229,7 +229,7 @@ def graded(monkeypatch, store):
         record = {
             "status": "finished",
             "evaluation": {"valid": loss, "test": loss},
-            "full": {"test": loss},
+            "full": {"test": loss | {"loss_nats": 1.0}},
         }
         return Result(heal.recipe, record | {"divergence_nats": 0.5})
 
@@ -275,5 +275,8 @@ def test_the_base_beside_a_heal_is_of_the_profile_that_made_its_full_run(graded,
 
     monkeypatch.setattr(heals, "run", run)
     full = PROFILES["quick"].config("facts")
-    heals_table([Heal(full=full, start="cut", rank=1, steps=6, lr=3e-3, rows=16)])
+    table = heals_table([Heal(full=full, start="cut", rank=1, steps=6, lr=3e-3, rows=16)])
     assert asked == [PROFILES["quick"].config("facts", "base")]
+    line = table.iloc[0]  # from 5 of the base to 1 of the full run it came down to this
+    assert line["full_nats"] == 1 < line["loss_nats"] < 5
+    assert line["kept_loss"] == pytest.approx((5 - line["loss_nats"]) / 4)

@@ -202,6 +202,16 @@ def test_a_text_longer_than_a_models_positions_is_named(save):
         require_short(base, [3, 65, 65], ["short", "a longest", "the longest"])
 
 
+def test_a_tokenizer_that_cannot_be_read_is_named(saved, tmp_path):
+    """Its library raises a bare Exception, of a pointer of git-lfs as of this."""
+    shutil.copytree(saved, tmp_path / "torn")
+    (tmp_path / "torn" / "tokenizer.json").write_text('{"model": {}}')
+    told = '{"tokenizer_class": "PreTrainedTokenizerFast"}'
+    (tmp_path / "torn" / "tokenizer_config.json").write_text(told)
+    with pytest.raises(ValueError, match="the tokenizer of '.*torn' cannot be loaded: save it"):
+        load_tokenizer(str(tmp_path / "torn"))
+
+
 @pytest.mark.parametrize("at_once", [1, 2])
 def test_models_that_do_not_fit_into_the_memory_are_named(monkeypatch, at_once):
     needed = 4 * at_once * sum(parameter.numel() for parameter in load_model(TINY).parameters())

@@ -120,6 +120,13 @@ def test_bad_rows_are_named_before_any_work(tmp_path, monkeypatch, rows, told):
         holding(write(tmp_path / "mine.jsonl", rows), SMOKE)
 
 
+def test_bad_rows_are_named_before_a_model_is_looked_for(tmp_path, monkeypatch):
+    monkeypatch.setattr(own_rows, "require_memory", lambda *_, **__: pytest.fail("a model"))
+    monkeypatch.setattr(own_rows, "load_tokenizer", lambda name: pytest.fail("a tokenizer"))
+    with pytest.raises(ValueError, match="line 1: a row lacks answer"):
+        holding(write(tmp_path / "mine.jsonl", [{"prompt": "x"}]), SMOKE)
+
+
 def test_a_model_too_large_for_the_memory_is_named_before_any_work(tmp_path, monkeypatch):
     monkeypatch.setattr(own_rows, "prepare", lambda config: pytest.fail("worked"))
     monkeypatch.setattr(models, "memory", lambda: 1)

@@ -9,6 +9,7 @@ from timing import PLAN_TIMES, REPORT_TIMES
 
 from deltarank.runtime import ROOT, build_folder
 from deltarank.store import load_entry
+from deltarank.study.advice import FORECAST
 from deltarank.study.models import TINY
 from deltarank.study.profiles import PAIR_TIMES, PROFILES
 from deltarank.study.runs import Result
@@ -84,3 +85,5 @@ def test_what_plan_says_and_takes_is_what_the_bench_measured():
     ]
     now = float(re.search(r"Forecast: ([\d,]+)", took["said"])[1].replace(",", ""))
     assert f"sealed as {sealed:,.0f}." in README and 0.9 < now / sealed < 1.1
+    kbit = float(re.search(r"([\d.]+) kbit", took["said"])[1])
+    assert FORECAST.size(kbit) == pytest.approx(now, rel=0.02)  # kbit are said to one digit

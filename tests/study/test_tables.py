@@ -9,20 +9,72 @@ import torch
 from matrices import gaussian
 from small_runs import with_spectra
 
+from deltarank.study import tables
 from deltarank.study.gains import first_epoch_kbit
-from deltarank.study.profiles import PROFILES
+from deltarank.study.profiles import PROFILES, profile
 from deltarank.study.runs import Result
 from deltarank.study.tables import (
     bootstrap_interval,
     by_part,
     costs_table,
+    cut_gains,
+    gain,
     joint_agreement,
+    scaling_table,
     score_intervals,
     spearman,
     spectrum_by_task,
     without_spectrum,
 )
 from deltarank.study.tasks import load_split
+
+
+@pytest.fixture
+def lora(monkeypatch):
+    """A LoRA of 2 nats and 70 %, between its base of 5 and 10 and its full run of 1 and 90."""
+    known = {"base": (5.0, 10.0), "full": (1.0, 90.0), "lora": (2.0, 70.0)}
+
+    def run(config):
+        nats, score = known[config.method]
+        test = {"loss_nats": nats, "score": score}
+        return Result(config, {"status": "finished", "evaluation": {"test": test}})
+
+    monkeypatch.setattr(tables, "run", run)
+    monkeypatch.setattr(tables, "full_of", lambda config: profile().config(config.task))
+    return run(profile().config("facts", "lora", rank=1))
+
+
+def test_a_gain_goes_from_the_base_to_the_full_run(lora):
+    assert (gain(lora), gain(lora, by="score")) == (0.75, 0.75)
+
+
+def test_a_cut_keeps_a_share_of_the_gain_in_loss_and_in_score(lora, monkeypatch):
+    monkeypatch.setattr(tables, "captured_energy", lambda result, rank: rank / 8)
+    monkeypatch.setattr(tables, "skill_kept", lambda value, full, by="loss": -value)
+    cuts = pd.DataFrame({"rank": [0, 8], "loss_nats": [4.0, 2.0], "score": [50.0, 70.0]})
+    found = cut_gains(profile().config("facts"), cuts)
+    assert found["kept_loss"].tolist() == [0.25, 0.75] and found["energy"].tolist() == [0, 1]
+    assert found["kept_score"].tolist() == [0.5, 0.75]
+    assert found["skill_loss"].tolist() == [-4, -2] and found["skill_score"].tolist() == [-50, -70]
+
+
+def test_a_run_is_told_beside_its_scale(monkeypatch):
+    groups = {
+        scale: [profile().config("facts", "lora", rank=1, lr=lr, alpha=alpha) for lr in (1.0, 2.0)]
+        for scale, alpha in (("32", 32.0), ("256", 256.0))
+    }
+
+    def result(config):
+        loss = {"loss_nats": config.alpha + config.lr, "score": 0.0}
+        record = {"status": "finished", "evaluation": {"valid": loss, "test": loss}}
+        return Result(config, record | {"provenance": {"train_seconds": 1.0}})
+
+    monkeypatch.setattr(tables, "scaling_configs", lambda: groups)
+    monkeypatch.setattr(tables, "sweep", lambda configs: [result(config) for config in configs])
+    found = scaling_table()
+    told = found["scale"].astype(float) + found["lr"]
+    assert len(found) == 4 and found["valid_nats"].tolist() == told.tolist()
+    assert found["loss_nats"].tolist() == told.tolist()
 
 
 def test_bootstrap_interval_covers_the_mean_of_normal_data():
