@@ -79,7 +79,7 @@ gallery: $(READY) ## inspect the site's three examples anew (trained again where
 
 test-browser: $(READY) ## test site and figures as readers see them (needs chromium: apt-get install chromium)
 	@$(BIN)/python -m pip install -q --disable-pip-version-check -e .[browser] -c requirements.lock
-	@$(BIN)/python -m pytest -q tests/browser_*.py
+	@$(TESTS) tests/browser_*.py
 
 inspect: $(READY) ## BASE=… TUNED=… [TASK=…] [OUT=…]: a page on your own models, their adapter in OUT
 	@test -n "$(BASE)" -a -n "$(TUNED)" || { \
