@@ -64,19 +64,19 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     counts, names = PATHS[arguments.command]
     if len(arguments.paths) not in counts:
         command.error(f"give {names.replace(' | ', ', or ')}; {len(arguments.paths)} given")
-    options = {f"--{name}": getattr(arguments, name, None) for name in NAMED}
-    for option, name in [*options.items(), *((names, path) for path in arguments.paths)]:
+    named = [(f"--{option}", getattr(arguments, option, None)) for option in NAMED]
+    for what, name in [*named, *((names, path) for path in arguments.paths)]:
         if name is not None:
-            _require_name(command, option, name)
+            _require_name(command, what, name)
     return arguments
 
 
-def _require_name(command: argparse.ArgumentParser, option: str, name: str) -> None:
+def _require_name(command: argparse.ArgumentParser, what: str, name: str) -> None:
     """Refuse a name that is empty, as an unset variable of a shell is, or of a user's home."""
     if not name.strip():
-        command.error(f"{option}: the name is empty")
+        command.error(f"{what}: the name is empty")
     if name.startswith("~") and os.path.expanduser(name) == name:
-        command.error(f"{option}: {name} is in the home of a user who is not here")
+        command.error(f"{what}: {name} is in the home of a user who is not here")
 
 
 def rule(arguments: argparse.Namespace) -> dict[str, Any]:
