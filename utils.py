@@ -81,15 +81,7 @@ from deltarank.study.plan import (
 )
 from deltarank.study.profiles import PAIR_TIMES, PLANTED_RANKS, PROFILES, profile
 from deltarank.study.rivals import against_chance, costs, dealt, forecasts, known_sizes, read_of
-from deltarank.study.runs import (
-    Result,
-    example_update,
-    repeated,
-    run,
-    spectral_gap,
-    stored,
-    sweep,
-)
+from deltarank.study.runs import Result, example_update, repeated, run, spectral_gap, stored, sweep
 from deltarank.study.search import coarse_search, coarsely_tuned, lr_search, tuned
 from deltarank.study.sizes import (
     bracket_gains,

@@ -150,7 +150,7 @@ def _marchenko_pastur(c: float) -> tuple[Tensor, Tensor, Tensor]:
 def null_energy(shape: tuple[int, int], *, draws: int = 0) -> Tensor:
     """energy(S) of a matrix of this shape with independent entries of one variance.
 
-    draws = 0: closed form, the quantiles of the Marchenko-Pastur law (1967) at (i - 1/2) / n.
+    draws = 0: closed form, what the largest r / n of the Marchenko-Pastur law (1967) hold of it.
     draws > 0: mean over that many seeded Gaussian matrices.  Both (min(shape),), float64.
 
     >>> round(float(null_energy((768, 768))[63]), 3)

@@ -190,11 +190,12 @@ class RunConfig:
 def identity_fields(config: Any) -> dict:
     """The fields of a configuration by name, but for those that say they are no part of it.
 
-    What is a number is a float however it was written, so that alpha 32 and 32.0 have one key.
+    Numbers are of one type however they were written, so that alpha 32 and 32.0 have one key.
     """
     fields = [f for f in dataclasses.fields(config) if f.metadata.get("identity", True)]
     given = {f.name: getattr(config, f.name) for f in fields}
-    return given | {f.name: float(given[f.name]) for f in fields if f.type == "float"}
+    kinds = {"float": float, "int": int}  # NumPy has its own
+    return given | {f.name: kinds[f.type](given[f.name]) for f in fields if f.type in kinds}
 
 
 def each_once(values: tuple) -> bool:

@@ -12,6 +12,7 @@ from deltarank.study.runs import Result, run
 from deltarank.study.trials import METHODS, chosen, trials
 
 AGAIN = "LoRA again"  # with other seeds: what two of the same method differ by
+APART = 100  # which these seeds lie from the first: the next seeds would share epochs with them
 
 
 def contestants(size: int) -> list[str]:
@@ -39,12 +40,12 @@ def finals_table() -> pd.DataFrame:
 
     Columns: as of trials_table, with seed, on test rows, and the score (NaN where a run diverged).
     LoRA comes once more as
-    AGAIN, at the same setting with as many seeds that follow on the profile's.
+    AGAIN, at the same setting with as many seeds, APART from the profile's.
     """
     lines, seeds = [], profile().seeds
     for task, size in profile().contests:
         for name in [*contestants(size), AGAIN]:
-            method, shift = ("LoRA", 1 + max(seeds)) if name == AGAIN else (name, 0)
+            method, shift = ("LoRA", APART) if name == AGAIN else (name, 0)
             tried = trials(task, method, size)
             for seed in seeds:
                 result = run(chosen(tried, seed=seed + shift))

@@ -58,10 +58,13 @@ def _judged(hidden: Tensor, target: Tensor, head: Tensor, rule: LogitRule) -> tu
 
 
 def mean_loss(model: nn.Module, config: RunConfig, rows: Sequence[dict]) -> float:
-    """The mean loss of the rows' answers, in nats a token, of a model that may be in training."""
+    """The mean loss of the rows' answers, in nats a token, of a model that may be in training.
+
+    NaN where that of a row is.
+    """
     with scoring(model):
         scores = score_rows(model, config, rows)
-    return float(scores["nats"].sum() / scores["tokens"].sum())
+    return float(scores["nats"].sum(skipna=False) / scores["tokens"].sum())
 
 
 @torch.no_grad()

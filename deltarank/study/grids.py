@@ -32,7 +32,17 @@ class LadderGrid:
 
 USUAL = ("rank 1 on 3 layers", "rank 1", "rank 8")
 LADDER = LadderGrid(  # the paper's
-    seed_tasks=("kjv", "sentiment", "facts", "arithmetic", "sorbian", "code", "mix"),
+    seed_tasks=(
+        "pirate",
+        "json",
+        "kjv",
+        "sentiment",
+        "facts",
+        "arithmetic",
+        "sorbian",
+        "code",
+        "mix",
+    ),
     longer_tasks=("kjv",),
     begun=(
         ("dates", ("TinyLoRA of 128", "TinyLoRA of 1,024", *USUAL)),

@@ -30,9 +30,8 @@ class Law:
         >>> Law(2.0, 50.0).share(np.array([0.2, 20.0])).round(3).tolist()
         [1.0, 0.1]
         """
-        return np.exp(-np.logaddexp(0.0, self.sharpness * np.log(load / self.capacity))) ** (
-            1 / self.sharpness
-        )
+        s = self.sharpness
+        return np.exp(-np.logaddexp(0.0, s * np.log(load / self.capacity)) / s)
 
     def load(self, share: float) -> float:
         """The load of which this share is kept: the inverse of `share`.

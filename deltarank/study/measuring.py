@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from deltarank.checkpoints import is_vocabulary
-from deltarank.checks import require_disk
+from deltarank.checks import all_finite, require_disk
 from deltarank.runtime import cache_folder, commit, device_name, processor, progress
 from deltarank.spectra import factor_singular_values, rank_measures, singular_values
 from deltarank.study.configs import FACTORED, GROWTH_ROWS, RunConfig
@@ -90,8 +90,9 @@ def measure(config: RunConfig, label: str = "") -> dict:
     growth: list[dict] = []
 
     def note_growth(step: int) -> None:
-        if step in config.growth_steps:
-            growth.append({"step": step} | _growth(config, model, W0))
+        if step in config.growth_steps and all(map(all_finite, matrices(model).values())):
+            note = {"step": step} | _growth(config, model, W0)
+            growth.extend([note] * math.isfinite(note["loss_nats"]))  # else the next step ends it
 
     clock = time.time()
     losses = []

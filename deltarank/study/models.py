@@ -21,6 +21,7 @@ if TYPE_CHECKING:  # transformers is imported where it loads
     from transformers import PreTrainedTokenizerBase
 
 LONGEST = 2048  # tokens of a row of a reader's own
+KINDS = ("safetensors", "json", "model", "txt")  # of files that say what a model computes
 TINY = "tiny-gemma3"  # two random layers of the same architecture, for tests
 
 
@@ -37,7 +38,7 @@ def model_sha256(name: str) -> str:
     if not source.is_dir():
         folder = download(name, ["config.json"])  # named by the commit; without a network, the last
         return digest({"name": name, "revision": folder.name})
-    files = sorted(source.glob("*.safetensors"))
+    files = sorted(file for kind in KINDS for file in source.glob(f"*.{kind}"))
     return digest({file.name: file_sha256(file) for file in files})
 
 

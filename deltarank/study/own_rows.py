@@ -7,6 +7,7 @@ import json
 import math
 import random
 import time
+import warnings
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -88,13 +89,22 @@ def own_probe(file: str, sizes: Profile, model: str = "") -> tuple[RunConfig, pd
     return config, counted[:to_train]
 
 
+def _warn_of_known(name: str, rows: list[dict], held: list[dict]) -> None:
+    """Warn of rows that are held out and trained on, too: they tell what is known by heart."""
+    known = {(row["prompt"], row["answer"]) for row in rows}
+    count = sum((row["prompt"], row["answer"]) in known for row in held)
+    if count:
+        told = f"{count} of the {len(held)} rows held out of {name} are trained on, too"
+        warnings.warn(f"{told}: the bits learned are what is known by heart", stacklevel=2)
+
+
 def _split_rows(file: str, batch_size: int) -> tuple[list[dict], int]:
     """The rows of a file, each with its split, "train" before "test", and how many are to train on.
 
     Those held out of the rows to train on are among these.
     """
-    given, rng = load_task(file), random.Random(0)
-    held = given.pop("test", []) if len(given) > 1 else []  # rows that name no split are of "test"
+    given, rng = load_task(file, unnamed="train"), random.Random(0)
+    held = given.pop("test", []) if len(given) > 1 else []
     rows = given.get("train") or [row for split in given.values() for row in split]
     to_train = len(rows)
     rng.shuffle(held)
@@ -106,6 +116,7 @@ def _split_rows(file: str, batch_size: int) -> tuple[list[dict], int]:
         len(rows) >= batch_size and bool(held),
         f"{Path(file).name} has {len(rows)} rows to train on: give {2 * batch_size} or more",
     )
+    _warn_of_known(Path(file).name, rows, held[:HELD_OUT])
     named = (rows, "train"), (held[:HELD_OUT], "test")
     return [row | {"split": split} for part, split in named for row in part], to_train
 

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import tempfile
 from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
 
 import pandas as pd
 
@@ -55,7 +57,10 @@ class RunPair:
         places = {c: cache_folder() / "checkpoints" / f"{c.key}-{d}" for c, d in kinds.items()}
         for config, folder in places.items():
             if not folder.exists():
-                save_model(config, folder, dtype=kinds[config])
+                folder.parent.mkdir(parents=True, exist_ok=True)
+                with tempfile.TemporaryDirectory(dir=folder.parent) as scratch:
+                    save_model(config, Path(scratch) / "whole", dtype=kinds[config])
+                    (Path(scratch) / "whole").rename(folder)
         base, tuned = map(str, places.values())
         return base, tuned
 

@@ -117,8 +117,7 @@ class Profile:
         """
         fields = ["model", "steps", "batch_size", "seq_len", "eval_rows", "generate_rows"]
         sizes = {field: getattr(self, field) for field in [*fields, "compile"]}
-        sizes |= {"profile": self.name}
-        sizes |= self.mixes.sizes(len(mix_parts(task)))
+        sizes |= {"profile": self.name} | self.mixes.sizes(len(mix_parts(task)))
         recipes: dict[str, dict] = {
             "base": {"steps": 0},
             "full": {"lr": middle(self.full_lrs)},
@@ -244,6 +243,7 @@ PROFILES = {
         model=SMOLLM,
         committed=True,
         tasks=ALL_TASKS,
+        seeds=(0, 100, 200),  # neighbours share the order of an epoch
         seed_tasks=("facts", "kjv", "arithmetic", "json"),
         alpha_tasks=("facts",),
         seq_len=64,

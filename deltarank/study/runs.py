@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+import threading
 import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -27,6 +28,8 @@ from deltarank.study.measuring import (
 from deltarank.study.models import load_model, load_tokenizer, matrices, quiet_transformers
 from deltarank.study.profiles import entry_folder
 from deltarank.study.training import train
+
+_ALONE = threading.Lock()
 
 
 @dataclass(frozen=True)
@@ -118,8 +121,12 @@ def sweep(configs: Sequence[RunConfig]) -> list[Result]:
 
 
 def _measure_one(config: RunConfig, label: str) -> tuple[RunConfig, dict]:
-    """The configuration beside its outcome: a sweep takes them as they come."""
-    return config, measure(config, label)
+    """The configuration beside its outcome: a sweep takes them as they come.
+
+    One at a time in a process: training draws from generators that its threads share.
+    """
+    with _ALONE:
+        return config, measure(config, label)
 
 
 def updates(config: RunConfig) -> dict[str, Tensor]:
@@ -201,8 +208,23 @@ def repeated(result: Result) -> pd.DataFrame:
     """A run with an update trained anew twice, which is not stored, a line each.
 
     Columns: device and threads; loss_nats and score on test rows; gap_stored and gap_first:
-    spectral_gap to the stored run and to the first repetition, in %.
+    spectral_gap to the stored run and to the first repetition, in %.  The update in the cache,
+    which training replaces, is put back.
     """
+    kept = delta_file(result.config)
+    aside = kept.with_suffix(".aside")
+    if kept.exists():
+        kept.replace(aside)
+    try:
+        return _repetitions(result)
+    finally:
+        kept.unlink(missing_ok=True)
+        if aside.exists():
+            aside.replace(kept)
+
+
+def _repetitions(result: Result) -> pd.DataFrame:
+    """What `repeated` returns."""
     lines, first = [], None
     for _ in range(2):
         record = measure(result.config)

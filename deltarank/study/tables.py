@@ -11,6 +11,7 @@ import pandas as pd
 from torch import Tensor
 
 from deltarank.checkpoints import layer_and_module
+from deltarank.checks import require
 from deltarank.spectra import energy_rank, spectrum_measures
 from deltarank.store import cached
 from deltarank.study.configs import RunConfig
@@ -102,15 +103,15 @@ def score_intervals(result: Result, full: Result, floor: pd.Series) -> pd.DataFr
     """The share of a full run's score above the floor that another has, by part: low and high.
 
     Both are of one mix.  95 % percentile bootstrap over its test rows, drawn for both together,
-    seed 0; floor: the score of each part that needs no skill.  NaN where the full run is at its
-    floor in a draw.
+    seed 0; floor: the score of each part that needs no skill.  Draws in which
+    the full run is not above its floor are NaN, and so is the interval then.
     """
     rows, rng = _rows(result).assign(full=_rows(full)["score"]), np.random.default_rng(0)
     found = {}
     for part, table in rows.dropna(subset="score").groupby("part"):
         scores = table[["score", "full"]].to_numpy()  # (rows, 2)
         draws = scores[rng.integers(0, len(scores), (DRAWS, len(scores)))].mean(1) - floor[part]
-        above = np.where(draws[:, 1] == 0, np.nan, draws[:, 1])
+        above = np.where(draws[:, 1] <= 0, np.nan, draws[:, 1])
         found[part] = np.percentile(draws[:, 0] / above, [2.5, 97.5])
     return pd.DataFrame(found, ["low", "high"]).T
 
@@ -207,7 +208,7 @@ def spectrum_by_task(results: Sequence[Result]) -> pd.DataFrame:
 
 
 def without_spectrum(results: Sequence[Result]) -> pd.DataFrame:
-    """What orders tasks without an SVD, a line a task: medians over these full runs of it.
+    """What orders tasks without an SVD, a line a task: medians over its full runs that finished.
 
     learning rate; norm, that of the update of all matrices (Frobenius); bits, first_epoch_kbit.
     """
@@ -219,6 +220,7 @@ def without_spectrum(results: Sequence[Result]) -> pd.DataFrame:
             "bits": first_epoch_kbit(result),
         }
         for result in results
+        if result.status == "finished"
     )
     return found.groupby("task", sort=False).median()
 
@@ -233,7 +235,7 @@ def spearman(x: pd.Series, y: pd.Series) -> dict[str, float]:
     >>> round(found["spearman"], 3)
     0.866
     """
-
+    y = y[x.index]
     picks = np.random.default_rng(0).integers(0, len(x), (DRAWS, len(x)))
     one, other = (pd.DataFrame(z.to_numpy()[picks]).rank(axis=1) for z in (x, y))
     low, high = one.corrwith(other, axis=1).quantile([0.025, 0.975])
@@ -246,13 +248,16 @@ def joint_agreement(measures: pd.DataFrame, needs: pd.DataFrame) -> dict[str, fl
 
     A line a task in both; infinite values are tied as the highest.  p: how often tasks that are
     paired at random, seed 0, have as high a mean.  Measures that are alike stay alike then, so that
-    p counts them once (permutation test; Phipson and Smyth 2010 for the 1 that is added).
+    p counts them once (permutation test; Phipson and Smyth 2010 for the 1 that is added).  Raises
+    ValueError for a measure or need without an order.
 
     >>> found = joint_agreement(pd.DataFrame({"x": range(8)}), pd.DataFrame({"y": range(8)}))
     >>> round(found["spearman"], 3), found["p"] < 0.01
     (1.0, True)
     """
-    ranks = [table.rank().to_numpy() for table in (measures, needs)]
+    ranks = [table.rank().to_numpy() for table in (measures, needs.loc[measures.index])]
+    told = "a measure or need has one value alone, or none of a task: it has no order"
+    require(all(bool((x.std(0) > 0).all()) for x in ranks), told)
     one, other = (((x - x.mean(0)) / x.std(0)).mean(1) for x in ranks)  # (tasks,)
     paired = np.random.default_rng(0).permuted(np.tile(one, (DRAWS, 1)), axis=1) @ other
     p = (1 + (paired >= one @ other).sum()) / (1 + DRAWS)

@@ -103,11 +103,12 @@ def task_sha256(task: str) -> str:
     return file_sha256(_task_file(task))
 
 
-def load_task(task: str) -> dict[str, list[dict]]:
+def load_task(task: str, *, unnamed: str = "test") -> dict[str, list[dict]]:
     """The rows of a task by split; each has prompt, answer and the metric of its answer.
 
     task: one of TASKS, a mix that mix_of has named, or a JSON-lines file with prompt and answer in
-    each line, scored by exact match; its rows are the split "test" unless they name another.
+    each line, scored by exact match unless a row names one of TASKS; unnamed: the split of its rows
+    that name none.
     """
     splits: dict[str, list[dict]] = {}
     parts = mix_parts(task)
@@ -116,7 +117,7 @@ def load_task(task: str) -> dict[str, list[dict]]:
             continue
         known = TASKS.get(row.get("task", task))
         row["metric"] = known.metric if known else "exact"
-        splits.setdefault(row.get("split", "test"), []).append(row)
+        splits.setdefault(row.get("split", unnamed), []).append(row)
     return splits
 
 

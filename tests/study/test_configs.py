@@ -5,13 +5,14 @@ import os
 import subprocess
 import sys
 
+import numpy as np
 import pytest
 
 from deltarank.runtime import ROOT
 from deltarank.study import configs, tasks
 from deltarank.study.configs import RunConfig
 from deltarank.study.convert import GEMMA
-from deltarank.study.models import TINY, load_model
+from deltarank.study.models import TINY, load_model, model_sha256
 from deltarank.study.profiles import profile
 from deltarank.study.tasks import TASK_FOLDER
 from deltarank.study.training import lora_layers, prepare
@@ -143,6 +144,8 @@ def test_the_key_ignores_the_order_and_the_defaults():
 def test_the_key_is_the_same_however_a_number_is_written():
     whole = LORA | {"alpha": 8, "lr": 1, "max_grad_norm": 1, "warmup": 0}
     assert RunConfig(**whole).key == RunConfig(**(LORA | {"lr": 1.0})).key
+    drawn = {"rank": np.int64(4), "alpha": np.float64(8), "seed": np.int64(3)}
+    assert RunConfig(**(LORA | drawn)).key == RunConfig(**(LORA | {"seed": 3})).key
 
 
 def test_the_key_says_what_the_run_is():
@@ -173,6 +176,17 @@ def test_the_key_changes_with_the_weights_of_a_folder(tmp_path):
         keys.append(RunConfig(**(FULL | {"model": str(tmp_path / name)})).identity)
         model.get_input_embeddings().weight.data += 1
     assert keys[0]["model_sha256"] != keys[1]["model_sha256"]
+
+
+def test_the_key_changes_with_what_else_a_folder_computes_by(tmp_path):
+    keys = []
+    for name in ("a", "b"):
+        load_model(TINY).save_pretrained(tmp_path / name)
+        keys.append(RunConfig(**(FULL | {"model": str(tmp_path / name)})).identity["model_sha256"])
+    (tmp_path / "b" / "config.json").write_text("{}")
+    model_sha256.cache_clear()
+    other = RunConfig(**(FULL | {"model": str(tmp_path / "b")})).identity["model_sha256"]
+    assert keys[0] == keys[1] != other
 
 
 @pytest.mark.slow

@@ -1,10 +1,12 @@
 """Evaluation, against plain cross-entropy and free generation."""
 
+import math
+
 import pytest
 import torch
 from small_runs import batch_of, plain_loss, small
 
-from deltarank.study.evaluation import evaluate, generate, score_rows
+from deltarank.study.evaluation import evaluate, generate, mean_loss, score_rows
 from deltarank.study.models import TINY, load_model
 from deltarank.study.training import prepare, train
 
@@ -59,3 +61,11 @@ def test_evaluate_leaves_the_mode_of_the_model(small_task):
     for mode in (True, False):
         evaluate(model.train(mode), small(), "valid")
         assert model.training == mode
+
+
+def test_the_mean_loss_of_a_broken_model_is_no_number(small_task):
+    config = small()
+    model = prepare(config)
+    with torch.no_grad():
+        model.get_input_embeddings().weight.fill_(math.nan)
+    assert math.isnan(mean_loss(model, config, small_task))

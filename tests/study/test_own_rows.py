@@ -50,6 +50,18 @@ def test_without_a_split_of_training_all_but_tests_are_trained_on(store, tmp_pat
     assert len(counted) == len(RULE)
 
 
+def test_rows_without_a_split_are_trained_on_beside_named_ones(store, tmp_path):
+    rows = RULE + [row | {"split": "valid"} for row in NOISE]
+    _, counted = own_probe(write(tmp_path / "mine.jsonl", rows), SMOKE)
+    assert len(counted) == len(RULE)
+
+
+def test_rows_that_are_trained_on_and_held_out_are_warned_of(store, tmp_path):
+    rows = [row | {"split": split} for split in ("train", "test") for row in RULE[:40]]
+    with pytest.warns(UserWarning, match="40 of the 40 rows held out of mine.jsonl are trained on"):
+        own_probe(write(tmp_path / "mine.jsonl", rows), SMOKE)
+
+
 def test_a_named_split_of_tests_is_held_out_by_chance_and_not_counted(store, tmp_path):
     held = [row | {"split": "test", "kind": kind} for kind in "ab" for row in RULE * 2]
     trained = [row | {"split": "train"} for row in RULE]

@@ -44,6 +44,15 @@ def test_a_repeated_run_says_how_far_its_spectra_are_from_the_stored_ones(config
     assert found[["device", "threads"]].notna().all(axis=None)
 
 
+@pytest.mark.parametrize("there", [True, False])
+def test_a_repetition_leaves_the_update_in_the_cache_as_it_was(config, there):
+    result, file = run(config), delta_file(config)
+    assert result.spectra
+    file.write_bytes(b"that of the stored run") if there else file.unlink()
+    repeated(result)
+    assert file.read_bytes() == b"that of the stored run" if there else not file.exists()
+
+
 def test_a_run_that_is_not_stored_is_none(config):
     assert stored(config) is None
 

@@ -99,6 +99,23 @@ def test_the_interval_of_spearman_covers_what_normal_data_have():
     assert found["high"] == pytest.approx(rho + 1.96 * error, abs=0.5 * error)
 
 
+def test_measures_are_paired_by_the_names_of_tasks():
+    x, y = pd.Series(range(6), list("abcdef")), pd.Series(range(6), list("fedcba"))
+    assert spearman(x, y[::-1]) == spearman(x, y)
+    assert [*spearman(x, y).values()] == pytest.approx([-1, -1, -1])
+    both = (
+        joint_agreement(x.to_frame(), y.to_frame()),
+        joint_agreement(x[::-1].to_frame(), y.to_frame()),
+    )
+    assert both[0]["spearman"] == pytest.approx(-1) == both[1]["spearman"]
+
+
+@pytest.mark.parametrize("needs", [[1.0, 1.0, 1.0], [1.0, math.nan, 2.0]])
+def test_what_has_no_order_is_not_tested(needs):
+    with pytest.raises(ValueError, match="it has no order"):
+        joint_agreement(pd.DataFrame({"x": [1, 2, 3]}), pd.DataFrame({"y": needs}))
+
+
 def test_spearman_leaves_out_draws_without_an_order():
     found = spearman(pd.Series([1, 2]), pd.Series([3, math.inf]))
     assert [*found.values()] == pytest.approx([1, 1, 1])
@@ -161,7 +178,8 @@ def test_what_orders_tasks_without_an_svd_is_the_median_of_their_runs():
     results = [
         Result(
             sizes.config(task, lr=lr),
-            {"train_loss_nats": [nats] * sizes.steps, "squared_norms": {"matrices": norm**2}},
+            {"train_loss_nats": [nats] * sizes.steps, "squared_norms": {"matrices": norm**2}}
+            | {"status": "finished"},
         )
         for task, lr, nats, norm in [
             ("facts", 1e-4, 1.0, 2.0),
