@@ -90,7 +90,7 @@ def measure(config: RunConfig, label: str = "") -> dict:
     growth: list[dict] = []
 
     def note_growth(step: int) -> None:
-        if step in config.growth_steps and all(map(all_finite, matrices(model).values())):
+        if step in config.growth_steps and _whole(model):
             note = {"step": step} | _growth(config, model, W0)
             growth.extend([note] * math.isfinite(note["loss_nats"]))  # else the next step ends it
 
@@ -146,6 +146,11 @@ def evaluate_splits(config: RunConfig, model: nn.Module, label: str) -> dict[str
             found[split] = evaluate(model, config, split)
             bar.update()
     return found
+
+
+def _whole(model: nn.Module) -> bool:
+    """Whether no matrix has NaN or infinite entries, of which there is no spectrum."""
+    return all(all_finite(W.detach()) for W in matrices(model).values())
 
 
 def _growth(config: RunConfig, model: nn.Module, W0: dict[str, Tensor]) -> dict:
