@@ -120,8 +120,10 @@ def _warn_of_what_is_new(pair: Pair, base: str, tuned: str) -> None:
     if new:
         told = f"{tuned} has {_listed(new)}, which {base} has not"
         warnings.warn(f"{told}: no adapter holds them, copy them from {tuned}", stacklevel=3)
-    if pair.only_base:
-        told = f"{base} has {_listed(pair.only_base)}, which {tuned} has not"
+    gone = [f"{n}[{more}:]" for n, more in pair.added_rows().items() if more < 0]
+    lost = gone + pair.only_base
+    if lost:
+        told = f"{base} has {_listed(lost)}, which {tuned} has not"
         warnings.warn(f"{told}: what became of it is not measured", stacklevel=3)
 
 

@@ -218,13 +218,18 @@ def read_header(file: Path) -> dict[str, tuple[str, tuple[int, ...]]]:
     require(bool(start), f"{where} is empty (0 bytes): fetch it again")
     lfs = start.startswith(b"version https://git-lfs")
     require(not lfs, f"{where} is a git-lfs pointer, not weights: run `git lfs pull`")
-    require(start.lstrip()[:1] != b"<", f"{where} is a web page, not weights: fetch it again")
+    page = start.lstrip()[:1] == b"<" and 0 not in start[:8]  # where a header has its length
+    require(not page, f"{where} is a web page, not weights: fetch it again")
     try:
         if file.suffix == ".bin":
             tensors = _unpickle(file).items()
-            return {n: (STORED.get(t.dtype, str(t.dtype)), tuple(t.shape)) for n, t in tensors}
-        with safe_open(file, "pt") as opened:
-            slices = {name: opened.get_slice(name) for name in opened.keys()}  # noqa: SIM118
-            return {n: (s.get_dtype(), tuple(s.get_shape())) for n, s in slices.items()}
+            found = {n: (STORED.get(t.dtype, str(t.dtype)), tuple(t.shape)) for n, t in tensors}
+        else:
+            with safe_open(file, "pt") as opened:
+                slices = {name: opened.get_slice(name) for name in opened.keys()}  # noqa: SIM118
+                found = {n: (s.get_dtype(), tuple(s.get_shape())) for n, s in slices.items()}
     except SafetensorError as error:
         raise ValueError(f"{where} is torn ({first_line(error)}): fetch it again") from error
+    strange = [name for name in found if not name.isprintable()]  # a terminal would obey it
+    require(not strange, f"{where} has a tensor named {strange[:1]}: rename it")
+    return found

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import dataclasses
 import importlib.util
 import os
 import signal
@@ -11,8 +12,12 @@ import sys
 import warnings
 from collections.abc import Iterator, Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from deltarank.options import EXTRA, parse, rule
+
+if TYPE_CHECKING:  # what the command needs is imported when it is at work
+    from deltarank.page import Inspection
 
 CUT_RANKS = (4, 16, 64)  # the cuts that are scored when a task is given
 SCORES = ("transformers", "sacrebleu")  # the packages by which a task is scored ...
@@ -23,24 +28,53 @@ FORM = ("dtype", "patterns", "allow_pickle")  # what both kinds of extraction ta
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command; returns 0, 2 for bad input (named in one line on stderr), 130 for Ctrl-C.
 
-    What ends a job (SIGTERM) ends it as Ctrl-C does: nothing half-written is left.
+    What ends a job (SIGTERM) or a terminal (SIGHUP) ends it as Ctrl-C does: nothing half-written is
+    left.
     """
     arguments = parse(argv)
-    signal.signal(signal.SIGTERM, signal.default_int_handler)
+    with contextlib.suppress(AttributeError):  # no terminal fails for a sign that it cannot show
+        for stream in (sys.stdout, sys.stderr):
+            stream.reconfigure(errors="replace")
+    interrupted = _interruptible()
     try:
         {"inspect": _inspect, "extract": _extract, "plan": _plan}[arguments.command](arguments)
         sys.stdout.flush()
     except KeyboardInterrupt:
-        kept = "what was measured is kept: the same command goes on"
-        told = kept if _keeps(arguments) else "nothing was written"
-        return _failed(f"interrupted; {told}", 130)
+        return _interrupted(arguments)
     except BrokenPipeError:  # `deltarank inspect ... | head -1`
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     except ImportError as error:
         return _failed(f"{error}: {EXTRA}", 2)
-    except (ValueError, OSError) as error:
+    except (ValueError, OSError, RuntimeError, MemoryError) as error:
+        if interrupted:
+            return _interrupted(arguments)
         return _failed(str(error).replace("pass allow_pickle=True", "give --allow-pickle"), 2)
     return 0
+
+
+def _interruptible() -> list[int]:
+    """Have what ends the command raise KeyboardInterrupt; returns the signals that came, a list.
+
+    What reads tensors may turn the exception into one of its own.
+    """
+    came: list[int] = []
+
+    def interrupt(number: int, _) -> None:
+        came.append(number)
+        raise KeyboardInterrupt
+
+    for name in ("SIGINT", "SIGTERM", "SIGHUP"):
+        number = getattr(signal, name, None)  # Windows has no SIGHUP, and nohup ignores it
+        if number is not None and signal.getsignal(number) is not signal.SIG_IGN:
+            signal.signal(number, interrupt)
+    return came
+
+
+def _interrupted(arguments: argparse.Namespace) -> int:
+    """Say that it was interrupted, and what is left; returns the exit status."""
+    kept = "what was measured is kept: the same command goes on"
+    told = kept if _keeps(arguments) else "nothing was written"
+    return _failed(f"interrupted; {told}", 130)
 
 
 def _keeps(arguments: argparse.Namespace) -> bool:
@@ -76,12 +110,12 @@ def _lines(caught: list[warnings.WarningMessage]) -> tuple[str, ...]:
 
 def _inspect(arguments: argparse.Namespace) -> None:
     """Measure a pair or an adapter; write the page and the numbers; print verdict and table."""
-    html, numbers = (_writable(path, arguments.paths) for path in (arguments.html, arguments.json))
+    read = [*arguments.paths, *filter(None, [arguments.task])]
+    html, numbers = (_writable(path, read) for path in (arguments.html, arguments.json))
     if html and html == numbers:
         raise ValueError(f"--html and --json both name {arguments.html}: give two files")
-    from deltarank.page import Inspection, as_html, as_json, as_text
+    from deltarank.page import Inspection, as_text
     from deltarank.ranks import changed_matrices, recommend_ranks
-    from deltarank.store import replace_text
 
     paths, ranks_by = arguments.paths, rule(arguments)
     with _one_line_warnings() as caught:
@@ -89,7 +123,6 @@ def _inspect(arguments: argparse.Namespace) -> None:
             _require_task(arguments)
         table = _table(paths, ranks_by, arguments.allow_pickle)
         lora = None if changed_matrices(table).empty else recommend_ranks(table, **ranks_by)
-        losses = _losses(arguments, table, lora) if arguments.task else None
         base = paths[0] if len(paths) == 2 else None
         found = Inspection(
             base,
@@ -97,16 +130,29 @@ def _inspect(arguments: argparse.Namespace) -> None:
             ranks_by,
             table,
             lora,
-            losses,
             warnings=_lines(caught),
             allow_pickle=arguments.allow_pickle,
         )
-        for path, text in ((html, as_html), (numbers, as_json)):
-            if path:
-                replace_text(path, text(found))
-    print(as_text(found))
+        _write(found, html, numbers)
+        try:
+            if arguments.task:
+                losses = _losses(arguments, table, lora)
+                found = dataclasses.replace(found, losses=losses, warnings=_lines(caught))
+                _write(found, html, numbers)
+        finally:  # a model that cannot be scored does not lose what was measured
+            print(as_text(found))
     for path in filter(None, (html, numbers)):
         print(f"Written: {path}")
+
+
+def _write(found: Inspection, html: Path | None, numbers: Path | None) -> None:
+    """Write the page and the numbers, those that are asked for."""
+    from deltarank.page import as_html, as_json
+    from deltarank.store import replace_text
+
+    for path, text in ((html, as_html), (numbers, as_json)):
+        if path:
+            replace_text(path, text(found))
 
 
 def _table(paths: list[str], ranks_by: dict, allow_pickle: bool):
@@ -226,12 +272,13 @@ def _require_packages(what: str, packages: Sequence[str]) -> None:
 def _writable(name: str | None, read: Sequence[str]) -> Path | None:
     """The file to write to; raises OSError, before any work, where that is not possible.
 
-    read: the folders that are read, of which no file is replaced but a page.
+    read: what is read: a file that is not replaced, or a folder of which none is but a page.
     """
     if not name:
         return None
-    path = _resolved(name)
-    if path.exists() and path.parent in map(_resolved, read) and path.suffix != ".html":
+    path, known = _resolved(name), {*map(_resolved, read)}
+    inside = path.parent in known and path.suffix != ".html"
+    if path.exists() and (inside or path in known):
         raise OSError(f"{name} cannot be written: it is a file of what is read; name another")
     if path.exists() and not path.is_file():
         raise OSError(f"{name} cannot be written: it is no file")

@@ -22,7 +22,9 @@ from deltarank.store import cached, digest
 
 MANTISSA_BITS = {"F16": 10, "BF16": 7}  # stored bits; one ulp of w in [2^e, 2^(e+1)) is 2^(e-bits)
 LOW_BITS = {"F16": 0x1FFF, "BF16": 0xFFFF}  # of a float32, that are 0 in values of these types
-OUT_OF_RANGE = "the update is out of the range of float32: rescale both checkpoints"
+OUT_OF_RANGE = "the update is out of the range of float32"
+RESCALE = "rescale both checkpoints"
+BOTH = "rescale both checkpoints"  # the cure, of a pair
 NEAR_ROUNDING = 0.05  # share of rounding noise in the squared update above which ranks mean little
 
 
@@ -33,7 +35,8 @@ def compare_checkpoints(base: str, tuned: str, *, allow_pickle: bool = False) ->
     routers too; "other"), shape (m, n), S (the singular values of the update, descending,
     float32), dtype_base, dtype_tuned; relative_size |dW| / |W0| and changed_share of the entries;
     those of spectrum_measures; rounding_share, what rounding the tuned weights is expected to add
-    to |dW|^2, as a share of it (at most 1; too high for updates below the spacing of the type), by
+    to |dW|^2, as a share of it (at most 1; too high for updates below the spacing of the type, and
+    where few entries changed, since those that did not count, too), by
     the narrowest type that holds them: float32 may be a copy of bfloat16; above_rounding, how many
     singular values exceed that noise; near_rounding, a share over 5 %; base_rounding_share, that of
     base weights in a narrower type than the tuned ones.
@@ -95,7 +98,7 @@ def differences(pair: Pair, name: str, expert: int | None) -> Iterator[tuple[Ten
         dW = W1 - W0
         if not all_finite(dW):
             whole = all_finite(W0), all_finite(W1)
-            require(not all(whole), f"{name}: {OUT_OF_RANGE}")
+            require(not all(whole), f"{name}: {OUT_OF_RANGE}: {RESCALE}")
             broken = pair.tuned if whole[0] else pair.base
             tensor = name if broken is pair.tuned else pair.names[name]
             where = f"{broken.folder.name}/{broken.files[tensor].name}"
@@ -119,16 +122,17 @@ def _compare_matrix(pair: Pair, name: str, expert: int | None) -> tuple[dict, di
             gram += gram_matrix((dW if m >= n else dW.T).double())
     sums["update"] = float(gram.trace())
     sums |= {"rounding": after.variance(), "base_rounding": before.beyond(after)}
+    require(math.isfinite(sums["update"]), f"{name}: {OUT_OF_RANGE}: {RESCALE}")
     S = root_spectrum(gram).float().cpu()
     if sums["update"]:
         require_float32(S[0], name)
     return {"sums": sums}, {"S": S}
 
 
-def require_float32(size: Tensor, name: str) -> None:
+def require_float32(size: Tensor, name: str, *, cure: str = RESCALE) -> None:
     """Raise ValueError for an update of doubles whose size became zero or infinite in float32."""
     fits = 0 < float(size) < math.inf
-    require(fits, f"{name}: {OUT_OF_RANGE}")
+    require(fits, f"{name}: {OUT_OF_RANGE}: {cure}")
 
 
 class _Rounding:
@@ -176,7 +180,8 @@ def _pair_row(pair: Pair, label: str, name: str, entry: tuple[dict, dict[str, Te
     row = {"name": label, "layer": layer, "module": module, "kind": matrix_kind(label, name)}
     row |= {"shape": (m, n), "S": S, "dtype_base": pair.base.dtypes[pair.names[name]]}
     row["dtype_tuned"] = pair.tuned.dtypes[name]
-    row["relative_size"] = math.sqrt(sums["update"] / sums["base"]) if sums["base"] else math.inf
+    none = math.inf if sums["update"] else 0.0  # of weights that were all zero
+    row["relative_size"] = math.sqrt(sums["update"] / sums["base"]) if sums["base"] else none
     row["changed_share"] = sums["changed"] / (m * n)
     row |= spectrum_measures(S, (m, n))
     share, of_base = (

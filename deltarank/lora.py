@@ -124,7 +124,7 @@ class Lora:
         matrix, (rows, columns) = self.matrices[name], self.shape(name)
         S = factor_singular_values(*self.factors(name)).cpu()  # (r,)
         if S.any():
-            require_float32(S[0].float(), name)
+            require_float32(S[0].float(), name, cure="train the adapter again, or lower its alpha")
         layer, module = layer_and_module(name)
         shape = (columns, rows) if matrix.turned else (rows, columns)
         row = {"name": name, "layer": layer, "module": module, "kind": matrix.kind}

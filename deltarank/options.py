@@ -37,7 +37,7 @@ SAID: dict[str, dict[str, Any]] = {  # in the help of each command
         "folder OUT; an adapter that is there is replaced.",
         "epilog": "examples:\n  deltarank extract base tuned out --rank 16\n"
         "  deltarank extract adapter out --rank 8 --dtype bfloat16\n"
-        "  deltarank extract base tuned out --rank 8 --heal rows.jsonl --steps 30",
+        "  deltarank extract base tuned out --rank 8 --heal rows.jsonl --steps 60",
     },
     "plan": {
         "usage": "deltarank plan [options] ROWS",

@@ -82,7 +82,9 @@ class Inspection:
 
     def by_module(self) -> pd.DataFrame:
         """Median over the layers by module: `matrices` in all, COLUMNS of the changed ones."""
-        groups = self.shown.groupby(["kind", "label"], sort=False)
+        changed = self.shown["squared_norm"] > 0
+        shown = self.shown.assign(relative_size=self.shown["relative_size"].where(changed))
+        groups = shown.groupby(["kind", "label"], sort=False)
         median = groups[list(COLUMNS)].median()
         median["near_rounding"] = groups["near_rounding"].sum()
         median.insert(0, "matrices", groups.size())

@@ -170,9 +170,7 @@ def require_replaceable(folder: Path) -> None:
         return
     held = {file.name for file in folder.iterdir()} if folder.is_dir() else set()
     if CONFIG not in held or held - {CONFIG, WEIGHTS, CARD}:
-        raise FileExistsError(
-            f"{folder} exists and is no adapter: delete it or name another folder"
-        )
+        raise FileExistsError(f"{folder} exists and is no adapter: name another folder")
 
 
 def write_adapter(folder: Path, config: dict, layout: Layout, tensors: Iterable[Tensor]) -> None:

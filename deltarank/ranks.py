@@ -159,7 +159,10 @@ def verdict(table: pd.DataFrame, lora: dict | None) -> list[str]:
     """
     rows = changed_matrices(table)
     if lora is None or rows.empty:
-        return [f"None of {len(table)} matrices can be cut: those of the layers are unchanged."]
+        kinds = table.loc[table["squared_norm"] > 0, "kind"].value_counts()
+        changed = ", ".join(f"{count} of kind {kind}" for kind, count in kinds.items())
+        found = f"None of {len(table)} matrices can be cut: those of linear layers are unchanged."
+        return [f"{found} What changed no LoRA of ours holds: {changed}." if changed else found]
     ranks = pd.Series(ranks_of(lora, rows["name"]))
     return [
         _finding(table, rows, lora, ranks),

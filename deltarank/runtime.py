@@ -65,12 +65,12 @@ def cache_folder() -> Path:
     """
     checkout = (ROOT / "pyproject.toml").exists()
     default = ROOT / ".cache" if checkout else platformdirs.user_cache_path("deltarank")
-    return Path(_setting("LOWRANK_CACHE", str(default)))
+    return Path(_setting("LOWRANK_CACHE", str(default))).expanduser()
 
 
 def build_folder() -> Path:
     """The git-ignored folder for everything that is built: BUILD or build."""
-    return Path(_setting("BUILD", str(ROOT / "build")))
+    return Path(_setting("BUILD", str(ROOT / "build"))).expanduser()
 
 
 @contextlib.contextmanager

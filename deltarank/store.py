@@ -133,7 +133,7 @@ def _stamp(folder: Path) -> tuple:
 
 def _read_entry(folder: Path, stamp: tuple) -> tuple[dict, dict[str, Tensor]]:
     """Record and tensors of an entry whose files have this stamp; ValueError where it is torn."""
-    from safetensors.torch import load_file
+    from safetensors.torch import load
 
     record = json.loads((folder / "result.json").read_text(encoding="utf8"))
     stated = record.pop("sha256")
@@ -141,8 +141,10 @@ def _read_entry(folder: Path, stamp: tuple) -> tuple[dict, dict[str, Tensor]]:
         file_sha256(folder / name) == sha256 for name, sha256 in record["files"].items()
     )
     require(intact, f"{folder} is not intact")
-    tensors = load_file(folder / "tensors.safetensors") if record["files"] else {}
-    return record, {name: tensor.clone() for name, tensor in tensors.items()}  # not memory-mapped
+    if not record["files"]:
+        return record, {}
+    # Not load_file, which makes a ValueError of Ctrl-C: the entry would count as torn.
+    return record, load((folder / "tensors.safetensors").read_bytes())
 
 
 _remembered = functools.lru_cache(maxsize=2048)(_read_entry)  # a notebook asks for a run often

@@ -578,14 +578,14 @@ def test_a_folder_that_is_no_adapter_stays(save, tmp_path, monkeypatch, stranger
         raise AssertionError("work was done before the folder was refused")
 
     monkeypatch.setattr(adapters, "open_pair", work)
-    with pytest.raises(FileExistsError, match=f"{out} exists and is no adapter: delete it"):
+    with pytest.raises(FileExistsError, match=f"{out} exists and is no adapter: name another"):
         extract_adapter(base, tuned, str(out), rank=1)
     assert contents(out) == before
 
 
 def test_a_file_in_the_place_of_the_folder_stays(save, tmp_path):
     (tmp_path / "out").write_text("mine")
-    with pytest.raises(FileExistsError, match="delete it"):
+    with pytest.raises(FileExistsError, match="name another folder"):
         extract_adapter(*save(), str(tmp_path / "out"), rank=1)
     assert (tmp_path / "out").read_text() == "mine"
 

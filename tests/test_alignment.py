@@ -1,6 +1,7 @@
 """Two folders of weights: their tensors are aligned, slices are exact, strangers are refused."""
 
 import json
+import re
 from pathlib import Path
 
 import pytest
@@ -67,6 +68,9 @@ def test_a_grown_vocabulary_is_compared_on_common_rows(
     assert table.loc[embedding, "squared_norm"] == 0
     assert table.loc[embedding, "shape"] == (64, 32)
     assert [table.attrs["rest"][name] for name in more] == [0.0] * len(more)
+    with pytest.warns(UserWarning, match=re.escape(f"has {embedding}[-16:]")) as told:
+        compare_checkpoints(str(tmp_path / "grown"), base)
+    assert any("what became of it is not measured" in str(w.message) for w in told)
 
 
 @pytest.mark.parametrize(

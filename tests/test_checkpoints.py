@@ -100,6 +100,25 @@ def test_broken_files_are_named(save, content, problem):
     refuse(base, tuned, "tuned/model.safetensors", problem)
 
 
+def test_a_header_whose_length_reads_as_a_page_is_a_header(save):
+    """Of 15,392 bytes: " <" in the file's first two."""
+    base, tuned = save()
+    file = Path(tuned) / "model.safetensors"
+    before, whole = compare_checkpoints(base, tuned), file.read_bytes()
+    size = int.from_bytes(whole[:8], "little")
+    header = whole[8 : 8 + size].ljust(0x3C20)
+    file.write_bytes(len(header).to_bytes(8, "little") + header + whole[8 + size :])
+    assert file.read_bytes()[:2] == b" <"
+    assert same_tables(compare_checkpoints(base, tuned), before)
+
+
+def test_a_name_that_a_terminal_would_obey_is_refused(save):
+    base, tuned = save()
+    for folder in (base, tuned):
+        edit(folder, lambda t: t.update({"\x1b[31m.weight": t[Q].clone()}))
+    refuse(base, tuned, "base/model.safetensors", "\\x1b", "rename it")
+
+
 def test_a_missing_shard_is_named(save):
     base, tuned = save(max_shard_size="20KB")
     shard = sorted(Path(tuned).glob("*.safetensors"))[1]

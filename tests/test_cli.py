@@ -1,5 +1,6 @@
 """The command: what it prints and writes, what it refuses, and that a second call works."""
 
+import contextlib
 import fcntl
 import json
 import os
@@ -22,7 +23,7 @@ from small_runs import saved_pair
 from deltarank import __version__, adapters, alignment, cli, compare
 from deltarank.lora import Lora
 from deltarank.options import SAID
-from deltarank.study import advice, convert, healing, models, own_rows, rivals, runs
+from deltarank.study import advice, convert, cuts, healing, models, own_rows, rivals, runs
 from deltarank.study.profiles import PROFILES
 
 ROOT = Path(cli.__file__).resolve().parent.parent
@@ -383,14 +384,48 @@ def test_an_interrupt_of_what_keeps_nothing_says_so(pair, tmp_path, capsys, monk
     assert status == 130 and errors == "deltarank: interrupted; nothing was written\n"
 
 
-def test_the_end_of_a_job_is_as_an_interrupt(pair, tmp_path, capsys, monkeypatch):
-    before = signal.getsignal(signal.SIGTERM)
-    monkeypatch.setattr(adapters, "write_adapter", lambda *_: signal.raise_signal(signal.SIGTERM))
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP])
+def test_the_end_of_a_job_is_as_an_interrupt(pair, tmp_path, capsys, monkeypatch, number):
+    before = signal.getsignal(number)
+    monkeypatch.setattr(adapters, "write_adapter", lambda *_: signal.raise_signal(number))
     try:
         status, told, errors = said(capsys, "extract", *pair, tmp_path / "new", "--rank", "2")
     finally:
-        signal.signal(signal.SIGTERM, before)
+        signal.signal(number, before)
     assert status == 130 and told == "" and "interrupted; nothing was written" in errors
+
+
+def test_an_interrupt_that_a_library_turns_into_an_error_is_one(pair, capsys, monkeypatch):
+    """What safetensors reads while Ctrl-C comes raises a ValueError."""
+
+    def reads(*_):
+        with contextlib.suppress(KeyboardInterrupt):
+            signal.raise_signal(signal.SIGINT)
+        raise ValueError("could not determine the shape")
+
+    before = signal.getsignal(signal.SIGINT)
+    monkeypatch.setattr(compare, "_compare_matrix", reads)
+    try:
+        status, told, errors = said(capsys, "inspect", *pair)
+    finally:
+        signal.signal(signal.SIGINT, before)
+    assert status == 130 and told == "" and errors.startswith("deltarank: interrupted; what was")
+
+
+def test_a_terminal_that_cannot_show_a_sign_shows_another(pair):
+    environment = os.environ | {"PYTHONIOENCODING": "ascii"}
+    call = [sys.executable, "-c", "import deltarank.cli; deltarank.cli.main()", "inspect", *pair]
+    done = subprocess.run(call, env=environment, capture_output=True, text=True, check=False)
+    assert done.stderr == "" and "rank 8 keeps 100 %" in done.stdout
+    assert "embed_tokens (vocabulary)" in done.stdout and "?" in done.stdout  # in place of a dash
+
+
+def test_what_runs_out_of_memory_is_one_line(pair, capsys, monkeypatch):
+    def full(*_):
+        raise torch.OutOfMemoryError("out of memory")
+
+    monkeypatch.setattr(compare, "_compare_matrix", full)
+    assert said(capsys, "inspect", *pair) == (2, "", "deltarank: out of memory\n")
 
 
 @pytest.mark.parametrize("missing", ["transformers", "sacrebleu"])
@@ -442,6 +477,25 @@ def test_a_task_scores_base_cuts_recommended_ranks_and_tuned(config, tmp_path, c
         *("base", "cut", "cut", "cut", "tuned"),
     ]
     assert [line[:4] for line in lines].count(["cut", "by", "matrix", "–"]) == 1
+    before = own.read_text()
+    status, told, errors = said(capsys, "inspect", base, tuned, "--task", own, "--json", own)
+    assert status == 2 and told == "" and "a file of what is read" in errors
+    assert own.read_text() == before
+
+
+def test_what_cannot_be_scored_does_not_lose_what_was_measured(tmp_path, capsys, monkeypatch):
+    base, tuned, _ = saved_pair(tmp_path)
+    rows, page = tmp_path / "rows.jsonl", tmp_path / "page.html"
+    rows.write_text('{"prompt": "1 + 1 =", "answer": " 2"}\n' * 3)
+
+    def diverged(*_, **options):
+        raise ValueError("its loss is NaN")
+
+    monkeypatch.setattr(cuts, "score_pair", diverged)
+    call = ["inspect", base, tuned, "--task", rows, "--html", page]
+    status, told, errors = said(capsys, *call)
+    assert status == 2 and errors == "deltarank: its loss is NaN\n"
+    assert told.startswith("Of the squared update of") and page.exists()
 
 
 @pytest.fixture

@@ -236,7 +236,15 @@ def test_nan_and_inf_name_file_and_tensor(save, value):
         compare_checkpoints(base, tuned)
 
 
-@pytest.mark.parametrize("scale", [1e60, 1e-60])
+def test_weights_that_are_and_stay_zero_have_no_size(save):
+    base, tuned = save()
+    for folder in (base, tuned):
+        edit(folder, lambda t: t.update({Q: torch.zeros_like(t[Q])}))
+    row = compare_checkpoints(base, tuned).set_index("name").loc[Q]
+    assert row["relative_size"] == 0 and row["squared_norm"] == 0
+
+
+@pytest.mark.parametrize("scale", [1e160, 1e60, 1e-60])
 def test_an_update_of_doubles_out_of_the_range_of_floats_is_named(save, scale):
     base, tuned = save()
     update = scale * torch.ones(32, 32, dtype=torch.float64)

@@ -107,9 +107,17 @@ def test_it_shows_verdict_ranks_and_losses(found):
     assert "For extraction" in seen(extraction) and "deltarank extract base tuned OUT" in seen(
         extraction
     )
-    assert TRAINING_ADVICE in seen(training) and "r=8" in seen(training)
+    assert TRAINING_ADVICE in seen(training) and "r=8, lora_alpha=32" in seen(training)
     losses = page.find(attrs={"aria-label": "Table of losses"})
     assert "base 0 2.000 0.000 tuned – 1.000 50.000" in seen(losses)
+
+
+def test_the_size_of_a_module_is_that_of_its_changed_matrices(save):
+    table = compare_checkpoints(*save())
+    table.loc[table["layer"] == 0, ["squared_norm", "relative_size"]] = 0.0
+    rows = Inspection("base", "tuned", RULE, table, None).by_module().set_index("label")
+    last = table[(table["layer"] == 1) & (table["module"].str.contains("q_proj"))]
+    assert rows.loc["q", "relative_size"] == last["relative_size"].item() > 0
 
 
 def test_every_matrix_has_its_line(found):

@@ -201,6 +201,15 @@ def test_the_verdict_on_an_adapter_of_nothing_is_one_line():
     ]
 
 
+def test_the_verdict_on_a_pair_whose_experts_alone_changed_says_so():
+    S = torch.tensor([2.0, 1.0])
+    table = pd.DataFrame({"kind": ["matrix", "expert", "expert"], "S": [0 * S, S, S]})
+    table["squared_norm"] = [0.0, 5.0, 5.0]
+    (line,) = verdict(table, None)
+    assert line.startswith("None of 3 matrices can be cut: those of linear layers are unchanged.")
+    assert line.endswith("What changed no LoRA of ours holds: 2 of kind expert.")
+
+
 def test_what_is_no_linear_layer_gets_no_rank(save):
     """A norm of many heads, the state of a Mamba, the positions of a T5: 2-D, and no LoRA's."""
     base, tuned = save()

@@ -4,6 +4,7 @@ import math
 import subprocess
 import sys
 import threading
+from pathlib import Path
 
 import platformdirs
 import psutil
@@ -28,6 +29,8 @@ def test_a_setting_says_where_the_cache_is(monkeypatch, tmp_path):
     for root in (runtime.ROOT, tmp_path):  # in a checkout and outside one
         monkeypatch.setattr(runtime, "ROOT", root)
         assert cache_folder() == tmp_path / "mine"
+    monkeypatch.setenv("LOWRANK_CACHE", "~/mine")  # as a container's settings have it
+    assert cache_folder() == Path.home() / "mine"
 
 
 def test_a_checkout_keeps_its_cache(monkeypatch):

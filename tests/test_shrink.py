@@ -201,7 +201,7 @@ def test_a_folder_of_mine_and_the_adapter_itself_stay(tmp_path, monkeypatch):
     with pytest.raises(ValueError, match="is the adapter that is to be cut: name another folder"):
         shrink_adapter(folder, f"{tmp_path}/mine/../lora", rank=2)
     monkeypatch.setattr(Lora, "factors", lambda *a: pytest.fail("factors were read"))
-    with pytest.raises(FileExistsError, match="exists and is no adapter: delete it"):
+    with pytest.raises(FileExistsError, match="exists and is no adapter: name another"):
         shrink_adapter(folder, str(tmp_path / "mine"), rank=2)
     assert {path: path.read_bytes() for path in Path(folder).iterdir()} == before
     assert (tmp_path / "mine" / "notes.txt").read_text() == "keep me"

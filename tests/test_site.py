@@ -11,7 +11,8 @@ from bs4 import BeautifulSoup
 import utils
 
 SITE = utils.ROOT / "notebooks" / "site"
-build = runpy.run_path(str(SITE / "build.py"))["build"]
+BUILD = runpy.run_path(str(SITE / "build.py"))
+build = BUILD["build"]
 figure_list = runpy.run_path(str(SITE / "list_figures.py"))["figure_list"]
 
 
@@ -203,3 +204,12 @@ def test_the_gallery_and_its_examples_load_nothing_from_elsewhere(site):
         loaded = [node.get("src") or node["href"] for node in parsed(file).select("[src], link")]
         assert all((site / name).exists() for name in loaded if name != "data:,"), file
         assert not re.findall(r"@import|url\(|<object|<embed", file.read_text("utf8"))
+
+
+def test_what_is_no_site_is_not_replaced(tmp_path):
+    own = tmp_path / "html" / "thesis.txt"
+    own.parent.mkdir()
+    own.write_text("mine")
+    with pytest.raises(SystemExit, match="is there and no site"):
+        BUILD["main"]("notebooks", "figures", str(own.parent))
+    assert own.read_text() == "mine"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import math
 import random
 import tempfile
@@ -87,10 +88,12 @@ def _parted(prompts: dict[str, list[str]], most: int) -> tuple[list[str], list[s
     """The prompts to learn from, `most` at most, and those held out.
 
     Held out are those of the split "valid"; without one every tenth, and of fewer than twenty
-    prompts none.  Of other splits than "train" none is learned, unless there is no "train".
+    prompts none.  Of other splits than "train" none is learned, unless there is no "train".  None
+    is in both, nor twice in one.
     """
-    given = prompts.get("train") or [p for part in prompts.values() for p in part]
+    given = [*dict.fromkeys(prompts.get("train") or itertools.chain(*prompts.values()))]
     held = prompts.get("valid", []) if "train" in prompts else []
+    held = [prompt for prompt in dict.fromkeys(held) if prompt not in {*given}]
     if not held and len(given) >= 20:
         held, given = given[::10], [p for i, p in enumerate(given) if i % 10]
     return random.Random(0).sample(given, min(most, len(given))), held[:HELD_OUT]

@@ -94,7 +94,10 @@ def _task_file(task: str) -> Path:
     require(is_task(task), f"task={task!r}: unknown; {CHOICES}")
     path = TASK_FOLDER / f"{'production' if mix_parts(task) else task}.jsonl"
     if not path.exists():
-        raise FileNotFoundError(f"data/tasks/{path.name} is missing: run 01_build_tasks.ipynb")
+        cure = "run 01_build_tasks.ipynb"
+        if not TASK_FOLDER.is_dir():
+            cure = "the report's tasks come with its repository alone: give a .jsonl file"
+        raise FileNotFoundError(f"data/tasks/{path.name} is missing: {cure}")
     return path
 
 

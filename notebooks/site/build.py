@@ -5,8 +5,7 @@ is loaded from the network: figures are files beside the pages, formulas are Mat
 one file.  Where a page names what notebook 13 defines or notebook 14 cites, a hint says what it is.
 The gallery shows pages of the tool, made from what it wrote of three runs (data/gallery).
 With a MODEL the numbers are of that one, and the text, which speaks of the report's own, is folded.
-The site is built beside OUT and then put in its place, so that an interrupted build leaves the last
-one.
+The site is built beside OUT, then put in its place: an interrupted build leaves the last one.
 """
 
 import functools
@@ -239,8 +238,7 @@ def explain(pages: dict[str, BeautifulSoup]) -> None:
     for term, (place, meaning) in glossary(pages.get(DEFINITIONS, empty)).items():
         place["id"] = place.get("id") or "term-" + re.sub(r"\W+", "-", term)
         addresses[term] = f"{DEFINITIONS}#{place['id']}"
-        # links within a hint are dropped
-        hints[addresses[term]] = re.sub(r"</?a\b.*?>|[.;:]$", "", meaning)
+        hints[addresses[term]] = re.sub(r"</?a\b.*?>|[.;:]$", "", meaning)  # without links
     for name, page in pages.items():
         link(page, r"arXiv (\d{4}\.\d{5})", r"https://arxiv.org/abs/\1", once=False)
         for term in sorted(addresses, key=len, reverse=True) if name != DEFINITIONS else ():
@@ -274,10 +272,10 @@ def build(notebooks: Path, figures: Path, out: Path, model: str = "") -> None:
     for name, page in pages.items():
         if page.find(id="explorer-data"):  # notebook 12 holds the data, the script draws them
             bodies[name] += f"<script>\n{explorer}</script>"
-    for place, (name, title) in enumerate(contents):
-        around = {"before": contents[place - 1] if place else None}
-        around["after"] = contents[place + 1] if place + 1 < len(contents) else None
-        page = frame.render(name=name, title=title, body=bodies[name], contents=contents, **around)
+    places = zip([None, *contents], contents, [*contents[1:], None], strict=False)
+    for before, (name, title), after in places:
+        around = {"before": before, "after": after, "contents": contents}
+        page = frame.render(name=name, title=title, body=bodies[name], **around)
         (out / name).write_text(page, encoding="utf8")
     style = (HERE / "style.css").read_text(encoding="utf8")
     for selector, theme in ((":root", "default"), (":root.dark", "github-dark")):
@@ -286,8 +284,10 @@ def build(notebooks: Path, figures: Path, out: Path, model: str = "") -> None:
 
 
 def main(notebooks: str, figures: str, target: str, model: str = "") -> None:
-    """Build beside `target`, then put the new site in its place."""
+    """Build beside `target`, then put the new site in its place; nothing but a site is replaced."""
     final = Path(target)
+    if final.exists() and not (final / "gallery.html").is_file():
+        raise SystemExit(f"{target} is there and no site: name another folder")
     final.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=final.parent, prefix=".site-") as scratch:
         build(Path(notebooks), Path(figures), Path(scratch) / "new", model)

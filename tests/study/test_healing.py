@@ -129,6 +129,8 @@ def test_few_prompts_are_held_out_and_splits_are_kept_apart():
     learned, held = healing._parted({"train": ["a", "b"], "valid": ["c"], "test": ["d"]}, 16)
     assert sorted(learned) == ["a", "b"] and held == ["c"]
     assert sorted(healing._parted({"test": ["d", "e"]}, 16)[0]) == ["d", "e"]
+    again = {"train": ["a", "b", "a"], "valid": ["b", "c", "c"]}
+    assert healing._parted(again, 16)[1] == ["c"] and len(healing._parted(again, 16)[0]) == 2
 
 
 def stop(*arguments, **options):

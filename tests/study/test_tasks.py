@@ -329,3 +329,9 @@ def test_permuted_answers_are_those_of_other_rows_of_the_same_task():
         mine, theirs = ([r["answer"] for r in x if r["task"] == task] for x in (rows, permuted))
         assert sorted(mine) == sorted(theirs) and mine != theirs
     assert permuted == permute_answers(rows, 0) != permute_answers(rows, 1)
+
+
+def test_a_package_without_the_tasks_says_where_they_are(monkeypatch, tmp_path):
+    monkeypatch.setattr(tasks, "TASK_FOLDER", tmp_path / "none")
+    with pytest.raises(FileNotFoundError, match="give a .jsonl file"):
+        load_task("facts")
