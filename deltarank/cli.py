@@ -6,6 +6,7 @@ import argparse
 import contextlib
 import dataclasses
 import importlib.util
+import io
 import os
 import signal
 import sys
@@ -32,8 +33,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     left.
     """
     arguments = parse(argv)
-    with contextlib.suppress(AttributeError):  # no terminal fails for a sign that it cannot show
-        for stream in (sys.stdout, sys.stderr):
+    for stream in (sys.stdout, sys.stderr):  # none fails for a sign that it cannot show
+        if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="replace")
     interrupted = _interruptible()
     try:
