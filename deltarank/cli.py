@@ -216,6 +216,8 @@ def _extract(arguments: argparse.Namespace) -> None:
     from deltarank.shrink import shrink_adapter
     from deltarank.summary import summary
 
+    folder = Path(out).expanduser()
+    replaced = folder.exists()
     with _one_line_warnings():
         if len(paths) == 1:
             report = shrink_adapter(paths[0], out, **options)
@@ -224,7 +226,9 @@ def _extract(arguments: argparse.Namespace) -> None:
         else:
             base, tuned = paths
             report = extract_adapter(base, tuned, out, norms=arguments.norms, **options)
-    print(summary(Path(out).expanduser(), report, arguments.dtype))
+    print(summary(folder, report, arguments.dtype))
+    if replaced:
+        print("It replaced the adapter that was there.")
 
 
 def _require_healing(arguments: argparse.Namespace) -> None:

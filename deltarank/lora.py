@@ -108,7 +108,8 @@ class Lora:
         """One line a matrix of its update, with the columns of compare_checkpoints that apply.
 
         S has no more entries than the factors' rank; lora_rank and scale are those of the
-        factors.  What needs the base (relative_size, rounding_share) is NaN.  attrs as there.
+        factors.  NaN is what needs the base (relative_size, rounding_share, near_rounding) or
+        compares with noise of full rank (above_edge, r90_over_null).  attrs as there.
         """
         rows = []
         with progress(len(self.matrices), "read adapter") as bar:
@@ -131,7 +132,8 @@ class Lora:
         row |= {"shape": shape, "S": S.float(), "dtype_tuned": self.checkpoint.dtypes[matrix.B]}
         row |= {"lora_rank": matrix.rank, "scale": matrix.scale, "relative_size": math.nan}
         row |= spectrum_measures(S.float(), shape)
-        return row | {"rounding_share": math.nan, "near_rounding": False}
+        unknown = ("rounding_share", "near_rounding", "above_edge", "r90_over_null")
+        return row | dict.fromkeys(unknown, math.nan)  # a LoRA's own rank is all that noise has
 
 
 def adapter_spectra(adapter: str, *, allow_pickle: bool = False) -> pd.DataFrame:

@@ -122,7 +122,8 @@ def _add_reports(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--task",
         help="score what cuts lose, to one rank and to those recommended: a task of the report, or "
-        f"a .jsonl file with a prompt and an answer a line (needs BASE and TUNED, and {EXTRA})",
+        "a .jsonl file with a prompt and an answer a line, as the model is to see them: no chat "
+        f"template is added (needs BASE and TUNED, and {EXTRA})",
     )
 
 
@@ -153,7 +154,8 @@ def _add_healing(parser: argparse.ArgumentParser) -> None:
         "--heal",
         metavar="FILE",
         help="train the factors of the cut to answer as TUNED does; FILE is a .jsonl with a prompt "
-        f"in each line, no answers are needed (needs BASE and TUNED, and {EXTRA})",
+        "in each line, as the model is to see it (no chat template is added); answers of up to 64 "
+        f"tokens are learned, and none need be given (needs BASE and TUNED, and {EXTRA})",
     )
     parser.add_argument(
         "--steps", type=_count, metavar="N", help="of healing, 16 prompts each (default 30)"
@@ -184,7 +186,7 @@ def _add_paths_and_rule(parser: argparse.ArgumentParser, metavar: str) -> None:
         "--budget",
         type=_count,
         metavar="N",
-        help="this many parameters, spent where they keep most",
+        help="this many parameters, spent where they keep most (without --patterns zeros add some)",
     )
     parser.add_argument(
         "--allow-pickle", action="store_true", help="read .bin files too, if you trust them"

@@ -86,7 +86,7 @@ class Inspection:
         shown = self.shown.assign(relative_size=self.shown["relative_size"].where(changed))
         groups = shown.groupby(["kind", "label"], sort=False)
         median = groups[list(COLUMNS)].median()
-        median["near_rounding"] = groups["near_rounding"].sum()
+        median["near_rounding"] = groups["near_rounding"].sum(min_count=1)
         median.insert(0, "matrices", groups.size())
         return median.reset_index()
 
@@ -140,10 +140,12 @@ def as_text(found: Inspection) -> str:
     table = "\n".join(
         "  ".join([row[0].ljust(widths[0]), *map(str.rjust, row[1:], widths[1:])]) for row in rows
     )
+    of = " (of what exceeds noise)" if "energy" in found.rule else ""
     legend = (
-        "Medians over the layers. size: |dW| / |W0|. r90: rank that keeps 90 % of the squared "
-        "update; of noise's: over that of noise of this shape. E(r): share that rank r keeps. "
-        f"rank: to cut at, by {found.rule_text()}. near rounding: matrices whose ranks mean little."
+        "Medians over the layers (near rounding: a count). size: |dW| / |W0|. r90: rank that keeps "
+        "90 % of the squared update; of noise's: over that of a random matrix. E(r): share that "
+        f"rank r keeps. rank: to cut at, by {found.rule_text()}{of}. near rounding: its ranks mean "
+        "little."
     )
     losses = [found.losses.to_string(index=False, na_rep="–")] if found.losses is not None else []
     adapter = [f"To write the adapter: {found.command()}"] if found.lora else []

@@ -6,13 +6,12 @@ from pathlib import Path
 
 import pandas as pd
 
-from deltarank.ranks import percent
+from deltarank.ranks import VLLM_RANKS, percent
 
 NOT_HELD = {  # parts of the update that the adapter leaves out, and why
     "not_chosen": "Given no rank by the rule",
-    "dropped": "Dropped, since a LoRA cannot hold them",
+    "dropped": "Dropped, since no factors are written for them",
 }
-VLLM_RANKS = (16, 32, 64, 128, 256, 320, 512)  # that --max-lora-rank takes, 16 without it; 0.33
 
 
 def summary(out: Path, report: pd.DataFrame, dtype: str) -> str:
@@ -42,22 +41,24 @@ def summary(out: Path, report: pd.DataFrame, dtype: str) -> str:
             lines.append(f"{told}: {', '.join(rows['name'][:3])}{more}, {share}.")
     if "healed" in report.attrs:
         lines.append(_healed(**report.attrs["healed"]))
+    lines += _served(out, report.attrs["lora"], norms=len(norms) > 0)
     load = f"PeftModel.from_pretrained(base_model, {str(out)!r})"
-    served = _served(report.attrs["lora"], norms=len(norms) > 0)
-    return "\n".join([*lines, *served, f"Load it: model = {load}"])
+    return "\n".join([*lines, f"PEFT loads it: model = {load}  # base_model: BASE, loaded"])
 
 
-def _served(lora: dict, *, norms: bool) -> list[str]:
-    """What vLLM has to be told to load an adapter of this configuration, a line or none."""
+def _served(out: Path, lora: dict, *, norms: bool) -> list[str]:
+    """What vLLM and llama.cpp have to be told to load an adapter of this configuration."""
     if norms:
-        return ["vLLM loads no adapter that keeps norms: leave --norms out for it."]
+        return ["vLLM and llama.cpp load no adapter that keeps norms: leave --norms out for them."]
+    gguf = "llama.cpp loads it from what convert_lora_to_gguf.py --base BASE OUT writes."
+    if lora["rank_pattern"]:
+        gguf = "llama.cpp mis-scales it: leave --patterns out for it."
     r = max(lora["r"], *lora["rank_pattern"].values(), 0)
-    if r <= VLLM_RANKS[0]:
-        return []
     fits, most = [rank for rank in VLLM_RANKS if rank >= r], VLLM_RANKS[-1]
     if not fits:
-        return [f"vLLM loads no more than rank {most}: --rank or --budget give less."]
-    return [f"vLLM loads it with --max-lora-rank {fits[0]}."]
+        return [f"vLLM loads no more than rank {most}: --rank or --budget give less.", gguf]
+    rank = "" if r <= VLLM_RANKS[0] else f" --max-lora-rank {fits[0]}"
+    return [f"vLLM loads it with --enable-lora --lora-modules cut={out}{rank}.", gguf]
 
 
 def _share(rows: pd.DataFrame, report: pd.DataFrame) -> float:

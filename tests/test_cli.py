@@ -47,7 +47,7 @@ def test_the_first_line_says_what_was_found_and_what_to_do(pair, capsys):
     first = " ".join(out.split("\n\n")[0].split())
     assert first.startswith("Of the squared update of 14 matrices rank 8 keeps 100 %")
     assert "it is low-rank. Cut at rank 2 it keeps 95 %." in first
-    assert first.endswith("start at rank 8 on all linear layers and tune the learning rate first.")
+    assert "score the cut before you ship it. To train a LoRA anew, start at rank 8 on all" in first
 
 
 def test_the_table_fits_a_terminal_and_says_what_its_columns_are(pair, capsys):
@@ -113,7 +113,9 @@ def test_extract_says_what_it_holds_drops_and_how_to_load_it(pair, tmp_path, cap
     edit(pair[1], lambda tensors: tensors["model.embed_tokens.weight"].add_(0.01))
     status, told, _ = said(capsys, "extract", *pair, tmp_path / "adapter", "--budget", "5000")
     assert status == 0
-    assert "Dropped, since a LoRA cannot hold them: model.embed_tokens.weight" in told
+    assert "Dropped, since no factors are written for them: model.embed_tokens.weight" in told
+    assert f"vLLM loads it with --enable-lora --lora-modules cut={tmp_path / 'adapter'}.\n" in told
+    assert "convert_lora_to_gguf.py --base BASE OUT" in told
     assert f"PeftModel.from_pretrained(base_model, '{tmp_path / 'adapter'}')" in told
 
 
@@ -126,7 +128,10 @@ def test_extract_says_what_the_rule_gives_no_rank(pair, lora, tmp_path, capsys):
 
 def test_extract_with_norms_says_that_vllm_loads_it_not(pair, tmp_path, capsys):
     told = said(capsys, "extract", *pair, tmp_path / "out", "--rank", "20", "--norms")[1]
-    assert "vLLM loads no adapter that keeps norms" in told and "--max-lora-rank" not in told
+    assert "load no adapter that keeps norms" in told and "--max-lora-rank" not in told
+    again = said(capsys, "extract", *pair, tmp_path / "out", "--rank", "2", "--patterns")[1]
+    assert "llama.cpp" in again and "It replaced the adapter that was there." in again
+    assert "It replaced" not in told
 
 
 def test_extract_leaves_norms_out_and_says_so(pair, tmp_path, capsys):
@@ -136,7 +141,8 @@ def test_extract_leaves_norms_out_and_says_so(pair, tmp_path, capsys):
     share = f"{5 * 32 / whole:.0%}".replace("%", " %")
     assert f"Left out: 5 tensors of norms, {share} of the squared update; --norms" in told
     inspected = " ".join(said(capsys, "inspect", *pair)[1].split())
-    assert f"Outside these matrices: vocabulary 0 %, norms and biases {share}." in inspected
+    outside = f"Outside these matrices, in no cut: vocabulary 0 %, norms and biases {share} of the"
+    assert outside in inspected
     assert "all stored at" not in told
     _, told, _ = said(capsys, "extract", *pair, tmp_path / "adapter", "--norms")
     assert "and 5 norms whole" in told and "Left out" not in told

@@ -176,7 +176,6 @@ def test_an_adapter_has_a_page_without_a_base(adapter):
 def test_an_adapter_has_no_map_of_sizes_and_curves_that_end_at_1(adapter):
     page = parsed(adapter)
     assert [title.get_text() for title in page.select(".maps h3")] == [
-        "Rank for 90 %, over noise’s",
         "Rank to cut at",
     ]
     said = titles(page.select_one(".panels svg"))

@@ -93,7 +93,7 @@ def test_a_pair_without_an_update_has_no_ranks(save):
     base, _ = save()
     with pytest.warns(UserWarning, match="identical"):
         table = compare_checkpoints(base, base)
-    with pytest.raises(ValueError, match="no matrix was changed"):
+    with pytest.raises(ValueError, match="no linear layer was changed"):
         recommend_ranks(table, energy=0.9)
 
 
@@ -208,6 +208,27 @@ def test_the_verdict_on_a_pair_whose_experts_alone_changed_says_so():
     (line,) = verdict(table, None)
     assert line.startswith("None of 3 matrices can be cut: those of linear layers are unchanged.")
     assert line.endswith("What changed no LoRA of ours holds: 2 of kind expert.")
+    table.attrs["rest"] = {"norm.weight": 0.1, "bias": 0.0}
+    (line,) = verdict(table, None)
+    assert line.endswith("holds: 2 of kind expert, 1 norms and biases.")
+
+
+def test_the_verdict_knows_a_merged_lora_and_what_is_mostly_rounding():
+    S = torch.cat([torch.full((14,), 3.0), torch.full((50,), 1e-3)])
+    table = two_of(S).assign(near_rounding=False)
+    (first, *_) = verdict(table, recommend_ranks(table, rank=8))
+    assert ": nearly all of it is in 14 directions (median), as of a merged LoRA. Cut at" in first
+    table = table.assign(near_rounding=True, above_rounding=5)
+    first, _, last = verdict(table, recommend_ranks(table, rank=8))
+    assert ": much of it is rounding, above which 5 directions stand (median). Cut at" in first
+    assert "2 of 2 matrices are near rounding: what a cut leaves out is mostly rounding" in last
+
+
+def test_the_verdict_says_what_vllm_does_not_load(save):
+    table = compare_checkpoints(*save())
+    lora = recommend_ranks(table, rank=2)
+    assert "vLLM" not in verdict(table, lora)[1] and " MB in float32)" in verdict(table, lora)[1]
+    assert "vLLM loads no more than rank 512." in verdict(table, lora | {"r": 513})[1]
 
 
 def test_what_is_no_linear_layer_gets_no_rank(save):
@@ -224,7 +245,10 @@ def test_what_is_no_linear_layer_gets_no_rank(save):
     kinds = table.set_index("name")["kind"]
     assert {*kinds[names]} == {"other"} and (kinds == "matrix").sum() == 14
     assert recommend_ranks(table, rank=2) == before
-    assert "Outside these matrices: " in (told := verdict(table, before)[1]) and "other " in told
+    assert (
+        "Outside these matrices, in no cut: " in (told := verdict(table, before)[1])
+        and "other " in told
+    )
 
 
 def test_the_verdict_says_what_one_rank_for_all_stores(save, tmp_path):
@@ -234,7 +258,10 @@ def test_the_verdict_says_what_one_rank_for_all_stores(save, tmp_path):
     lora = recommend_ranks(table, energy=0.99)
     extract_adapter(base, tuned, str(tmp_path / "out"), ranks=lora)
     stored = sum(t.numel() for t in load_file(tmp_path / "out/adapter_model.safetensors").values())
-    assert f"parameters ({stored:,} stored at one rank); 1 matrices" in verdict(table, lora)[1]
+    size = f"{4 * stored / 1e6:,.1f} MB in float32"
+    assert (
+        f"parameters ({stored:,} stored at one rank, {size}); 1 matrices" in verdict(table, lora)[1]
+    )
 
 
 def test_the_verdict_names_the_matrix_that_needs_most(save):
