@@ -89,6 +89,7 @@ from deltarank.study.sizes import (
     longer_gains,
     lora_by_skill,
     parameters_of,
+    place_table,
     size_gains,
 )
 from deltarank.study.tables import (

@@ -19,6 +19,7 @@ from deltarank.study.models import matrices, skeleton
 from deltarank.study.profiles import profile
 from deltarank.study.runs import Result, run, sweep
 from deltarank.study.search import at_best_rate, best_alpha, tuned
+from deltarank.study.tables import gain
 from deltarank.study.training import adapted_matrices
 from deltarank.study.variants import PARAMETERS
 
@@ -112,6 +113,26 @@ def place_configs() -> dict[tuple[str, str], RunConfig]:
     }
 
 
+def place_table() -> pd.DataFrame:
+    """What the adapters of place_configs have learned, a line a task and place, first seed.
+
+    Columns: layers, counted from 1; lr, the best rate; the shares of full fine-tuning's gain in
+    loss and of its skill_gain; score.
+    """
+    configs = place_configs()
+    lines = {
+        key: {
+            "layers": ", ".join(str(layer + 1) for layer in result.config.layers),
+            "lr": result.config.lr,
+            "gain": gain(result),
+            "skill": skill_gain(result),
+            "score": result.score(),
+        }
+        for key, result in zip(configs, sweep([*configs.values()]), strict=True)
+    }
+    return pd.DataFrame(lines).T.rename_axis(["task", "place"])
+
+
 def lora_by_skill(
     full: RunConfig, share: float, *, by: str = "loss", recipe: Callable = tuned
 ) -> list[Result]:
@@ -143,8 +164,8 @@ def tried_sizes(task: str, *, shares: Sequence[float] = SHARES, **changes) -> di
 
     def kept(i: int) -> float:
         if i not in tried:
-            gain = skill_gain(run(sized(task, steps[i][1], **changes)), split="valid")
-            tried[i] = -math.inf if math.isnan(gain) else gain  # a run that diverged falls short
+            reached = skill_gain(run(sized(task, steps[i][1], **changes)), split="valid")
+            tried[i] = -math.inf if math.isnan(reached) else reached  # diverged: falls short
         return tried[i]
 
     for share in shares:

@@ -24,7 +24,13 @@ from deltarank.study.code_runs import CodeRun
 from deltarank.study.configs import RunConfig
 from deltarank.study.profiles import PROFILES, entry_folder, profile
 from deltarank.study.rivals import paid, read_of
-from deltarank.study.sizes import bracket_gains, longer_gains, lora_by_skill, size_gains
+from deltarank.study.sizes import (
+    bracket_gains,
+    longer_gains,
+    lora_by_skill,
+    place_table,
+    size_gains,
+)
 
 EXAMPLES = runpy.run_path(str(ROOT / "notebooks/site/inspect_examples.py"))["EXAMPLES"]
 STORE = PROFILES["paper"].store
@@ -187,6 +193,7 @@ def ask_for_ladders():
         bracket_gains(task, 0.95)
     for task in profile().ladder.longer_tasks:
         longer_gains(task, 0.95)
+    place_table()
     read_of([*profile().lora_tasks, *profile().forecast_tasks])
     for task in profile().forecast_tasks:
         paid(task, shares=(0.95,))

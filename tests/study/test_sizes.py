@@ -20,6 +20,7 @@ from deltarank.study.sizes import (
     needed_size,
     place_configs,
     place_layers,
+    place_table,
     sized,
     trained_parameters,
 )
@@ -131,6 +132,18 @@ def test_places_differ_in_their_layers_alone(losses):
     assert list(found) == [("facts", where) for where in PLACES]
     layers = [config.layers for config in found.values()]
     assert layers == [(1,), (0,), (1,), (1,)]  # of two layers
+
+
+def test_what_places_have_learned_is_read_from_their_runs(losses, monkeypatch):
+    losses |= {(1, lr): lr for lr in (1e-3, 1e-2)}
+    monkeypatch.setattr(sizes, "sweep", lambda configs: [Result(c, {}) for c in configs])
+    monkeypatch.setattr(sizes, "gain", lambda result: 0.9 + result.config.layers[0])
+    monkeypatch.setattr(sizes, "skill_gain", lambda result: 0.7 + result.config.layers[0])
+    monkeypatch.setattr(Result, "score", lambda result: 10.0 * result.config.layers[0])
+    table = place_table()
+    assert [*table.index] == [("facts", where) for where in PLACES]
+    assert [*table.loc[("facts", "first")]] == ["1", 1e-3, 0.9, 0.7, 0.0]
+    assert [*table.loc[("facts", "last")]] == ["2", 1e-3, 1.9, 1.7, 10.0]
 
 
 def unsearched(task, size, **changes):
