@@ -144,7 +144,10 @@ def _read_entry(folder: Path, stamp: tuple) -> tuple[dict, dict[str, Tensor]]:
     if not record["files"]:
         return record, {}
     # Not load_file, which makes a ValueError of Ctrl-C: the entry would count as torn.
-    return record, load((folder / "tensors.safetensors").read_bytes())
+    data = (folder / "tensors.safetensors").read_bytes()
+    header = json.loads(data[8 : 8 + int.from_bytes(data[:8], "little")])
+    tensors = load(data)  # in no order, unlike the file
+    return record, {name: tensors[name] for name in header if name in tensors}
 
 
 _remembered = functools.lru_cache(maxsize=2048)(_read_entry)  # a notebook asks for a run often

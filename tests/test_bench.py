@@ -266,9 +266,12 @@ def test_what_inspect_says_of_a_planted_rank(size, near, tmp_path):
     assert said["relative_size"] == pytest.approx(size, rel=0.2)
     assert said["near_rounding"] == near
     assert said["says"].startswith("Of the squared update of 14 matrices rank 8 keeps")
-    doubt = ": their ranks say little about the training" if near else ""
+    doubt = ": what a cut leaves out is mostly rounding, and its rank none of the training's"
+    doubt = doubt if near else ""
     assert said["says"].endswith(f" {near} of 14 matrices are near rounding{doubt}.")
-    if not near:
+    if near:
+        assert "much of it is rounding, above which 3 directions stand (median)." in said["says"]
+    else:
         assert said["rank"] == said["r90"] == said["above_rounding"] == 3
         assert 3 < said["entropy_rank"] < 10 and ": it is low-rank. " in said["says"]
 
