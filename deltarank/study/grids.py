@@ -43,7 +43,7 @@ LADDER = LadderGrid(  # the paper's
         "code",
         "mix",
     ),
-    longer_tasks=("pirate", "kjv", "arithmetic", "sentiment", "code", "mix"),
+    longer_tasks=("pirate", "json", "kjv", "arithmetic", "sentiment", "code", "mix"),
     place_runs=(("kjv", 3),),
     begun=(
         ("dates", ("TinyLoRA of 128", "TinyLoRA of 1,024", *USUAL)),
