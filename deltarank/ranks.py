@@ -267,7 +267,8 @@ def _outside(table: pd.DataFrame) -> str:
     parts["norms and biases"] = sum(table.attrs["rest"].values())
     total = sum(parts.values())
     shares = [f"{kind} {percent(x / total)}" for kind, x in parts.items() if kind != "matrix"]
-    return f"Outside these matrices, in no cut: {', '.join(shares)} of the whole squared update."
+    told = f"{', '.join(shares)} of the whole squared update"
+    return f"Outside these matrices, not in the factors: {told}."
 
 
 def _precision_sentences(rows: pd.DataFrame) -> str:

@@ -141,8 +141,8 @@ def test_extract_leaves_norms_out_and_says_so(pair, tmp_path, capsys):
     share = f"{5 * 32 / whole:.0%}".replace("%", " %")
     assert f"Left out: 5 tensors of norms, {share} of the squared update; --norms" in told
     inspected = " ".join(said(capsys, "inspect", *pair)[1].split())
-    outside = f"Outside these matrices, in no cut: vocabulary 0 %, norms and biases {share} of the"
-    assert outside in inspected
+    outside = "Outside these matrices, not in the factors: vocabulary 0 %, norms and biases"
+    assert f"{outside} {share} of the whole" in inspected
     assert "all stored at" not in told
     _, told, _ = said(capsys, "extract", *pair, tmp_path / "adapter", "--norms")
     assert "and 5 norms whole" in told and "Left out" not in told

@@ -246,7 +246,7 @@ def test_what_is_no_linear_layer_gets_no_rank(save):
     assert {*kinds[names]} == {"other"} and (kinds == "matrix").sum() == 14
     assert recommend_ranks(table, rank=2) == before
     assert (
-        "Outside these matrices, in no cut: " in (told := verdict(table, before)[1])
+        "Outside these matrices, not in the factors: " in (told := verdict(table, before)[1])
         and "other " in told
     )
 

@@ -47,6 +47,14 @@ def test_rows_bits_and_forecast_are_told_in_this_order(told):
     assert last.endswith(f"score rank {math.ceil(10_000 / one)} beside it.")
 
 
+def test_of_another_base_it_says_whose_the_fit_is(told, monkeypatch):
+    assert "fitted to" not in " ".join(told(2.5))
+    other = dataclasses.replace(PROFILES["smoke"], model="another")
+    monkeypatch.setattr(advice_module, "FITTED", other)
+    *_, forecast, _ = advice("folder/mine.jsonl", PROFILES["smoke"].model).splitlines()
+    assert forecast.endswith(" bits each. It is fitted to another alone.")
+
+
 def test_the_usual_rank_is_enough_up_to_its_parameters(told):
     one, usual = parameters_of(RANK_1), 4
     fits = usual * one / 2 / 1000  # kbit, whose upper end is just the usual rank

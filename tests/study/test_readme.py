@@ -62,6 +62,12 @@ def test_the_times_of_a_pair_are_those_of_the_bench():
     for name, program in {"took": "adapter", "mergekit-extract-lora": "mergekit"}.items():
         seconds, memory = found.loc[program]
         assert f"{name} {seconds:.0f} s and {memory:.1f} GB" in told
+    inspected = f"`inspect` took {found.loc['spectra', 'seconds']:.0f} s for 1.5 B parameters"
+    largest = times[times["pair"].str.startswith("3.2 B parameters")].groupby("program")
+    ours, theirs = (largest[["seconds", "GB"]].median().loc[p] for p in ("spectra", "modeldelta"))
+    told_of = [f"{inspected} and {ours['seconds']:.0f} s and {ours['GB']:.1f} GB for 3.2 B"]
+    told_of.append(f"modeldelta {theirs['seconds']:.0f} s and {theirs['GB']:.1f} GB")
+    assert [words for words in told_of if words not in told] == []
 
 
 def test_what_the_report_takes_is_what_the_bench_measured():
