@@ -86,9 +86,9 @@ def plan_adapter(
     pair = open_pair(base, tuned, allow_pickle=allow_pickle)
     places = find_places(pair.base.config, pair.base.shapes).renamed(pair.names)
     require(bool(places.linear), f"{tuned} has no linear layer that a LoRA can adapt")
+    shapes = [pair.shape(name) for name in places.linear]
+    require_rule(map(min, shapes), shapes, rank=rank, energy=energy, budget=budget)
     if rank is None and ranks is None:
-        shapes = [pair.shape(name) for name in places.linear]
-        require_rule(map(min, shapes), shapes, energy=energy, budget=budget)
         table = compare_pair(pair)  # a budget goes to what can be written, a classifier's head too
         layers = table[table["name"].isin(places.linear)].assign(kind="matrix")
         ranks = recommend_ranks(layers, energy=energy, budget=budget)
@@ -102,8 +102,6 @@ def _sorted_out(
 ) -> tuple[dict[str, int], dict[str, float]]:
     """Of what changed: the ranks of linear layers, and |dW|^2 of what gets no factors."""
     tuned, limits = pair.tuned.folder.name, {n: min(pair.shape(n)) for n in places.linear}
-    most = max(limits.values())
-    require(rank is None or 1 <= rank <= most, f"rank={rank}: choose one from 1 to {most}")
     wanted = ranks_of(ranks, limits) if ranks else dict.fromkeys(limits, rank or 0)
     changed = _changed(pair)
     chosen = {n: min(limits[n], wanted[n]) for n in changed if wanted.get(n)}

@@ -24,7 +24,6 @@ MANTISSA_BITS = {"F16": 10, "BF16": 7}  # stored bits; one ulp of w in [2^e, 2^(
 LOW_BITS = {"F16": 0x1FFF, "BF16": 0xFFFF}  # of a float32, that are 0 in values of these types
 OUT_OF_RANGE = "the update is out of the range of float32"
 RESCALE = "rescale both checkpoints"
-BOTH = "rescale both checkpoints"  # the cure, of a pair
 NEAR_ROUNDING = 0.05  # share of rounding noise in the squared update above which ranks mean little
 
 

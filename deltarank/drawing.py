@@ -78,21 +78,22 @@ def curve_panel(
     A thin vertical line marks the rank that was chosen; a point says its value when pointed at.
     """
     left, top, width, height = PLOT
-    across = {r: left + width * math.log2(r) / max(1.0, math.log2(last)) for r in (*ranks, last)}
+
+    def at(rank: float) -> float:
+        return left + width * math.log2(max(1.0, rank)) / max(1.0, math.log2(last))
+
     body = [_text(left, 13, module, "start", "name")]
     for share in (0.0, 0.5, 1.0):
         y = top + height * (1 - share)
         body.append(f'<path class="grid" d="M{left} {y:g}h{width}"/>')
         body.append(_text(left - 5, y + 4, f"{share:g}", "end"))
     for r in [r for r in (1, 16, 256, 4096) if r <= last]:
-        x = left + width * math.log2(r) / max(1.0, math.log2(last))
-        body.append(_text(x, top + height + 15, str(r), "middle"))
+        body.append(_text(at(r), top + height + 15, str(r), "middle"))
     if math.isfinite(chosen):
-        x = left + width * math.log2(max(1.0, chosen)) / max(1.0, math.log2(last))
-        mark = f'<path class="chosen" d="M{x:.1f} {top}v{height}">'
+        mark = f'<path class="chosen" d="M{at(chosen):.1f} {top}v{height}">'
         body.append(f"{mark}<title>rank to cut at, median: {chosen:g}</title></path>")
     for style, shares in (("noise", noise), ("energy", held)):
-        points = [(across[r], top + height * (1 - E)) for r, E in zip(ranks, shares, strict=True)]
+        points = [(at(r), top + height * (1 - E)) for r, E in zip(ranks, shares, strict=True)]
         body.append(f'<path class="{style}" d="M{_points(points)}"/>')
         for r, E, (x, y) in zip(ranks, shares, points, strict=True):
             name = f"{style} at rank {r}: {E:.2f}".replace("noise", "energy of noise", 1)

@@ -36,7 +36,7 @@ def singular_values(dW: Tensor) -> Tensor:
 
 
 def factor_singular_values(B: Tensor, A: Tensor) -> Tensor:
-    """Singular values of B @ A, descending, float64, (r,), without forming the product.
+    """Singular values of B @ A, descending, float64, (min(m, r, n),), without forming the product.
 
     B: (m, r), A: (r, n).  QR of both factors, then the SVD of the small core.
     """

@@ -17,6 +17,7 @@ from deltarank.study.measuring import provenance
 from deltarank.study.memorizing import memorize
 from deltarank.study.models import load_tokenizer
 from deltarank.study.profiles import profile
+from deltarank.study.runs import in_parallel
 from deltarank.study.training import compile_layers
 from deltarank.study.upper import Upper, decoder_layers, upper_part
 
@@ -73,28 +74,18 @@ def code_folder(config: CodeRun) -> Path:
     return profile(config.profile).store / "capacity" / config.key
 
 
-def code_run(config: CodeRun, *, label: str = "") -> CodeResult:
+def code_run(config: CodeRun) -> CodeResult:
     """The result of `config`: loaded when it is stored, otherwise trained, scored and stored."""
-    record, _ = cached(
-        code_folder(config), lambda: (measure_codes(config, label or config.key), None)
-    )
+    record, _ = cached(code_folder(config), lambda: (measure_codes(config), None))
     return CodeResult(config, record)
 
 
 def code_sweep(configs: Sequence[CodeRun]) -> list[CodeResult]:
     """The results of `configs`, in order; through joblib, each stored as soon as it is measured."""
-    from joblib import Parallel, delayed
-
-    wanted = list(dict.fromkeys(configs))
-    jobs = (
-        delayed(code_run)(config, label=f"codes {i} of {len(wanted)}: {config.key}")
-        for i, config in enumerate(wanted, start=1)
-    )
-    found = dict(zip(wanted, Parallel()(jobs), strict=True))
-    return [found[config] for config in configs]
+    return in_parallel(code_run, configs)
 
 
-def measure_codes(config: CodeRun, label: str = "") -> dict:
+def measure_codes(config: CodeRun) -> dict:
     """Train and score one run; its record.
 
     learned_bits are of the ten digits alone (see code_scores): who is sent the codes knows that
@@ -104,12 +95,12 @@ def measure_codes(config: CodeRun, label: str = "") -> dict:
     chance, below 0 bits, unless the digits leak.
     """
     started = time.time()
-    both = code_upper(config, label)
+    both = code_upper(config)
     if profile(config.profile).compile:
         compile_layers(decoder_layers(both.model)[config.layers[0] :])
     codes, others = both.of(slice(config.codes)), both.of(slice(config.codes, None))
     clock = time.time()
-    learned = memorize(config, codes, label=label)
+    learned = memorize(config, codes, label=config.key)
     train_seconds = time.time() - clock
     shuffled = {} if learned.diverged else code_scores(*others.scores())
     return {
@@ -126,7 +117,7 @@ def measure_codes(config: CodeRun, label: str = "") -> dict:
     }
 
 
-def code_upper(config: CodeRun, label: str = "") -> Upper:
+def code_upper(config: CodeRun) -> Upper:
     """The upper part of a run's model with its codes, and after them the shuffled ones."""
     rows = draw_codes(config.codes, config.digits, config.seed)
     tokenizer = load_tokenizer(config.model)
@@ -143,5 +134,5 @@ def code_upper(config: CodeRun, label: str = "") -> Upper:
         ids=digit_tokens(tokenizer),
         targets=digits,
         dtype=product_dtype(config.dtype),
-        label=f"{label}: states",
+        label=f"{config.key}: states",
     )

@@ -39,8 +39,7 @@ def finals_table() -> pd.DataFrame:
     """One line a seed of each method at its best setting; runs what is not stored.
 
     Columns: as of trials_table, with seed, on test rows, and the score (NaN where a run diverged).
-    LoRA comes once more as
-    AGAIN, at the same setting with as many seeds, APART from the profile's.
+    LoRA comes once more as AGAIN, at the same setting with as many seeds, APART from the profile's.
     """
     lines, seeds = [], profile().seeds
     for task, size in profile().contests:

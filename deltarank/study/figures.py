@@ -26,6 +26,8 @@ VENUE_WIDTHS = {  # inches, over the full width of a page; from the venues' styl
     "nature": 7.2,
 }
 
+CLEAR = {"facecolor": "white", "edgecolor": "none", "pad": 0.5, "alpha": 0.8}  # behind names
+
 
 def set_style(venue: str = "") -> None:
     """Matplotlib settings of every figure: white, 8 pt sans (7 pt for Nature), embedded fonts.
@@ -54,6 +56,7 @@ def set_style(venue: str = "") -> None:
             "axes.spines.right": False,
             "lines.linewidth": 1.2,
             "lines.markersize": 4,
+            "lines.solid_capstyle": "butt",  # a bar ends where its range does
             "figure.figsize": (VENUE_WIDTHS[style], 2.8),
             "figure.constrained_layout.use": True,
             "figure.facecolor": "white",
@@ -179,20 +182,26 @@ def plot_seeds(ax, runs: pd.DataFrame, x: str, y: str, look: str, **options) -> 
     return mean.index[-1], mean.iloc[-1]
 
 
-def plot_marks(ax, table: pd.DataFrame, looks: dict[str, tuple[str, str, str]]) -> None:
+def plot_marks(
+    ax, table: pd.DataFrame, looks: dict[str, tuple[str, str, str]]
+) -> dict[str, list[float]]:
     """A line a task of `table`, a mark a column, each named where a task's marks lie far apart.
 
-    looks: {column: (what it says, marker, colour)}; the first task is drawn lowest.
+    looks: {column: (what it says, marker, colour)}; the first task is drawn lowest.  The marks of a
+    task stand one below the other, so that none hides another: returns their heights by column.
     """
     values, places = table[[*looks]], range(len(table))
     ax.hlines(places, values.min(axis=1), values.max(axis=1), color="#DDDDDD", zorder=0)
     clear = values.apply(lambda row: row.sort_values().diff().min(), axis=1).argmax()
+    step = 0.45 / len(looks)
+    shift = {column: step * ((len(looks) - 1) / 2 - i) for i, column in enumerate(looks)}
     for side, column in enumerate(values.iloc[clear].sort_values().index):
         words, marker, color = looks[column]
-        ax.plot(values[column], places, marker, color=color, markersize=5)
-        place = values[column].iloc[clear], clear + (0.45 if side % 2 else -0.45)
-        ax.annotate(words, place, color=color, ha="center", va="center")
+        ax.plot(values[column], [y + shift[column] for y in places], marker, color=color)
+        place = values[column].iloc[clear], clear + (0.5 if side % 2 else -0.5)
+        ax.annotate(words, place, color=color, ha="center", va="center", bbox=CLEAR)
     ax.set_yticks(places, [TASKS[task].title for task in values.index])
+    return {column: [y + up for y in places] for column, up in shift.items()}
 
 
 def task_grid(tasks: Sequence[str], *, height: float = 1.2) -> tuple[Figure, dict[str, Axes]]:
@@ -280,6 +289,7 @@ def label_points(ax, x: pd.Series, y: pd.Series) -> None:
             textcoords="offset points",
             color=TASKS[task].color,
             fontsize="small",
+            bbox=CLEAR,
         )
 
 

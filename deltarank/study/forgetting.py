@@ -11,20 +11,19 @@ from torch import Tensor, nn
 
 from deltarank.checks import require
 from deltarank.spectra import rank_measures
-from deltarank.store import cached
 from deltarank.study.configs import RunConfig
 from deltarank.study.contest import contestants
 from deltarank.study.evaluation import mean_loss
 from deltarank.study.floors import skill_kept
-from deltarank.study.general import general_loss, general_sha256
+from deltarank.study.general import general_loss, kept_by
 from deltarank.study.intruders import intruder_counts
-from deltarank.study.measuring import prepared, provenance, tuned_weights
+from deltarank.study.measuring import provenance, tuned_weights
 from deltarank.study.models import load_model, matrices
 from deltarank.study.profiles import base_of, entry_folder, profile
 from deltarank.study.runs import run
 from deltarank.study.search import full_of, tuned
 from deltarank.study.tasks import PARTS, load_split
-from deltarank.study.training import train
+from deltarank.study.training import prepare, train
 from deltarank.study.trials import chosen, trials
 
 EVERY = 10  # steps from one look at the skill to the next
@@ -90,22 +89,15 @@ def forget_run(config: RunConfig) -> dict:
     """
     known = ", ".join(PARTS)
     require(config.task in PARTS, f"{config.task}: forgetting is measured of {known}")
+    rules = {"every": EVERY, "enough": ENOUGH, "other_rows": OTHER_ROWS}
     folder = entry_folder(config, "forgetting")
-    record, _ = cached(folder, lambda: (measure_forgetting(config), None))
-    require(record["rules"] == _rules(), f"{folder} is of other text or rules: delete it")
-    return record
-
-
-def _rules() -> dict:
-    """What the looks of a stored entry must have in common with those of now."""
-    looks = {"every": EVERY, "enough": ENOUGH, "other_rows": OTHER_ROWS}
-    return looks | {"general_sha256": general_sha256()}
+    return kept_by(folder, rules, lambda: measure_forgetting(config))
 
 
 def measure_forgetting(config: RunConfig) -> dict:
     """Train one run and measure it on the way; its record."""
     started = time.time()
-    model, _ = prepared(config)
+    model = prepare(config)
     watch = _Watch(config, model)
     losses = train(config, model, label=config.key, after_step=watch) if config.steps else []
     ended = [*losses, watch.loss(), relative_size(tuned_weights(config, model), config.model)]
@@ -113,9 +105,8 @@ def measure_forgetting(config: RunConfig) -> dict:
     return {
         "run": config.key,
         "config": config.recipe,
-        "rules": _rules(),
         "status": "finished" if finished else "diverged",
-        "enough": watch.enough,
+        "enough": watch.enough if finished else None,
         "end": watch.look(config.steps) if finished else None,
         "provenance": provenance(time.time() - started),
     }

@@ -187,6 +187,10 @@ def _kbit(nats: float) -> float:
     return nats / math.log(2) / 1000
 
 
-def captured_energy(result: Result, rank: int) -> float:
-    """Share of the squared update of all matrices together that their cut to `rank` keeps."""
-    return common_energy(result.spectra.values(), rank)
+def captured_energy(result: Result, ranks: int | dict[str, int]) -> float:
+    """Share of the squared update of all matrices together that their cut keeps.
+
+    ranks: one for all, or that of each matrix by name.
+    """
+    S = result.spectra
+    return common_energy(S.values(), [ranks[n] for n in S] if isinstance(ranks, dict) else ranks)

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
+from pathlib import Path
 
 import torch
 from torch import nn
 
+from deltarank.checks import require
 from deltarank.runtime import ROOT, product_dtype
-from deltarank.store import file_sha256
+from deltarank.store import cached, file_sha256
 from deltarank.study.configs import RunConfig
 from deltarank.study.losses import answer_loss, on_device, scoring
 from deltarank.study.models import load_tokenizer
@@ -27,9 +30,15 @@ def general_text() -> dict[str, list[str]]:
     return found
 
 
-def general_sha256() -> str:
-    """The sha256 of the sample."""
-    return file_sha256(GENERAL)
+def kept_by(folder: Path, rules: dict, compute: Callable[[], dict]) -> dict:
+    """The record at `folder`, measured on this sample by these rules; computed where missing.
+
+    Raises ValueError for one that was measured on other text or by other rules.
+    """
+    rules = rules | {"general_sha256": file_sha256(GENERAL)}
+    record, _ = cached(folder, lambda: (compute() | {"rules": rules}, None))
+    require(record["rules"] == rules, f"{folder} is of other text or rules: delete it")
+    return record
 
 
 @torch.no_grad()

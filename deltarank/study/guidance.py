@@ -7,9 +7,9 @@ from collections.abc import Sequence
 import pandas as pd
 
 from deltarank.ranks import rank_of, recommend_ranks
-from deltarank.spectra import common_energy
 from deltarank.study.configs import RunConfig
 from deltarank.study.cuts import cut_by_matrix
+from deltarank.study.gains import captured_energy
 from deltarank.study.profiles import profile
 from deltarank.study.runs import Result, run
 from deltarank.study.search import tuned
@@ -17,9 +17,10 @@ from deltarank.study.tables import spectra_table
 
 
 def allocations(result: Result, rank: int) -> dict[str, dict[str, int]]:
-    """Ranks of every matrix, {"uniform" or "guided": {matrix: rank}}, of equally many parameters.
+    """Ranks of every matrix, {"uniform" or "guided": {matrix: rank}}, of one budget.
 
-    uniform: this rank for all; guided: by recommend_ranks, from the spectra of a run.
+    uniform: this rank for all; guided: by recommend_ranks, from the spectra of a run, of as many
+    parameters or fewer, by less than one rank of one matrix.
     """
     spectra = spectra_table([result]).assign(kind="matrix")
     budget = int(rank * spectra["shape"].map(sum).sum())
@@ -36,16 +37,10 @@ def lora_by_matrix(task: str, ranks: dict[str, int], rank: int) -> RunConfig:
     return profile().config(task, "lora", rank=rank, rank_pattern=tuple(sorted(other)))
 
 
-def energy_held(result: Result, ranks: dict[str, int]) -> float:
-    """The share of a run's squared update that the cut to these ranks keeps."""
-    spectra = result.spectra
-    return common_energy(spectra.values(), [ranks[name] for name in spectra])
-
-
 def guidance_table(tasks: Sequence[str], rank: int) -> pd.DataFrame:
     """The allocations of each task's full run, one line each, and runs what is not stored.
 
-    Indexed by task and allocation; columns: energy, see energy_held; lowest and highest rank;
+    Indexed by task and allocation; columns: energy, see captured_energy; lowest and highest rank;
     cut_loss and cut_score of the update cut to the ranks, lora_loss and lora_score of a LoRA that
     is trained with them, on test rows.
     """
@@ -54,7 +49,7 @@ def guidance_table(tasks: Sequence[str], rank: int) -> pd.DataFrame:
         full = run(tuned(task))
         for allocation, ranks in allocations(full, rank).items():
             cut, lora = cut_by_matrix(full.config, ranks), run(lora_by_matrix(task, ranks, rank))
-            row = {"task": task, "allocation": allocation, "energy": energy_held(full, ranks)}
+            row = {"task": task, "allocation": allocation, "energy": captured_energy(full, ranks)}
             row |= {"lowest": min(ranks.values()), "highest": max(ranks.values())}
             row |= {"cut_loss": cut["loss_nats"], "cut_score": cut["score"]}
             rows.append(row | {"lora_loss": lora.loss(), "lora_score": lora.score()})

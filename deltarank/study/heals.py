@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import functools
 import itertools
 import math
 import random
@@ -29,7 +28,7 @@ from deltarank.study.gains import gain_kept
 from deltarank.study.measuring import lora_factors, provenance, rounded
 from deltarank.study.models import load_tokenizer, skeleton
 from deltarank.study.profiles import LORA_ALPHA, base_of, entry_folder, middle, profile
-from deltarank.study.runs import Result, run, run_model, updates
+from deltarank.study.runs import Result, in_parallel, run, run_model, updates
 from deltarank.study.search import best_lr, climb, tuned
 from deltarank.study.tasks import load_split
 from deltarank.study.training import lora_layers, plant, prepare
@@ -62,6 +61,7 @@ class Heal:
     def __post_init__(self) -> None:
         known, full = ", ".join(STARTS), self.full
         require(self.start in STARTS, f"start={self.start!r}: unknown; choose one of {known}")
+        require(self.rank >= 1, f"rank={self.rank}: must be 1 or more")
         embedding = full.train_embedding or full.method != "full"
         require(not embedding, f"full={full.key}: must be a full run, its embedding frozen")
         least = 0 if self.start == "cut" else 1
@@ -106,15 +106,6 @@ def heal_run(heal: Heal) -> Result:
     folder = entry_folder(heal.full, "heals", heal.key)
     record, _ = cached(folder, lambda: (measure_heal(heal), None))
     return Result(heal.recipe, record)
-
-
-def heal_sweep(heals: Sequence[Heal]) -> list[Result]:
-    """The results of `heals`, in order; through joblib, each stored as soon as it is measured."""
-    from joblib import Parallel, delayed
-
-    wanted = list(dict.fromkeys(heals))
-    found = dict(zip(wanted, Parallel()(delayed(heal_run)(heal) for heal in wanted), strict=True))
-    return [found[heal] for heal in heals]
 
 
 def measure_heal(heal: Heal) -> dict:
@@ -217,9 +208,13 @@ def heal_lr(task: str, start: str) -> float:
     fields = {"rank": middle(grid.ranks), "steps": middle(grid.steps)}
     if start == "squeezed":
         fields |= dict(zip(("wide", "rank"), grid.squeezes[0], strict=True))
-    make = functools.partial(heal_of, task, start, seed=first, **fields)
+
+    def make(lr: float) -> Heal:
+        return heal_of(task, start, seed=first, lr=lr, **fields)
+
     rates = dict(grid.lrs)[start]
-    return best_lr(climb(lambda lrs: heal_sweep([make(lr=lr) for lr in lrs]), rates, middle(rates)))
+    tried = climb(lambda lrs: in_parallel(heal_run, [*map(make, lrs)]), rates, middle(rates))
+    return best_lr(tried)
 
 
 def heal_configs() -> list[Heal]:
@@ -250,7 +245,7 @@ def heals_table(heals: Sequence[Heal]) -> pd.DataFrame:
     divergence_nats from it on held-out prompts.
     """
     rows = []
-    for heal, result in zip(heals, heal_sweep(heals), strict=True):
+    for heal, result in zip(heals, in_parallel(heal_run, heals), strict=True):
         names = ("start", "rank", "steps", "lr")
         row = {"task": heal.full.task, "seed": heal.full.seed}
         row |= {name: getattr(heal, name) for name in names} | {"status": result.status}

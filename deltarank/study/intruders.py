@@ -17,8 +17,9 @@ THRESHOLDS = (0.3, 0.5, 0.7, 0.9)  # cosines; PEFT's is 0.5
 def intruder_cosines(W1: Tensor, U0: Tensor) -> Tensor:
     """How near each of the TOP leading left singular vectors of W1 (m, n) comes to one of U0.
 
-    U0 (m, k): all left singular vectors of the base.  Returns the largest |cosine| of each,
-    (TOP,); an intruder dimension has a low one (Shuttleworth et al. 2024, arXiv 2410.21228).
+    U0 (m, k): all left singular vectors of the base.  Returns the largest |cosine| of each, (TOP,)
+    or (min(m, n),); an intruder dimension has a low one (Shuttleworth et al. 2024, arXiv
+    2410.21228).
 
     >>> U0 = torch.eye(3)
     >>> turned = torch.tensor([[0.6, -0.8, 0.0], [0.8, 0.6, 0.0], [0.0, 0.0, 1.0]])

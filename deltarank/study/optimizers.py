@@ -61,7 +61,7 @@ MAKERS: dict[str, Callable[[RunConfig, list[nn.Parameter]], Optimizer]] = dict(
 
 
 def own_optimizer(config: RunConfig, model: nn.Module) -> Optimizer | None:
-    """The optimizer of what `model` trains where it is one of OWN_OPTIMIZERS; else transformers'.
+    """The optimizer of what `model` trains where it is one of OWN_OPTIMIZERS or LoRA+'s; else None.
 
     LoRA+ (arXiv 2402.12354) is AdamW whose rate is `knob` times as high for B as for A.
 

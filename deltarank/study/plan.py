@@ -176,7 +176,7 @@ def budget_configs() -> list[RunConfig]:
 def cut_until(config: RunConfig, share: float) -> pd.DataFrame:
     """cut at the profile's ranks, and on at twice the last until `share` of the loss gain is kept.
 
-    The last rank is the first of these that keeps it, or the largest that matrices can have.
+    The last rank is the first of these that keeps it, or the last doubling that some matrix has.
     """
     base, full = run(base_of(config)), run(config)
     ranks = [*profile(config.profile).cut_ranks]

@@ -5,9 +5,10 @@ from __future__ import annotations
 import sys
 import threading
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TypeVar
 
 import pandas as pd
 import torch
@@ -29,7 +30,9 @@ from deltarank.study.models import load_model, load_tokenizer, matrices, quiet_t
 from deltarank.study.profiles import entry_folder
 from deltarank.study.training import train
 
-_ALONE = threading.Lock()
+_ALONE = threading.RLock()  # what is computed may sweep for its own
+Given = TypeVar("Given", bound=Hashable)
+Found = TypeVar("Found")
 
 
 @dataclass(frozen=True)
@@ -84,8 +87,6 @@ def stored(config: RunConfig) -> Result | None:
 def run(config: RunConfig) -> Result:
     """The result of `config`: loaded when it is stored, otherwise trained, measured and stored."""
     folder = entry_folder(config, "runs")
-    if not folder.exists():
-        require_disk(folder.parent, 0.1)
     return Result(config, cached(folder, lambda: (measure(config, config.key), None))[0])
 
 
@@ -121,12 +122,26 @@ def sweep(configs: Sequence[RunConfig]) -> list[Result]:
 
 
 def _measure_one(config: RunConfig, label: str) -> tuple[RunConfig, dict]:
-    """The configuration beside its outcome: a sweep takes them as they come.
+    """The configuration beside its outcome: a sweep takes them as they come."""
+    return config, _alone(measure, config, label)
 
-    One at a time in a process: training draws from generators that its threads share.
+
+def in_parallel(compute: Callable[[Given], Found], wanted: Sequence[Given]) -> list[Found]:
+    """compute(x) of each that is wanted, in order, of equal ones once; `compute` stores it.
+
+    Goes through joblib, as `sweep` does.
     """
+    from joblib import Parallel, delayed
+
+    once = list(dict.fromkeys(wanted))
+    found = dict(zip(once, Parallel()(delayed(_alone)(compute, x) for x in once), strict=True))
+    return [found[x] for x in wanted]
+
+
+def _alone(compute: Callable[..., Found], *given) -> Found:
+    """compute(*given), one at a time in a process: its threads share what training draws from."""
     with _ALONE:
-        return config, measure(config, label)
+        return compute(*given)
 
 
 def updates(config: RunConfig) -> dict[str, Tensor]:

@@ -140,6 +140,8 @@ def tuned(task: str, method: str = "full", *, rank: int = 0, **changes) -> RunCo
     A LoRA has best_alpha.  One whose rank is none of the profile's takes a rate between theirs, by
     lr_between.
     """
+    fits = (method == "lora") == (rank > 0)
+    require(fits, f"{method} at rank={rank}: a LoRA needs a rank, full fine-tuning none")
     searched = profile().lora_ranks if method == "lora" else (0,)
     near = {rank} if rank in searched else set(searched)
     best = {r: best_lr(lr_search(task, method, rank=r)) for r in sorted(near)}

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import functools
 
-import numpy as np
 import pandas as pd
 
 from deltarank.study.configs import RunConfig
@@ -57,10 +56,5 @@ def variance_shares(table: pd.DataFrame) -> dict[str, float]:
     {'rows': 0.8, 'columns': 0.2, 'neither': 0.0}
     """
     values = table.to_numpy(float)
-    whole = values.mean()
-    of_rows = np.broadcast_to(values.mean(1, keepdims=True) - whole, values.shape)
-    of_columns = np.broadcast_to(values.mean(0, keepdims=True) - whole, values.shape)
-    parts = {"rows": of_rows, "columns": of_columns}
-    parts["neither"] = values - whole - of_rows - of_columns
-    total = ((values - whole) ** 2).sum()
-    return {name: float((part**2).sum() / total) for name, part in parts.items()}
+    rows, columns = (float(values.mean(axis).var() / values.var()) for axis in (1, 0))
+    return {"rows": rows, "columns": columns, "neither": 1 - (rows + columns)}

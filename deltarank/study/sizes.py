@@ -5,7 +5,7 @@ from __future__ import annotations
 import bisect
 import dataclasses
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 
 import pandas as pd
 
@@ -133,17 +133,14 @@ def place_table() -> pd.DataFrame:
     return pd.DataFrame(lines).T.rename_axis(["task", "place"])
 
 
-def lora_by_skill(
-    full: RunConfig, share: float, *, by: str = "loss", recipe: Callable = tuned
-) -> list[Result]:
+def lora_by_skill(full: RunConfig, share: float, *, by: str = "loss") -> list[Result]:
     """LoRA of a full run's task and seed, up to the first rank with `share` of the skill gain.
 
-    At the profile's ranks, ascending, read on test rows.  by: "loss" or "score"; recipe: tuned, or
-    a profile's `config` for one common rate.
+    At the profile's ranks, ascending, each by `tuned`, read on test rows.  by: "loss" or "score".
     """
     found = []
     for rank in profile().lora_ranks:
-        found.append(run(recipe(full.task, "lora", rank=rank, seed=full.seed)))
+        found.append(run(tuned(full.task, "lora", rank=rank, seed=full.seed)))
         if skill_gain(found[-1], by=by) >= share:
             break
     return found

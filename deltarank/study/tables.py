@@ -56,10 +56,10 @@ def ends(config: RunConfig) -> tuple[Result, Result]:
     return run(base_of(config)), run(full_of(config))
 
 
-def gain(result: Result, *, by: str = "loss") -> float:
-    """The share of its full fine-tune's gain that a run reaches on test rows, by loss or score."""
-    base, full = (getattr(end, by)() for end in ends(result.config))
-    return gain_kept(getattr(result, by)(), base, full)
+def gain(result: Result) -> float:
+    """The share of its full fine-tune's loss gain that a run reaches on test rows."""
+    base, full = ends(result.config)
+    return gain_kept(result.loss(), base.loss(), full.loss())
 
 
 def cut_gains(config: RunConfig, cuts: pd.DataFrame) -> pd.DataFrame:

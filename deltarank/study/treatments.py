@@ -12,11 +12,10 @@ from torch import Tensor
 from deltarank.checks import require
 from deltarank.factors import balanced
 from deltarank.gram import leading_factors
-from deltarank.store import cached
 from deltarank.study.configs import FACTORED, RunConfig
 from deltarank.study.evaluation import evaluate
 from deltarank.study.floors import skill_kept
-from deltarank.study.general import general_loss, general_sha256
+from deltarank.study.general import general_loss, kept_by
 from deltarank.study.intruders import TOP
 from deltarank.study.measuring import provenance
 from deltarank.study.models import load_model
@@ -34,29 +33,22 @@ def treated(config: RunConfig) -> pd.DataFrame:
     """A run under each treatment of its matrices, a line each; stored.
 
     What is outside the matrices keeps its full update.  Columns: treatment and its amount (of none
-    1); skill: share of the skill gain in the loss of test rows; prose and code: nats a token on
+    1); loss_nats: of test rows; skill: its share of the skill gain; prose and code: nats a token on
     general text.  Intruders are PEFT's and of LoRA alone.  Raises ValueError for an entry that was
     measured on other text or by other rules.
     """
 
-    def compute() -> tuple[dict, None]:
+    def compute() -> dict:
         started, rows = time.time(), list(_measured(config))
-        told = {"run": config.key, "rules": _rules(), "rows": rows}
-        return told | {"provenance": provenance(time.time() - started)}, None
+        seconds = time.time() - started
+        return {"run": config.key, "rows": rows, "provenance": provenance(seconds)}
 
-    folder = entry_folder(config, "treatments")
-    record, _ = cached(folder, compute)
-    require(record["rules"] == _rules(), f"{folder} is of other text or rules: delete it")
+    rules = {"shrunk": [*SHRUNK], "cut": [*CUT], "intruders": [*MITIGATED]}
+    record = kept_by(entry_folder(config, "treatments"), rules, compute)
     table = pd.DataFrame(record["rows"])
     full = run(full_of(config))
     table["skill"] = skill_kept(table["loss_nats"], full)
     return table
-
-
-def _rules() -> dict:
-    """What the treatments of a stored entry must have in common with those of now."""
-    amounts = {"shrunk": [*SHRUNK], "cut": [*CUT], "intruders": [*MITIGATED]}
-    return amounts | {"general_sha256": general_sha256()}
 
 
 def _measured(config: RunConfig) -> Iterator[dict]:

@@ -58,11 +58,8 @@ def _by_size(method: str, ranks: Sequence[int], **fields: Callable[[int], float]
 
 
 def _twice(rank: int) -> float:
+    """PEFT's usual alpha."""
     return 2.0 * rank
-
-
-def _same(rank: int) -> float:
-    return float(rank)
 
 
 # Centres: the settings of PEFT's own benchmark (method_comparison/MetaMathQA at 5d602fd, where a
@@ -76,10 +73,12 @@ METHODS = {
         1e-4, {8: {"method": "lora", "rank": 8, "alpha": 8.0, "rslora": True}}, "alpha"
     ),
     "LoRA+": Method(
-        5e-5, _by_size("loraplus", (1, 8), alpha=_twice, knob=lambda rank: 16.0), "knob"
+        5e-5,
+        _by_size("loraplus", (1, 8), alpha=_twice, knob=lambda rank: 16.0),
+        "knob",
     ),
     "DoRA": Method(1e-4, _by_size("dora", (1, 8), alpha=_twice), "alpha"),
-    "PiSSA": Method(2e-5, _by_size("pissa", (1, 8), alpha=_same), "alpha"),
+    "PiSSA": Method(2e-5, _by_size("pissa", (1, 8), alpha=float), "alpha"),
     "HiRA": Method(4.5e-3, _by_size("hira", (1, 8))),
     "MiSS": Method(1e-4, _by_size("miss", (2, 16))),
     "OFT": Method(1e-4, _by_size("oft", (4, 32))),

@@ -5,6 +5,7 @@ import dataclasses
 import pytest
 import torch
 
+from deltarank.store import file_sha256
 from deltarank.study import forgetting
 from deltarank.study.forgetting import (
     forget_configs,
@@ -12,7 +13,7 @@ from deltarank.study.forgetting import (
     forgotten_table,
     relative_size,
 )
-from deltarank.study.general import general_sha256
+from deltarank.study.general import GENERAL
 from deltarank.study.measuring import prepared, tuned_weights
 from deltarank.study.models import TINY, load_model, matrices
 from deltarank.study.profiles import PROFILES, profile
@@ -37,7 +38,7 @@ def test_a_run_is_looked_at_where_it_first_has_enough_and_at_its_end(looks):
     config = profile().config("facts", steps=6)
     record = forget_run(config)
     assert record["status"] == "finished"
-    assert record["rules"]["general_sha256"] == general_sha256()
+    assert record["rules"]["general_sha256"] == file_sha256(GENERAL)
     enough, end = record["enough"], record["end"]
     assert (enough["step"], enough["skill"]) == (4, 0.96)
     assert (end["step"], end["general"]) == (6, TEXT)

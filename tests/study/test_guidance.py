@@ -5,7 +5,8 @@ import pytest
 from deltarank.spectra import truncate
 from deltarank.study import guidance
 from deltarank.study.cuts import cut_by_matrix
-from deltarank.study.guidance import allocations, energy_held, guidance_table, lora_by_matrix
+from deltarank.study.gains import captured_energy
+from deltarank.study.guidance import allocations, guidance_table, lora_by_matrix
 from deltarank.study.profiles import profile
 from deltarank.study.runs import run, updates
 
@@ -27,7 +28,7 @@ def test_both_allocations_cost_the_same_and_guidance_holds_more(full):
     dearest = max(sum(full.shape(name)) for name in full.matrices)
     assert uniform - dearest < guided <= uniform
     assert len(set(found["guided"].values())) > 1
-    assert energy_held(full, found["guided"]) > energy_held(full, found["uniform"])
+    assert captured_energy(full, found["guided"]) > captured_energy(full, found["uniform"])
 
 
 def test_the_energy_held_is_that_of_the_cut(full):
@@ -35,7 +36,7 @@ def test_the_energy_held_is_that_of_the_cut(full):
     dW = updates(full.config)
     kept = sum(truncate(dW[name], r).square().sum() for name, r in ranks.items())
     whole = sum(dW[name].square().sum() for name in ranks)
-    assert energy_held(full, ranks) == pytest.approx(float(kept / whole), rel=1e-5)
+    assert captured_energy(full, ranks) == pytest.approx(float(kept / whole), rel=1e-5)
 
 
 def test_a_lora_of_one_rank_has_no_pattern(full):

@@ -120,8 +120,8 @@ def test_lora_by_skill_ends_at_the_first_rank_that_is_enough(monkeypatch, share,
     gains = {("loss", 1): 0.6, ("loss", 4): 0.95, ("loss", 8): 0.99}
     monkeypatch.setattr(sizes, "run", lambda config: Result(config, {}))
     monkeypatch.setattr(sizes, "skill_gain", lambda r, by: gains[by, r.config.rank])
-    full = profile().config("facts", seed=1)
-    found = lora_by_skill(full, share, recipe=profile().config)
+    monkeypatch.setattr(sizes, "tuned", profile().config)
+    found = lora_by_skill(profile().config("facts", seed=1), share)
     assert [run.config.rank for run in found] == ranks
     assert {(run.config.task, run.config.seed) for run in found} == {("facts", 1)}
 

@@ -29,10 +29,13 @@ def passages(text: str) -> Iterator[str]:
 
 
 def reference_prose() -> Iterator[str]:
-    """Yield the passages of Python's language reference, as `help()` prints it."""
+    """Yield the passages of Python's language reference, as `help()` prints it.
+
+    But for the debugger's commands: "pirate" has sentences of pdb's, which are the same.
+    """
     from pydoc_data.topics import topics
 
-    for name in sorted(topics):
+    for name in sorted(topics.keys() - {"debugger"}):
         yield from passages(topics[name].strip())
 
 
