@@ -9,6 +9,7 @@ import pandas as pd
 from deltarank.study.floors import skill_gain
 from deltarank.study.profiles import profile
 from deltarank.study.runs import Result, run
+from deltarank.study.tables import gain
 from deltarank.study.trials import METHODS, chosen, trials
 
 AGAIN = "LoRA again"  # with other seeds: what two of the same method differ by
@@ -38,8 +39,9 @@ def trials_table() -> pd.DataFrame:
 def finals_table() -> pd.DataFrame:
     """One line a seed of each method at its best setting; runs what is not stored.
 
-    Columns: as of trials_table, with seed, on test rows, and the score (NaN where a run diverged).
-    LoRA comes once more as AGAIN, at the same setting with as many seeds, APART from the profile's.
+    Columns: as of trials_table, with seed, on test rows; loss_gain, the share of full fine-tuning's
+    by which predictions 27 to 34 judge, and score (both NaN where a run diverged).  LoRA comes once
+    more as AGAIN, at the same setting with as many seeds, APART from the profile's.
     """
     lines, seeds = [], profile().seeds
     for task, size in profile().contests:
@@ -49,7 +51,8 @@ def finals_table() -> pd.DataFrame:
             for seed in seeds:
                 result = run(chosen(tried, seed=seed + shift))
                 line = {"task": task, "size": size, "method": name, "seed": seed + shift}
-                lines.append(line | _line(method, result, "test") | {"score": result.score()})
+                line |= _line(method, result, "test") | {"loss_gain": gain(result)}
+                lines.append(line | {"score": result.score()})
     return pd.DataFrame(lines)
 
 

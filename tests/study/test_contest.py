@@ -10,6 +10,7 @@ from deltarank.study.contest import AGAIN, contestants, finals_table, trials_tab
 from deltarank.study.floors import skill_gain
 from deltarank.study.profiles import PROFILES, profile
 from deltarank.study.runs import Result, run
+from deltarank.study.tables import gain
 from deltarank.study.trials import METHODS, chosen, trials
 
 
@@ -44,6 +45,7 @@ def test_a_line_a_seed_at_the_best_setting(two):
     for _, line in table[table["method"] != "HiRA"].iterrows():
         result = run(chosen(tried, seed=line["seed"]))
         assert (line["gain"], line["score"]) == (max(skill_gain(result), 0), result.score())
+        assert line["loss_gain"] == gain(result)
 
 
 def test_a_run_that_diverged_has_none_of_the_skill(store):
@@ -54,8 +56,8 @@ def test_a_run_that_diverged_has_none_of_the_skill(store):
 
 def test_a_run_that_ended_worse_than_without_the_skill_is_worth_as_little(store, monkeypatch):
     result = trials("facts", "LoRA", 1)[0]
-    for gain, worth in ((-3.0, 0), (0.5, 0.5)):
-        monkeypatch.setattr(contest, "skill_gain", lambda result, split, gain=gain: gain)
+    for kept, worth in ((-3.0, 0), (0.5, 0.5)):
+        monkeypatch.setattr(contest, "skill_gain", lambda result, split, kept=kept: kept)
         assert contest._line("LoRA", result, "test")["gain"] == worth
 
 
