@@ -52,7 +52,7 @@ def compare_checkpoints(base: str, tuned: str, *, allow_pickle: bool = False) ->
 
 
 def compare_pair(pair: Pair) -> pd.DataFrame:
-    """The table of compare_checkpoints, of a pair that is open."""
+    """The table of compare_checkpoints, of a pair that is open; raises as it does."""
     folder = cache_folder() / "pairs" / _pair_digest(pair)
     found, rows = pair.matrices(), []
     base, tuned = pair.base.source, pair.tuned.source
@@ -90,7 +90,10 @@ def _pair_digest(pair: Pair) -> str:
 
 
 def differences(pair: Pair, name: str, expert: int | None) -> Iterator[tuple[Tensor, ...]]:
-    """Yield W0, W1 and dW = W1 - W0 slice by slice, at least float32, on the device, checked."""
+    """Yield W0, W1 and dW = W1 - W0 slice by slice, at least float32, on the device.
+
+    Raises ValueError for NaN and infinite entries, naming the file and the tensor.
+    """
     for W0, W1 in pair.parts(name, expert):
         W0, W1 = (W.to(device()) for W in (W0, W1))
         W0, W1 = (W if W.dtype == torch.float64 else W.float() for W in (W0, W1))

@@ -41,7 +41,7 @@ def recommend_ranks(
     other allocation of the parameters used keeps more energy (greedy for concave gains).
     Vocabulary, experts and routers are left out.  Returns r (the most frequent), lora_alpha,
     rank_pattern, alpha_pattern (both {module: rank}, so that every scale alpha / r is 1) and
-    target_modules.
+    target_modules.  Raises ValueError unless one of the three is given, and where it gives nothing.
     """
     given = sum(value is not None for value in (rank, energy, budget))
     require(given == 1, "give one of rank=16, energy=0.9 and budget=1_000_000")

@@ -88,6 +88,8 @@ def common_energy(spectra: Iterable[Tensor], ranks: int | Iterable[int]) -> floa
 def energy_rank(S: Tensor, share: float) -> int:
     """Smallest r with energy(S)[r - 1] >= share; 0 for dW = 0 (as PEFT's convert_to_lora).
 
+    Raises ValueError for a share that is not above 0 and at most 1.
+
     >>> energy_rank(torch.tensor([2.0, 1.0, 1.0]), 0.8)
     2
     """
@@ -213,7 +215,8 @@ def truncate(dW: Tensor, r: int) -> Tensor:
 def subspace_overlap(A: Tensor, B: Tensor, r: int) -> float:
     """|U_A^T U_B|_F^2 / r of the leading r left singular vectors: 1 same, r / m by chance.
 
-    A, B: (m, n), (m, n').  Transpose both for the right singular vectors.
+    A, B: (m, n), (m, n').  Transpose both for the right singular vectors.  Raises ValueError where
+    r is less than 1 or more than the smallest side.
 
     >>> subspace_overlap(torch.eye(4), torch.eye(4), 4)
     1.0

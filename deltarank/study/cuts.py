@@ -35,7 +35,8 @@ def cut(config: RunConfig, ranks: Sequence[int], *, part: str = "head") -> pd.Da
     at the head's Frobenius norm, "tail-scaled" the tail at that norm, "stretched" the head at the
     whole update's.  Parameters outside the matrices keep their full update, so that r = 0 is what
     they do alone.
-    Returns one line a rank: rank, loss_nats, score, row_nats, row_score; each is stored.
+    Returns one line a rank: rank, loss_nats, score, row_nats, row_score; each is stored.  Raises
+    ValueError for an unknown part, and as `updates` does.
     """
     parts = (*CUT_PARTS, *LENGTH_PARTS)
     require(part in parts, f"part={part!r} is unknown; choose one of {', '.join(parts)}")

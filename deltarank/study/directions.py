@@ -104,6 +104,7 @@ def directions(adapter: RunConfig, full: RunConfig, other: RunConfig) -> pd.Data
     Gaussian matrix in `other`'s place, which shares nothing with dW but the inputs.
     moved: squared cosine of a and a0, 1 where training left it; moved_inputs: of R^T a and R^T a0;
     moved_inputs_chance: of R^T a0 and Gaussian directions (1 / n is moved's chance).
+    Raises ValueError for an adapter that is no LoRA of rank 1.
     """
     one = adapter.method == "lora" and adapter.rank == 1
     require(one, f"{adapter.key}: a LoRA of rank 1 has one direction, other adapters have more")

@@ -36,7 +36,8 @@ def middle_of(above: float, enough: float, *, least: float, most: float) -> floa
 def forecast(measure: pd.Series, needed: pd.Series, asked: pd.Series) -> pd.Series:
     """What tasks with the measures `asked` need, by a line fitted to known tasks: see fit_line.
 
-    A task that is known itself has no part in its own forecast.
+    A task that is known itself has no part in its own forecast.  Raises ValueError for a measure
+    that is not above 0.
 
     >>> x = pd.Series({"a": 1.0, "b": 2.0, "c": 4.0})
     >>> forecast(x, 3 * x**2, pd.Series({"c": 4.0, "new": 8.0})).round(6).to_dict()

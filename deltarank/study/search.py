@@ -79,7 +79,7 @@ def _rates(method: str, optimizer: str = "") -> list[float]:
 def best_lr(results: Sequence[Result]) -> float:
     """The learning rate of the lowest held-out loss (split "valid"), mean over its runs.
 
-    Rates with a run that diverged are out.
+    Rates with a run that diverged are out.  Raises ValueError where that leaves none.
     """
     by_rate: dict[float, list[Result]] = {}
     for result in results:
@@ -138,7 +138,7 @@ def tuned(task: str, method: str = "full", *, rank: int = 0, **changes) -> RunCo
     """The configuration at the task's best learning rate; runs what of lr_search is not stored.
 
     A LoRA has best_alpha.  One whose rank is none of the profile's takes a rate between theirs, by
-    lr_between.
+    lr_between.  Raises ValueError for a LoRA without a rank, and for a rank of full fine-tuning.
     """
     fits = (method == "lora") == (rank > 0)
     require(fits, f"{method} at rank={rank}: a LoRA needs a rank, full fine-tuning none")

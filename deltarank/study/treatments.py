@@ -88,6 +88,7 @@ def without_intruders(config: RunConfig, dW: dict[str, Tensor], left: float) -> 
     """The update (m, n) of every matrix after PEFT's reduce_intruder_dimension.
 
     dW: a LoRA's, whose intruders are scaled by `left` (Shuttleworth et al. 2024, arXiv 2410.21228).
+    Raises ValueError for other runs.
     """
     from peft.tuners.lora.intruders import reduce_intruder_dimension
 

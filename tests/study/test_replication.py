@@ -189,6 +189,19 @@ def test_measures_are_those_of_the_runs(store):
     assert found["taught"] == taught(run(probe("facts", profile())))
 
 
+def test_the_needed_ranks_are_those_of_lora_and_of_the_cut(store, monkeypatch):
+    """Each is read off its own curve: of LoRA from rank 4 on, of the cut from rank 8 on."""
+    full, cuts = profile().config("facts"), pd.Series({0: 0.1, 1: 0.3, 4: 0.9, 8: 0.96})
+    table = cuts.rename_axis("rank").rename("kept_loss").reset_index()
+    monkeypatch.setattr(replication, "gain", lambda run: {1: 0.5, 4: 0.97, 8: 1}[run.config.rank])
+    monkeypatch.setattr(replication, "cut_until", lambda *_: "cuts")
+    monkeypatch.setattr(replication, "cut", lambda config, ranks: ranks)
+    monkeypatch.setattr(replication, "cut_gains", lambda config, which: (
+        table if which == "cuts" else table[table["rank"].isin(which)]))  # fmt: skip
+    found = task_measures(full.task, 0)
+    assert (found["lora"], found["cut"], found["kept"]) == (4, 8, 0.9)
+
+
 def test_a_table_has_a_line_a_task_by_the_profile_that_is_named(monkeypatch):
     monkeypatch.setenv("PROFILE", "paper")
 
