@@ -58,7 +58,7 @@ def extract_adapter(
     share of it that the adapter holds), best (the most that its rank can hold), rounding (the share
     lost to the dtype); attrs["lora"]: LoraConfig's arguments.  An adapter that `out` holds is
     replaced.  Raises as open_pair and find_places, ValueError for a bad rank and, before any work,
-    FileExistsError for a folder that is there and is no adapter.
+    FileExistsError for a folder that is there and is no adapter that was written here.
     """
     folder, form = Path(out).expanduser().resolve(), Form(dtype, patterns)
     require_replaceable(folder)

@@ -15,6 +15,7 @@ from deltarank.checkpoints import Checkpoint, is_vocabulary, layer_and_module, o
 from deltarank.checks import require
 
 CAUSAL = re.compile(r"CausalLM|(?<!With)LMHeadModel")  # LlamaForCausalLM, GPT2LMHeadModel
+HEAD = "lm_head.weight"
 SLICE_ENTRIES = 2**21  # of a matrix, read at once; larger buffers cost more than they save
 
 
@@ -31,8 +32,8 @@ class Pair:
     def matrices(self) -> dict[str, tuple[str, int | None]]:
         """What has a spectrum, {label: (tensor in tuned, expert)}: 2-D, experts of a 3-D one.
 
-        Experts are in a layer, and no convolution.  Their biases are 2-D, a row for each, and no
-        matrix.
+        Experts are in a layer, and neither convolutions nor vectors.  Their biases are 2-D, a row
+        for each, and no matrix.
         """
         found: dict[str, tuple[str, int | None]] = {}
         for name in self.names:
@@ -40,7 +41,7 @@ class Pair:
             entries = math.prod(shape)
             if len(shape) == 2 and entries and not name.endswith("bias"):
                 found[name] = (name, None)
-            elif len(shape) == 3 and entries and deep and "conv" not in name:
+            elif len(shape) == 3 and min(shape[1:]) > 1 and entries and deep and "conv" not in name:
                 found |= {f"{name}[{i}]": (name, i) for i in range(shape[0])}
         return found
 
@@ -88,7 +89,7 @@ def open_pair(base: str, tuned: str, *, allow_pickle: bool = False) -> Pair:
     tensor and both shapes otherwise; warns of words and heads that only tuned has.
     """
     W0, W1 = (open_checkpoint(source, allow_pickle=allow_pickle) for source in (base, tuned))
-    W0, W1 = _without_tied_heads(W0, W1), _without_tied_heads(W1, W0)
+    W0, W1 = _without_tied_heads(W0, W1)
     names = common_names(W0.files, W1.files)
     only_base = sorted(set(W0.files) - set(names.values()))
     only_tuned = sorted(set(W1.files) - set(names))
@@ -132,19 +133,33 @@ def _listed(names: list[str]) -> str:
     return ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
 
 
-def _without_tied_heads(checkpoint: Checkpoint, other: Checkpoint) -> Checkpoint:
-    """Without the head that is only another name of the embedding.
+def _without_tied_heads(*sides: Checkpoint) -> tuple[Checkpoint, ...]:
+    """Both sides without the head, where on neither it is more than another name of the embedding.
 
-    That is one which `other` leaves out, or whose tie both configs state.
+    A tie that config.json states counts as far as the numbers bear it out: a file may hold another
+    head all the same.
     """
-    ties = [side.config.get("tie_word_embeddings") for side in (checkpoint, other)]
-    if False in ties:
-        return checkpoint
-    heads = {name for name in checkpoint.files if name.endswith("lm_head.weight")}
-    if not all(ties) or heads >= {*filter(is_vocabulary, checkpoint.files)}:
-        heads -= set(other.files)
-    files = {name: file for name, file in checkpoint.files.items() if name not in heads}
-    return dataclasses.replace(checkpoint, files=files)
+    if any(side.config.get("tie_word_embeddings") is False for side in sides):
+        return sides
+    stored = [(side, name) for side in sides for name in side.files if name.endswith(HEAD)]
+    if not all(_is_alias(side, name) for side, name in stored):
+        return sides
+    files = ({n: f for n, f in side.files.items() if not n.endswith(HEAD)} for side in sides)
+    return tuple(
+        dataclasses.replace(side, files=found) for side, found in zip(sides, files, strict=True)
+    )
+
+
+def _is_alias(side: Checkpoint, head: str) -> bool:
+    """Whether a head holds the same numbers as another tensor of the vocabulary."""
+    shape = side.shapes[head]
+    others = [n for n in side.files if n != head and is_vocabulary(n) and side.shapes[n] == shape]
+    step = max(1, SLICE_ENTRIES // max(1, math.prod(shape[1:])))
+    cuts = [slice(start, start + step) for start in range(0, shape[0], step)]
+    return any(
+        all(bool((side.read(head, cut) == side.read(name, cut)).all()) for cut in cuts)
+        for name in others
+    )
 
 
 def common_names(base: Iterable[str], tuned: Iterable[str]) -> dict[str, str]:

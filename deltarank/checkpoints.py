@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import json
 import re
+import sys
 import zipfile
 from dataclasses import dataclass
 from pathlib import Path
@@ -58,6 +59,7 @@ def model_source(name: str) -> str:
         if not (folder / "config.json").exists():
             raise ValueError(f"{name} is not a model folder: it has no config.json")
         return str(folder)
+    require(not folder.is_file(), f"{name} is a file: give the folder that holds it")
     if folder.is_absolute() or name.count("/") != 1 or folder.parent.is_dir():
         raise ValueError(f"model {name!r} is unknown; choose a folder or a hub id")
     return name
@@ -148,6 +150,7 @@ def download(source: str, patterns: list[str]) -> Path:
     """
     from huggingface_hub import snapshot_download
 
+    print(f"{source}: no folder of this name here, so it is taken from the hub", file=sys.stderr)
     try:
         others = ["*/*", "consolidated*"]
         return Path(snapshot_download(source, allow_patterns=patterns, ignore_patterns=others))
@@ -175,6 +178,8 @@ def _weight_files(folder: Path, allow_pickle: bool) -> list[Path]:
             f"{folder.name} holds pickles (.bin), which can run code when they are read: convert "
             "it to safetensors, or pass allow_pickle=True if you trust it"
         )
+    if list(folder.glob("*.gguf")):
+        raise ValueError(f"{folder.name} holds a GGUF, which is quantised: give the safetensors")
     raise FileNotFoundError(f"{folder.name} holds no *.safetensors: save the model there")
 
 

@@ -82,11 +82,14 @@ def _compared(pair: Pair, found: dict, folder: Path, label: str) -> tuple[dict, 
 
 
 def _pair_digest(pair: Pair) -> str:
-    """Names a pair by its files' places, sizes and times: reading them all would take longer."""
+    """Names a pair by its files' places, sizes, times and nodes: reading them would take longer."""
     files = sorted({*pair.base.files.values(), *pair.tuned.files.values()})
-    stats = {str(f.resolve()): (f.stat().st_size, f.stat().st_mtime_ns) for f in files}
+    stats = {}
+    for file in files:  # one that is replaced may have the old size and time
+        stat = file.stat()
+        stats[str(file.resolve())] = (stat.st_size, stat.st_mtime_ns, stat.st_ctime_ns, stat.st_ino)
     sides = [str(side.folder.resolve()) for side in (pair.base, pair.tuned)]
-    return digest({"files": stats, "sides": sides, "version": 2})[:16]
+    return digest({"files": stats, "sides": sides, "version": 3})[:16]
 
 
 def differences(pair: Pair, name: str, expert: int | None) -> Iterator[tuple[Tensor, ...]]:

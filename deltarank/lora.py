@@ -163,7 +163,8 @@ def open_lora(adapter: str, *, allow_pickle: bool = False) -> Lora:
         more = f" and {len(whole) - 1} more" if len(whole) > 1 else ""
         first = whole[0].removeprefix("base_model.model.")
         left = f"{adapter} keeps {first}{more} whole, not as factors: left out"
-        warnings.warn(f"{left}; to have them, {MERGE}", stacklevel=3)
+        cure = f"to have those of layers, {MERGE}; copy those of the vocabulary"
+        warnings.warn(f"{left} and in no total; {cure}", stacklevel=3)
     found = [_matrix(checkpoint, module, parts) for module, parts in modules.items()]
     return Lora(checkpoint, {f"{matrix.module}.weight": matrix for matrix in found})
 

@@ -12,7 +12,7 @@ from typing import Any, NoReturn
 from deltarank import __version__
 
 ENERGY = 0.9  # the rule for ranks where none is given
-EXTRA = "pip install 'deltarank[study]'"
+EXTRA = "pip install '.[study]' in its folder"
 PATHS = {  # of each command: how many there may be, and which
     "inspect": ((1, 2), "BASE TUNED | ADAPTER"),
     "extract": ((2, 3), "BASE TUNED OUT | ADAPTER OUT"),
@@ -34,7 +34,7 @@ SAID: dict[str, dict[str, Any]] = {  # in the help of each command
         "       deltarank extract [options] ADAPTER OUT",
         "help": "write the cut of the update as a PEFT adapter",
         "description": "Write the cut of TUNED - BASE, or of a LoRA, as a PEFT adapter into the "
-        "folder OUT; an adapter that is there is replaced.",
+        "folder OUT; one that deltarank wrote there is replaced, a trained one is not.",
         "epilog": "examples:\n  deltarank extract base tuned out --rank 16\n"
         "  deltarank extract adapter out --rank 8 --dtype bfloat16\n"
         "  deltarank extract base tuned out --rank 8 --heal rows.jsonl --steps 60",
@@ -123,7 +123,7 @@ def _add_reports(parser: argparse.ArgumentParser) -> None:
         "--task",
         help="score what cuts lose, to one rank and to those recommended: a task of the report, or "
         "a .jsonl file with a prompt and an answer a line, as the model is to see them: no chat "
-        f"template is added (needs BASE and TUNED, and {EXTRA})",
+        f"template is added, and a newline ends the answer (needs BASE and TUNED, and {EXTRA})",
     )
 
 
@@ -201,7 +201,8 @@ def _add_rows(parser: argparse.ArgumentParser) -> None:
         metavar=PATHS["plan"][1],
         help="a .jsonl file with a prompt and an answer in each line, and a kind if there are "
         'several; of lines that name a split those of "train" are trained on and some of "test" '
-        "held out, or else an eighth of all",
+        "held out, or else an eighth of all; a newline ends an answer; of facts to be known by "
+        'heart give some lines twice, once as of "test"',
     )
     parser.add_argument(
         "--model", help="folder or hub id of the base (default: that of the report)"

@@ -20,6 +20,7 @@ from deltarank.checks import require, require_disk, require_writable
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 CARD = "README.md"  # which PEFT begins and its reader may have written
+WRITER = {"writer": "deltarank"}  # in the metadata of WEIGHTS
 Layout = dict[str, tuple[torch.dtype, tuple[int, ...]]]  # a file's tensors: name, type and shape
 
 # What the names of tensors and config.json say of a language model, as transformers builds it.
@@ -98,7 +99,9 @@ def find_places(config: dict, shapes: dict[str, tuple[int, ...]]) -> Places:
 def _language_model(config: dict, shapes: dict[str, tuple[int, ...]]) -> dict[str, tuple[int, ...]]:
     """The tensors of the language model; ValueError if its modules may be named otherwise."""
     kind = config.get("model_type", "")
-    require(bool(config.get("architectures")), f"config.json of {kind} names no architecture")
+    named = config.get("architectures")
+    told = isinstance(named, list) and bool(named) and isinstance(named[0], str)
+    require(told, f"config.json{kind and f' of {kind}'} names no architecture in a list")
     inner = [part for key, part in config.items() if key.endswith("_config")]
     if any(isinstance(part, dict) and part.get("model_type") for part in inner):
         shapes = {name: shape for name, shape in shapes.items() if name.startswith(LANGUAGE)}
@@ -157,10 +160,10 @@ def lora_config(arguments: dict, **more) -> dict:
 
 
 def require_replaceable(folder: Path) -> None:
-    """Raise FileExistsError for a folder that is there and is more than an adapter.
+    """Raise FileExistsError for a folder that is there and is more than an adapter written here.
 
-    And NotADirectoryError for one that cannot be made, since it would be inside of a file; OSError
-    where nothing can be written beside it.
+    What was trained cannot be had again.  And NotADirectoryError for one that cannot be made, since
+    it would be inside of a file; OSError where nothing can be written beside it.
     """
     above = next(parent for parent in folder.parents if os.path.lexists(parent))
     if not above.is_dir():
@@ -171,14 +174,27 @@ def require_replaceable(folder: Path) -> None:
     held = {file.name for file in folder.iterdir()} if folder.is_dir() else set()
     if CONFIG not in held or held - {CONFIG, WEIGHTS, CARD}:
         raise FileExistsError(f"{folder} exists and is no adapter: name another folder")
+    if not _is_written_here(folder):
+        told = f"{folder} holds an adapter that deltarank did not write"
+        raise FileExistsError(f"{told}: name another folder, or delete it")
+
+
+def _is_written_here(folder: Path) -> bool:
+    """Whether write_adapter wrote the adapter of a folder."""
+    from safetensors import SafetensorError, safe_open
+
+    try:
+        with safe_open(folder / WEIGHTS, "pt") as opened:
+            return WRITER.items() <= (opened.metadata() or {}).items()
+    except (OSError, SafetensorError):
+        return False
 
 
 def write_adapter(folder: Path, config: dict, layout: Layout, tensors: Iterable[Tensor]) -> None:
     """Write config and tensors beside the folder, then rename: whole or not at all.
 
     An adapter that is there stays until the new one is complete, and its README.md after that.
-    Raises FileExistsError for a folder that is more than an adapter, OSError where the disk is too
-    full.
+    Raises FileExistsError as require_replaceable does, OSError where the disk is too full.
     """
     size = sum(dtype.itemsize * math.prod(shape) for dtype, shape in layout.values())
     require_disk(folder.parent, size / 1e9, cure="make room, or name another folder")
@@ -214,7 +230,7 @@ def _write_safetensors(file: Path, layout: Layout, tensors: Iterable[Tensor]) ->
 
     The format: the header's length (8 bytes), the header (JSON), the tensors' bytes.
     """
-    header: dict[str, dict] = {"__metadata__": {"format": "pt"}}
+    header: dict[str, dict] = {"__metadata__": {"format": "pt"} | WRITER}
     start = 0
     for name, (dtype, shape) in layout.items():
         end = start + dtype.itemsize * math.prod(shape)

@@ -165,7 +165,7 @@ def verdict(table: pd.DataFrame, lora: dict | None) -> list[str]:
         kinds = table.loc[table["squared_norm"] > 0, "kind"].value_counts()
         parts = [f"{count} of kind {kind}" for kind, count in kinds.items()]
         more = sum(size > 0 for size in table.attrs.get("rest", {}).values())
-        changed = ", ".join([*parts, *[f"{more} norms and biases"] * (more > 0)])
+        changed = ", ".join([*parts, *[f"{more} norms, biases and others"] * (more > 0)])
         found = f"None of {len(table)} matrices can be cut: those of linear layers are unchanged."
         return [f"{found} What changed no LoRA of ours holds: {changed}." if changed else found]
     ranks = pd.Series(ranks_of(lora, rows["name"]))
@@ -264,7 +264,7 @@ def _rank_sentences(rows: pd.DataFrame, ranks: pd.Series) -> str:
 def _outside(table: pd.DataFrame) -> str:
     """What of the update lies outside the matrices of the layers."""
     parts = table.groupby("kind")["squared_norm"].sum().to_dict()
-    parts["norms and biases"] = sum(table.attrs["rest"].values())
+    parts["norms, biases and others"] = sum(table.attrs["rest"].values())
     total = sum(parts.values())
     shares = [f"{kind} {percent(x / total)}" for kind, x in parts.items() if kind != "matrix"]
     told = f"{', '.join(shares)} of the whole squared update"

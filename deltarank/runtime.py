@@ -108,13 +108,16 @@ def device() -> torch.device:
 
 
 def memory() -> float:
-    """Bytes of memory on `device`; infinite where the system does not say."""
+    """Bytes of memory on `device`, of a container what it may take; infinite where none is told."""
     if device().type == "cuda":
         return torch.cuda.get_device_properties(0).total_memory
     try:
-        return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+        there: float = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     except (AttributeError, ValueError, OSError):
-        return math.inf
+        there = math.inf
+    with contextlib.suppress(OSError, ValueError):  # no such file, or "max"
+        return min(there, int(Path("/sys/fs/cgroup/memory.max").read_text()))
+    return there
 
 
 def visible_gpus() -> int:

@@ -33,13 +33,13 @@ def shrink_adapter(
     factors.  Each update scale * B @ A becomes its best approximation of that rank, of scale 1.
     Returns what extract_adapter returns; embeddings and biases are "dropped".  Raises as
     open_lora and recommend_ranks and, before factors are read, FileExistsError for a folder that
-    is there and is no adapter.
+    is there and is no adapter that was written here.
     """
     folder, form = Path(out).expanduser().resolve(), Form(dtype, patterns)
     lora = open_lora(adapter, allow_pickle=allow_pickle)
-    require_replaceable(folder)
     same = folder == lora.checkpoint.folder.resolve()
     require(not same, f"{out} is the adapter that is to be cut: name another folder")
+    require_replaceable(folder)
     lora.require_rule(rank=rank, energy=energy, budget=budget)
     table = lora.spectra()
     chosen = recommend_ranks(table, rank=rank, energy=energy, budget=budget)

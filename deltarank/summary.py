@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import shlex
 from pathlib import Path
 
 import pandas as pd
 
+from deltarank.checkpoints import read_json
+from deltarank.peft_format import CONFIG
 from deltarank.ranks import VLLM_RANKS, percent
 
 NOT_HELD = {  # parts of the update that the adapter leaves out, and why
@@ -41,24 +44,30 @@ def summary(out: Path, report: pd.DataFrame, dtype: str) -> str:
             lines.append(f"{told}: {', '.join(rows['name'][:3])}{more}, {share}.")
     if "healed" in report.attrs:
         lines.append(_healed(**report.attrs["healed"]))
-    lines += _served(out, report.attrs["lora"], norms=len(norms) > 0)
+    config = read_json(out / CONFIG) | report.attrs["lora"]
+    lines += _served(out, config, norms=len(norms) > 0)
     load = f"PeftModel.from_pretrained(base_model, {str(out)!r})"
     return "\n".join([*lines, f"PEFT loads it: model = {load}  # base_model: BASE, loaded"])
 
 
-def _served(out: Path, lora: dict, *, norms: bool) -> list[str]:
+def _served(out: Path, config: dict, *, norms: bool) -> list[str]:
     """What vLLM and llama.cpp have to be told to load an adapter of this configuration."""
+    if config.get("task_type") != "CAUSAL_LM" or config.get("fan_in_fan_out"):
+        return ["vLLM and llama.cpp were not tried with a model of this kind."]
     if norms:
         return ["vLLM and llama.cpp load no adapter that keeps norms: leave --norms out for them."]
     gguf = "llama.cpp loads it from what convert_lora_to_gguf.py --base BASE OUT writes."
-    if lora["rank_pattern"]:
+    if config["rank_pattern"]:
         gguf = "llama.cpp mis-scales it: leave --patterns out for it."
-    r = max(lora["r"], *lora["rank_pattern"].values(), 0)
+    r = max(config["r"], *config["rank_pattern"].values(), 0)
     fits, most = [rank for rank in VLLM_RANKS if rank >= r], VLLM_RANKS[-1]
     if not fits:
         return [f"vLLM loads no more than rank {most}: --rank or --budget give less.", gguf]
     rank = "" if r <= VLLM_RANKS[0] else f" --max-lora-rank {fits[0]}"
-    return [f"vLLM loads it with --enable-lora --lora-modules cut={out}{rank}.", gguf]
+    return [
+        f"vLLM loads it with --enable-lora --lora-modules {shlex.quote(f'cut={out}')}{rank}.",
+        gguf,
+    ]
 
 
 def _share(rows: pd.DataFrame, report: pd.DataFrame) -> float:

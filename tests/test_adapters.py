@@ -11,6 +11,7 @@ import pairs
 import pytest
 import torch
 import transformers
+from loras import planted
 from pairs import LLAMA_LIKE, SIGMA, SMALL, Q, build, edit
 from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file
@@ -581,6 +582,21 @@ def test_a_folder_that_is_no_adapter_stays(save, tmp_path, monkeypatch, stranger
     with pytest.raises(FileExistsError, match=f"{out} exists and is no adapter: name another"):
         extract_adapter(base, tuned, str(out), rank=1)
     assert contents(out) == before
+
+
+def test_an_adapter_that_was_trained_stays(save, tmp_path):
+    """Not the command's own, nor what stands in its place without weights."""
+    trained, own = planted(tmp_path / "trained", "plain"), str(tmp_path / "own")
+    before, pair = contents(Path(trained)), save()
+    with pytest.raises(FileExistsError, match="trained holds an adapter that deltarank did not"):
+        extract_adapter(*pair, trained, rank=1)
+    assert contents(Path(trained)) == before
+    for rank in (1, 2):
+        extract_adapter(*pair, own, rank=rank)
+    assert json.loads(Path(own, "adapter_config.json").read_text())["r"] == 2
+    Path(own, "adapter_model.safetensors").write_bytes(b"torn")
+    with pytest.raises(FileExistsError, match="name another folder, or delete it"):
+        extract_adapter(*pair, own, rank=1)
 
 
 def test_a_file_in_the_place_of_the_folder_stays(save, tmp_path):

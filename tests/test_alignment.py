@@ -115,6 +115,22 @@ def test_a_tied_head_that_both_sides_store_is_counted_once(save):
     assert same_tables(compare_checkpoints(base, tuned), before)
 
 
+@pytest.mark.parametrize("flag", [None, True])
+def test_a_tie_counts_as_far_as_the_numbers_bear_it_out(save, flag):
+    """Training may have untied the head, whatever config.json says; transformers loads both."""
+    base, tuned = folders = save("qwen")
+    for folder in folders:
+        config = Path(folder, "config.json")
+        config.write_text(
+            json.dumps(json.loads(config.read_text()) | {"tie_word_embeddings": flag})
+        )
+    edit(tuned, lambda t: t.update({"lm_head.weight": t["model.embed_tokens.weight"] + 1}))
+    with pytest.warns(UserWarning, match="has lm_head.weight, which .* has not: no adapter holds"):
+        assert open_pair(base, tuned).only_tuned == ["lm_head.weight"]
+    edit(base, lambda t: t.update({"lm_head.weight": t["model.embed_tokens.weight"].clone()}))
+    assert open_pair(base, tuned).names["lm_head.weight"] == "lm_head.weight"
+
+
 def test_what_the_base_alone_has_is_warned_of(save):
     base, tuned = save()
     edit(tuned, lambda t: t.pop("lm_head.weight"))
@@ -126,8 +142,10 @@ def test_a_token_outside_of_the_layers_is_no_expert(save):
     folders = save()
     for folder in folders:
         edit(folder, lambda t: t.update({"vision.cls_token": torch.ones(1, 1, 32)}))
+        edit(folder, lambda t: t.update({"layers.0.time_mix": torch.ones(1, 1, 32)}))
     table = compare_checkpoints(*folders)
-    assert "expert" not in {*table["kind"]} and "vision.cls_token" in table.attrs["rest"]
+    assert "expert" not in {*table["kind"]}
+    assert {"vision.cls_token", "layers.0.time_mix"} <= {*table.attrs["rest"]}
 
 
 @pytest.mark.parametrize("side", [0, 1])

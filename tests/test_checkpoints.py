@@ -119,6 +119,17 @@ def test_a_name_that_a_terminal_would_obey_is_refused(save):
     refuse(base, tuned, "base/model.safetensors", "\\x1b", "rename it")
 
 
+def test_a_file_in_place_of_a_folder_is_named(save):
+    base, tuned = save()
+    refuse(base, f"{tuned}/model.safetensors", "is a file: give the folder that holds it")
+
+
+def test_a_gguf_is_named(save):
+    base, tuned = save()
+    Path(tuned, "model.safetensors").rename(Path(tuned, "model.gguf"))
+    refuse(base, tuned, "tuned holds a GGUF, which is quantised: give the safetensors")
+
+
 def test_a_missing_shard_is_named(save):
     base, tuned = save(max_shard_size="20KB")
     shard = sorted(Path(tuned).glob("*.safetensors"))[1]

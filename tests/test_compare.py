@@ -1,5 +1,7 @@
 """A pair's table: planted updates come back, rounding is told from rank, a kill costs little."""
 
+import os
+import pathlib
 import shutil
 
 import pytest
@@ -83,6 +85,18 @@ def test_a_killed_comparison_goes_on(save, monkeypatch):
     assert len(measured) == len(resumed) + 1  # only the interrupted one was measured twice
     shutil.rmtree(cache_folder() / "pairs")
     assert same_tables(compare_checkpoints(base, tuned), resumed)
+
+
+def test_a_file_that_was_replaced_is_read_again(save):
+    """Though it has the old size and time, as out of a reproducible archive."""
+    base, tuned = save()
+    first, file = compare_checkpoints(base, tuned), pathlib.Path(tuned, "model.safetensors")
+    before = file.stat()
+    edit(tuned, lambda t: t.update({Q: t[Q] + 1}))
+    os.utime(file, ns=(before.st_atime_ns, before.st_mtime_ns))
+    assert (file.stat().st_size, file.stat().st_mtime_ns) == (before.st_size, before.st_mtime_ns)
+    again = compare_checkpoints(base, tuned).set_index("name")
+    assert again.loc[Q, "squared_norm"] > first.set_index("name").loc[Q, "squared_norm"]
 
 
 @pytest.mark.parametrize("name", ["{home}/mine", "../../mine", "../../../mine", "n" * 300])

@@ -210,7 +210,7 @@ def test_the_verdict_on_a_pair_whose_experts_alone_changed_says_so():
     assert line.endswith("What changed no LoRA of ours holds: 2 of kind expert.")
     table.attrs["rest"] = {"norm.weight": 0.1, "bias": 0.0}
     (line,) = verdict(table, None)
-    assert line.endswith("holds: 2 of kind expert, 1 norms and biases.")
+    assert line.endswith("holds: 2 of kind expert, 1 norms, biases and others.")
 
 
 def test_the_verdict_knows_a_merged_lora_and_what_is_mostly_rounding():

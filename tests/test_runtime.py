@@ -217,11 +217,20 @@ def test_the_number_of_threads_is_afterwards_what_it_was():
 # Memory
 
 
-def test_the_memory_is_that_of_the_machine():
-    assert runtime.device().type == "cuda" or runtime.memory() == psutil.virtual_memory().total
+def test_the_memory_is_that_of_the_machine(monkeypatch):
+    monkeypatch.setattr(runtime, "device", lambda: torch.device("cpu"))
+    monkeypatch.setattr(runtime.Path, "read_text", lambda file: "max\n")
+    assert runtime.memory() == psutil.virtual_memory().total
+
+
+def test_a_container_has_no_more_than_it_may_take(monkeypatch):
+    monkeypatch.setattr(runtime, "device", lambda: torch.device("cpu"))
+    monkeypatch.setattr(runtime.Path, "read_text", lambda file: "1000\n")
+    assert runtime.memory() == 1000
 
 
 def test_a_system_that_does_not_tell_its_memory_has_room(monkeypatch):
     monkeypatch.setattr(runtime, "device", lambda: torch.device("cpu"))
     monkeypatch.delattr(runtime.os, "sysconf")  # as on Windows
+    monkeypatch.setattr(runtime.Path, "read_text", lambda file: "max\n")
     assert runtime.memory() == math.inf

@@ -147,8 +147,18 @@ def test_extract_names_the_rank_that_the_server_has_to_take(
 
 @pytest.mark.parametrize(("rank", "told"), [(300, "--max-lora-rank 320."), (513, "than rank 512")])
 def test_a_rank_between_those_of_servers_takes_the_next_if_there_is_one(rank, told):
-    line, other = _served(Path("out"), {"r": rank, "rank_pattern": {}}, norms=False)
+    config = {"r": rank, "rank_pattern": {}, "task_type": "CAUSAL_LM"}
+    line, other = _served(Path("my out"), config, norms=False)
     assert told in line and other.startswith("llama.cpp loads it")
+    assert rank > 512 or "--lora-modules 'cut=my out' --" in line  # as a shell takes it
+
+
+@pytest.mark.parametrize("other", [{"task_type": None}, {"fan_in_fan_out": True}])
+def test_nothing_is_said_of_models_that_were_not_tried(other):
+    config = {"r": 8, "rank_pattern": {}, "task_type": "CAUSAL_LM"} | other
+    assert _served(Path("out"), config, norms=False) == [
+        "vLLM and llama.cpp were not tried with a model of this kind."
+    ]
 
 
 def test_norms_are_refused(folders, tmp_path):

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from deltarank.checks import require
 from deltarank.study.models import matrices, skeleton
-from deltarank.study.own_rows import Holding, holding
+from deltarank.study.own_rows import Holding, holding, wide
 from deltarank.study.profiles import PROFILES, middle
 from deltarank.study.sizes import trained_parameters
 
@@ -49,7 +49,8 @@ def advice(file: str, model: str = "") -> str:
         held.learned_kbit > 0,
         f"{name}: a short training learned nothing that holds of the rows held out (code length "
         f"{held.code_kbit:.1f} kbit, learned {held.learned_kbit:.1f}): give more rows, or rows "
-        "whose answers follow from their prompts",
+        "whose answers follow from their prompts; of facts, some lines once more, as of the split "
+        '"test"',
     )
     return "\n".join([_rows(name, held), *_kinds(held), _bits(held, model), *_rank(held, model)])
 
@@ -78,9 +79,11 @@ def _bits(held: Holding, model: str) -> str:
 
 def _rank(held: Holding, model: str) -> list[str]:
     """The forecast as a rank on all linear layers, and whether the usual rank is enough."""
-    one = trained_parameters(FITTED.config("facts", "lora", rank=1, model=model))
-    most = min(min(weight.shape) for weight in matrices(skeleton(model)).values())
     usual, size = middle(FITTED.lora_ranks), FORECAST.size(held.all_kbit)
+    modules = wide(model, usual)
+    one = trained_parameters(FITTED.config("facts", "lora", rank=1, model=model, modules=modules))
+    weights = matrices(skeleton(model), modules=modules).values()
+    most = min(min(weight.shape) for weight in weights)
     high = size * FORECAST.factor
     load = 1000 * held.all_kbit / one
     other = "" if model == FITTED.model else f" It is fitted to {FITTED.model} alone."

@@ -47,7 +47,8 @@ def _source(name: str) -> str:
     try:
         return str(embedded_folder(name)) if name in EMBEDDED else model_source(name)
     except ValueError as error:
-        raise ValueError(f"{error}, or {' or '.join(EMBEDDED)}") from error
+        more = f", or {' or '.join(EMBEDDED)}" if "choose" in str(error) else ""
+        raise ValueError(f"{error}{more}") from error
 
 
 def load_model(name: str) -> nn.Module:

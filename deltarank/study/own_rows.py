@@ -13,6 +13,7 @@ from pathlib import Path
 
 import pandas as pd
 
+from deltarank.checkpoints import layer_and_module
 from deltarank.checks import require, require_disk
 from deltarank.runtime import cache_folder
 from deltarank.store import cached, file_sha256, replace_text
@@ -20,7 +21,13 @@ from deltarank.study.configs import RunConfig
 from deltarank.study.evaluation import mean_loss
 from deltarank.study.gains import epoch_rows, first_epoch_kbit, learned_kbit, taught_kbit
 from deltarank.study.measuring import provenance
-from deltarank.study.models import load_tokenizer, require_memory, require_short
+from deltarank.study.models import (
+    load_tokenizer,
+    matrices,
+    require_memory,
+    require_short,
+    skeleton,
+)
 from deltarank.study.profiles import Profile
 from deltarank.study.rivals import probe
 from deltarank.study.runs import Result
@@ -73,10 +80,8 @@ def own_probe(file: str, sizes: Profile, model: str = "") -> tuple[RunConfig, pd
 
     Writes the split that the run is trained on.  Raises ValueError as `holding` does.
     """
-    require(
-        file.endswith(".jsonl") and Path(file).expanduser().is_file(),
-        f"{file}: there is no such .jsonl file",
-    )
+    require(Path(file).expanduser().is_file(), f"{file}: there is no such file")
+    require(file.endswith(".jsonl"), f"{file} is no .jsonl file: write one JSON object a line")
     told = probe(file, sizes)
     model = model or told.model
     rows, to_train = _split_rows(file, told.batch_size)
@@ -86,7 +91,17 @@ def own_probe(file: str, sizes: Profile, model: str = "") -> tuple[RunConfig, pd
     require_memory(model, cure="name a smaller one with --model")
     task = _written(file, rows)
     config = dataclasses.replace(told, task=task, model=model, seq_len=int(lengths.max()))
-    return config, counted[:to_train]
+    return dataclasses.replace(config, modules=wide(model, told.rank)), counted[:to_train]
+
+
+def wide(model: str, rank: int) -> tuple[str, ...]:
+    """The modules of a model that a LoRA of this rank is put on; none are named where all are.
+
+    Left out are those of a few rows, as the gate of a shared expert has.
+    """
+    sides = [(layer_and_module(n)[1], min(W.shape)) for n, W in matrices(skeleton(model)).items()]
+    small = {module for module, side in sides if side < rank}
+    return tuple(sorted({module for module, _ in sides} - small)) if small else ()
 
 
 def _warn_of_known(name: str, rows: list[dict], held: list[dict]) -> None:
@@ -114,8 +129,11 @@ def _split_rows(file: str, batch_size: int) -> tuple[list[dict], int]:
         held, rows = rows[:count], rows[count:]
     require(
         len(rows) >= batch_size and bool(held),
-        f"{Path(file).name} has {len(rows)} rows to train on: give {2 * batch_size} or more",
+        f"{Path(file).name} has {to_train} rows to train on: give {2 * batch_size} or more",
     )
+    if len(held) < batch_size:
+        told = f"only {len(held)} rows of {Path(file).name} are held out"
+        warnings.warn(f"{told}: what is said of bits hangs on them", stacklevel=2)
     _warn_of_known(Path(file).name, rows, held[:HELD_OUT])
     named = (rows, "train"), (held[:HELD_OUT], "test")
     return [row | {"split": split} for part, split in named for row in part], to_train

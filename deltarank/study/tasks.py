@@ -136,26 +136,27 @@ def _rows(file: Path, fields: Sequence[str]) -> Iterator[dict]:
                 continue
             where = f"{file.name}, line {number}"
             cure = f"write a JSON object with {' and '.join(fields)} there"
+            told = f"{where} holds what is no character, or half of one: save it as UTF-8"
+            require(_is_text(line), told)
             try:
                 row = json.loads(line)
             except ValueError as error:
                 raise ValueError(f"{where} is no JSON: {cure}") from error
             require(isinstance(row, dict), f"{where} is no JSON object: {cure}")
-            told = f"{where} holds what is no character, or half of one: save it as UTF-8"
             require(_is_text(row), told)
             row = {name: value for name, value in row.items() if value is not None}
-            wrong = [name for name in ("split", "task") if not isinstance(row.get(name, ""), str)]
-            require(not wrong, f"{where}: {', '.join(wrong)} must be text, or left out")
-            lacks = [name for name in fields if not isinstance(row.get(name), str)]
-            lacks += ["prompt"] * ("prompt" not in lacks and not row["prompt"].strip())
+            texts = {name: row.get(name, "") for name in ("split", "task", *fields)}
+            wrong = ", ".join(n for n, text in texts.items() if not isinstance(text, str))
+            require(not wrong, f"{where}: {wrong} must be text")
+            lacks = [n for n in fields if n not in row or (n == "prompt" and not row[n].strip())]
             require(not lacks, f"{where}: a row lacks {', '.join(lacks)}: {cure}")
             yield row
 
 
-def _is_text(row: dict) -> bool:
-    """Whether all that a row holds can be written as UTF-8: no stray byte, no lone surrogate."""
+def _is_text(found: dict | str) -> bool:
+    """Whether a row or its line can be written as UTF-8: no stray byte, no lone surrogate."""
     try:
-        json.dumps(row, ensure_ascii=False).encode()
+        json.dumps(found, ensure_ascii=False).encode()
     except UnicodeEncodeError:
         return False
     return True
@@ -204,9 +205,13 @@ def permute_answers(rows: Sequence[dict], seed: int) -> list[dict]:
 
 
 def encode_prompt(prompt: str, tokenizer) -> list[int]:
-    """Token ids of a prompt, after the token that begins a text where the tokenizer has one."""
+    """Token ids of a prompt, after the token that begins a text where the tokenizer has one.
+
+    Once: a prompt of a chat template may begin with it.
+    """
     start = [] if tokenizer.bos_token_id is None else [tokenizer.bos_token_id]
-    return start + tokenizer(prompt, add_special_tokens=False)["input_ids"]
+    ids = tokenizer(prompt, add_special_tokens=False)["input_ids"]
+    return ids if start and ids[:1] == start else start + ids
 
 
 def encode(row: dict, tokenizer, seq_len: int | None = None) -> dict[str, list[int]]:

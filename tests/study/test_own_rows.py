@@ -3,11 +3,12 @@
 import json
 
 import pytest
+import torch
 
 from deltarank.runtime import cache_folder
 from deltarank.study import models, own_rows
 from deltarank.study.gains import first_epoch_kbit, learned_kbit, taught_kbit
-from deltarank.study.own_rows import HELD_OUT, count_tokens, holding, own_probe
+from deltarank.study.own_rows import HELD_OUT, count_tokens, holding, own_probe, wide
 from deltarank.study.profiles import PROFILES
 from deltarank.study.tasks import load_split
 
@@ -148,8 +149,30 @@ def test_a_model_too_large_for_the_memory_is_named_before_any_work(tmp_path, mon
 
 @pytest.mark.parametrize("file", ["missing.jsonl", "facts", "."])
 def test_a_file_that_is_not_there_is_named(file):
-    with pytest.raises(ValueError, match=f"^{file}: there is no such .jsonl file"):
+    with pytest.raises(ValueError, match=f"^{file}: there is no such file"):
         holding(file, SMOKE)
+
+
+def test_another_kind_of_file_is_named(tmp_path):
+    (tmp_path / "rows.csv").write_text("prompt,answer\n")
+    with pytest.raises(ValueError, match="rows.csv is no .jsonl file: write one JSON object"):
+        holding(str(tmp_path / "rows.csv"), SMOKE)
+
+
+def test_a_lora_is_put_on_no_module_of_fewer_rows_than_its_rank(monkeypatch):
+    """As of the gate of a shared expert, of one row."""
+    assert wide(SMOKE.model, 4) == ()
+    weights = {"layers.0.mlp.gate.weight": (1, 32), "layers.0.mlp.up.weight": (64, 32)}
+    found = {name: torch.zeros(shape) for name, shape in weights.items()}
+    monkeypatch.setattr(own_rows, "matrices", lambda model: found)
+    assert (wide(SMOKE.model, 1), wide(SMOKE.model, 4)) == ((), ("up",))
+
+
+def test_few_held_out_rows_are_told(tmp_path):
+    rows = [{"prompt": f"{n} is", "answer": "odd", "split": "train"} for n in range(40)]
+    file = write(tmp_path / "rows.jsonl", [*rows, rows[0] | {"prompt": "41 is", "split": "test"}])
+    with pytest.warns(UserWarning, match="only 1 rows of rows.jsonl are held out"):
+        own_rows._split_rows(file, 16)
 
 
 def test_a_training_that_breaks_in_its_last_step_says_so(store, tmp_path, monkeypatch):

@@ -19,6 +19,7 @@ from deltarank.study.tasks import (
     TASK_FOLDER,
     collate,
     encode,
+    encode_prompt,
     load_prompts,
     load_split,
     load_task,
@@ -335,3 +336,16 @@ def test_a_package_without_the_tasks_says_where_they_are(monkeypatch, tmp_path):
     monkeypatch.setattr(tasks, "TASK_FOLDER", tmp_path / "none")
     with pytest.raises(FileNotFoundError, match="give a .jsonl file"):
         load_task("facts")
+
+
+def test_a_text_begins_once():
+    """A prompt of a chat template may have the token already."""
+
+    class Letters:
+        bos_token_id = ord("^")
+
+        def __call__(self, text, add_special_tokens):
+            return {"input_ids": [*map(ord, text)]}
+
+    once = [*map(ord, "^Hello")]
+    assert encode_prompt("Hello", Letters()) == encode_prompt("^Hello", Letters()) == once
