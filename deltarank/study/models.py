@@ -144,10 +144,15 @@ def require_short(name: str, lengths: Sequence[int], texts: Sequence[str]) -> No
     require(tokens <= most, f"{told}: {text[:60]!r}")
 
 
-def require_memory(name: str, *, cure: str, models: int = 1) -> None:
-    """Raise ValueError where as many models of the size of `name` do not fit into the memory."""
-    numbers = sum(parameter.numel() for parameter in skeleton(name).parameters())
-    needed, there = 4 * models * numbers / 1e9, memory() / 1e9  # 4 bytes a number, in float32
+def require_memory(name: str, *, cure: str, models: int = 1, answers: int = 0) -> None:
+    """Raise ValueError where as many models of the size of `name` do not fit into the memory.
+
+    answers: the tokens of a batch whose logits training holds beside them.
+    """
+    model = skeleton(name)
+    numbers = models * sum(parameter.numel() for parameter in model.parameters())
+    numbers += answers * len(model.get_output_embeddings().weight)
+    needed, there = 4 * numbers / 1e9, memory() / 1e9  # 4 bytes a number, in float32
     told = f"{name} takes {needed:.2g} GB of memory (in float32, {models} at once)"
     require(needed <= there, f"{told}, there are {there:.2g}: {cure}")
 

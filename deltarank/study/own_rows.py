@@ -88,7 +88,8 @@ def own_probe(file: str, sizes: Profile, model: str = "") -> tuple[RunConfig, pd
     counted = count_tokens(rows, model)
     lengths = counted[TOKENS].sum(axis=1)
     require_short(model, lengths.tolist(), [row["prompt"] for row in rows])
-    require_memory(model, cure="name a smaller one with --model")
+    answers = told.batch_size * int(counted["answer_tokens"].max())
+    require_memory(model, answers=answers, cure="name a smaller one with --model")
     task = _written(file, rows)
     config = dataclasses.replace(told, task=task, model=model, seq_len=int(lengths.max()))
     return dataclasses.replace(config, modules=wide(model, told.rank)), counted[:to_train]

@@ -223,6 +223,15 @@ def test_models_that_do_not_fit_into_the_memory_are_named(monkeypatch, at_once):
         require_memory(TINY, models=at_once, cure="rent one")
 
 
+def test_the_logits_of_long_answers_take_memory_too(monkeypatch):
+    model = load_model(TINY)
+    numbers = sum(parameter.numel() for parameter in model.parameters())
+    monkeypatch.setattr(models, "memory", lambda: 4 * (numbers + 50 * model.config.vocab_size))
+    require_memory(TINY, answers=50, cure="shorten it")
+    with pytest.raises(ValueError, match="shorten it"):
+        require_memory(TINY, answers=51, cure="shorten it")
+
+
 def test_a_text_is_not_longer_than_the_report_allows():
     with pytest.raises(ValueError, match="a row has 2,049 tokens, tiny-gemma3 takes 2,048 here"):
         require_short(TINY, [2049], ["long"])
