@@ -123,7 +123,8 @@ def _add_reports(parser: argparse.ArgumentParser) -> None:
         "--task",
         help="score what cuts lose, to one rank and to those recommended: a task of the report, or "
         "a .jsonl file with a prompt and an answer a line, as the model is to see them: no chat "
-        f"template is added, and a newline ends the answer (needs BASE and TUNED, and {EXTRA})",
+        'template is added; a newline ends an answer, or what the line names as "end" (needs BASE '
+        f"and TUNED, and {EXTRA})",
     )
 
 
@@ -201,8 +202,8 @@ def _add_rows(parser: argparse.ArgumentParser) -> None:
         metavar=PATHS["plan"][1],
         help="a .jsonl file with a prompt and an answer in each line, and a kind if there are "
         'several; of lines that name a split those of "train" are trained on and some of "test" '
-        "held out, or else an eighth of all; a newline ends an answer; of facts to be known by "
-        'heart give some lines twice, once as of "test"',
+        "held out, or else an eighth of all; a newline ends an answer, or what the line names as "
+        '"end"; of facts to be known by heart give some lines twice, once as of "test"',
     )
     parser.add_argument(
         "--model", help="folder or hub id of the base (default: that of the report)"

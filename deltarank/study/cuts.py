@@ -148,7 +148,7 @@ def score_pair(
     task: as load_task takes it; its test rows are scored.  As in `cut`, what is outside the
     matrices keeps its full update.  by_matrix: one more cut, to ranks of their own, {matrix: rank},
     left out with a warning where transformers names the matrices otherwise than the files do.
-    Both models are held in memory until the cuts begin.
+    Both models are held in memory until the cuts begin.  Warns where tuned is no better than base.
     Returns one line a model: model ("base", "cut", "cut by matrix" or "tuned"), rank of the cut,
     loss_nats, score.
     """
@@ -161,6 +161,9 @@ def score_pair(
     if by_matrix and _known(by_matrix, dW):
         names.append(("cut by matrix", None))
         wanted.append(by_matrix)
+    if not ends["tuned"]["loss_nats"] < ends["base"]["loss_nats"]:
+        cure = 'do answers end as it ends them? A row may name its "end"'
+        warnings.warn(f"{tuned} does no better on {task} than {base}: {cure}", stacklevel=2)
     cuts = _evaluate_cuts(config, dW, wanted, "head", "score cuts")
     found: list[tuple] = [("base", 0, ends["base"])]
     found += [(*name, scored) for name, scored in zip(names, cuts, strict=True)]

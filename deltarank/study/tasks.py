@@ -145,7 +145,7 @@ def _rows(file: Path, fields: Sequence[str]) -> Iterator[dict]:
             require(isinstance(row, dict), f"{where} is no JSON object: {cure}")
             require(_is_text(row), told)
             row = {name: value for name, value in row.items() if value is not None}
-            texts = {name: row.get(name, "") for name in ("split", "task", *fields)}
+            texts = {name: row.get(name, "") for name in ("split", "task", "end", *fields)}
             wrong = ", ".join(n for n, text in texts.items() if not isinstance(text, str))
             require(not wrong, f"{where}: {wrong} must be text")
             lacks = [n for n in fields if n not in row or (n == "prompt" and not row[n].strip())]
@@ -215,13 +215,14 @@ def encode_prompt(prompt: str, tokenizer) -> list[int]:
 
 
 def encode(row: dict, tokenizer, seq_len: int | None = None) -> dict[str, list[int]]:
-    """Token ids of prompt, answer and the newline that ends it, and the labels of the answer.
+    """Token ids of prompt, answer and what ends it, and the labels of the answer with its end.
 
+    A newline ends an answer, or what the row names as its "end": none, or a model's end of turn.
     Both lists have one entry a token; prompt tokens carry the label -100, which no loss counts.
     Raises ValueError for a row that does not fit `seq_len` tokens, where that is given.
     """
     prompt = encode_prompt(row["prompt"], tokenizer)
-    answer = tokenizer(row["answer"] + "\n", add_special_tokens=False)["input_ids"]
+    answer = tokenizer(row["answer"] + row.get("end", "\n"), add_special_tokens=False)["input_ids"]
     tokens = prompt + answer
     if seq_len is not None and len(tokens) > seq_len:
         raise ValueError(

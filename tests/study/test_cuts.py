@@ -140,6 +140,12 @@ def test_scores_of_a_pair_are_those_of_the_run(tiny_pair):
     assert one == pytest.approx(cut(config, [1])["loss_nats"][0], rel=1e-3)
 
 
+def test_a_tuned_model_that_does_no_better_is_warned_of(tiny_pair):
+    base, tuned, _ = tiny_pair
+    with pytest.warns(UserWarning, match='does no better on facts than .*name its "end"'):
+        score_pair(tuned, base, "facts", [1])
+
+
 def test_both_models_of_a_pair_are_let_go_before_the_cuts(tiny_pair, monkeypatch):
     base, tuned, _ = tiny_pair
     loaded = []

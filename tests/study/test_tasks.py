@@ -349,3 +349,12 @@ def test_a_text_begins_once():
 
     once = [*map(ord, "^Hello")]
     assert encode_prompt("Hello", Letters()) == encode_prompt("^Hello", Letters()) == once
+
+
+def test_a_row_may_name_what_ends_its_answer():
+    tokenizer, row = load_tokenizer(TINY), {"prompt": "Hi", "answer": "ho"}
+    before, line = encode(row | {"end": ""}, tokenizer), encode(row, tokenizer)
+    assert line == encode(row | {"end": "\n"}, tokenizer)
+    assert line["input_ids"][: len(before["input_ids"])] == before["input_ids"] != line["input_ids"]
+    turn = encode(row | {"end": "."}, tokenizer)["labels"]
+    assert len(turn) == len(line["labels"]) and turn[-1] != line["labels"][-1]
