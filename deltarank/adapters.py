@@ -56,9 +56,9 @@ def extract_adapter(
     Returns one line a changed tensor: name, part ("lora", "modules_to_save", "left_out" for norms,
     "not_chosen" by the rule, "dropped" for what no LoRA can hold), rank, squared_norm, kept (the
     share of it that the adapter holds), best (the most that its rank can hold), rounding (the share
-    lost to the dtype); attrs["lora"]: LoraConfig's arguments.  An adapter that `out` holds is
-    replaced.  Raises as open_pair and find_places, ValueError for a bad rank and, before any work,
-    FileExistsError for a folder that is there and is no adapter that was written here.
+    lost to the dtype); attrs["lora"]: LoraConfig's arguments.  An adapter that was
+    written here before is replaced.  Raises as open_pair and find_places, ValueError for a bad rank
+    and, before any work, FileExistsError for another folder that is there.
     """
     folder, form = Path(out).expanduser().resolve(), Form(dtype, patterns)
     require_replaceable(folder)

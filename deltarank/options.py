@@ -34,7 +34,7 @@ SAID: dict[str, dict[str, Any]] = {  # in the help of each command
         "       deltarank extract [options] ADAPTER OUT",
         "help": "write the cut of the update as a PEFT adapter",
         "description": "Write the cut of TUNED - BASE, or of a LoRA, as a PEFT adapter into the "
-        "folder OUT; one that deltarank wrote there is replaced, a trained one is not.",
+        "folder OUT; one that deltarank wrote there is replaced, another is not.",
         "epilog": "examples:\n  deltarank extract base tuned out --rank 16\n"
         "  deltarank extract adapter out --rank 8 --dtype bfloat16\n"
         "  deltarank extract base tuned out --rank 8 --heal rows.jsonl --steps 60",

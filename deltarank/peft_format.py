@@ -162,8 +162,8 @@ def lora_config(arguments: dict, **more) -> dict:
 def require_replaceable(folder: Path) -> None:
     """Raise FileExistsError for a folder that is there and is more than an adapter written here.
 
-    What was trained cannot be had again.  And NotADirectoryError for one that cannot be made, since
-    it would be inside of a file; OSError where nothing can be written beside it.
+    And NotADirectoryError for one that cannot be made, since it would be inside of a file; OSError
+    where nothing can be written beside it.
     """
     above = next(parent for parent in folder.parents if os.path.lexists(parent))
     if not above.is_dir():
@@ -175,7 +175,7 @@ def require_replaceable(folder: Path) -> None:
     if CONFIG not in held or held - {CONFIG, WEIGHTS, CARD}:
         raise FileExistsError(f"{folder} exists and is no adapter: name another folder")
     if not _is_written_here(folder):
-        told = f"{folder} holds an adapter that deltarank did not write"
+        told = f"{folder} holds an adapter without the mark of what deltarank writes"
         raise FileExistsError(f"{told}: name another folder, or delete it")
 
 

@@ -115,8 +115,9 @@ def memory() -> float:
         there: float = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     except (AttributeError, ValueError, OSError):
         there = math.inf
-    with contextlib.suppress(OSError, ValueError):  # no such file, or "max"
-        return min(there, int(Path("/sys/fs/cgroup/memory.max").read_text()))
+    for limit in ("memory.max", "memory/memory.limit_in_bytes"):  # of cgroups, v2 and v1
+        with contextlib.suppress(OSError, ValueError):  # no such file, or "max"
+            there = min(there, int(Path("/sys/fs/cgroup", limit).read_text()))
     return there
 
 

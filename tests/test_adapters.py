@@ -588,7 +588,7 @@ def test_an_adapter_that_was_trained_stays(save, tmp_path):
     """Not the command's own, nor what stands in its place without weights."""
     trained, own = planted(tmp_path / "trained", "plain"), str(tmp_path / "own")
     before, pair = contents(Path(trained)), save()
-    with pytest.raises(FileExistsError, match="trained holds an adapter that deltarank did not"):
+    with pytest.raises(FileExistsError, match="trained holds an adapter without the mark"):
         extract_adapter(*pair, trained, rank=1)
     assert contents(Path(trained)) == before
     for rank in (1, 2):

@@ -157,7 +157,7 @@ def test_a_rank_between_those_of_servers_takes_the_next_if_there_is_one(rank, to
 def test_nothing_is_said_of_models_that_were_not_tried(other):
     config = {"r": 8, "rank_pattern": {}, "task_type": "CAUSAL_LM"} | other
     assert _served(Path("out"), config, norms=False) == [
-        "vLLM and llama.cpp were not tried with a model of this kind."
+        "vLLM and llama.cpp were tried with models that adapter_config.json calls CAUSAL_LM alone."
     ]
 
 

@@ -86,10 +86,11 @@ def _rank(held: Holding, model: str) -> list[str]:
     most = min(min(weight.shape) for weight in weights)
     high = size * FORECAST.factor
     load = 1000 * held.all_kbit / one
+    where = ", ".join(modules) or "all linear layers"
     other = "" if model == FITTED.model else f" It is fitted to {FITTED.model} alone."
     lines = [
         f"Forecast: {size:,.0f} trained parameters (tasks left out were missed by a factor of "
-        f"{FORECAST.factor:.0f} in the mean); rank 1 on all linear layers has {one:,}, a load of "
+        f"{FORECAST.factor:.0f} in the mean); rank 1 on {where} has {one:,}, a load of "
         f"{load:.2g} bits each.{other}"
     ]
     if not FORECAST.least <= held.all_kbit <= FORECAST.most:

@@ -40,7 +40,7 @@ def finals_table() -> pd.DataFrame:
     """One line a seed of each method at its best setting; runs what is not stored.
 
     Columns: as of trials_table, with seed, on test rows; loss_gain, the share of full fine-tuning's
-    by which predictions 27 to 34 judge, and score (both NaN where a run diverged).  LoRA comes once
+    by which predictions 27 to 29 judge, and score (both NaN where a run diverged).  LoRA comes once
     more as AGAIN, at the same setting with as many seeds, APART from the profile's.
     """
     lines, seeds = [], profile().seeds

@@ -197,7 +197,7 @@ def plot_marks(
     shift = {column: step * ((len(looks) - 1) / 2 - i) for i, column in enumerate(looks)}
     for side, column in enumerate(values.iloc[clear].sort_values().index):
         words, marker, color = looks[column]
-        ax.plot(values[column], [y + shift[column] for y in places], marker, color=color)
+        ax.plot(values[column], [y + shift[column] for y in places], marker, color=color, zorder=4)
         place = values[column].iloc[clear], clear + (0.5 if side % 2 else -0.5)
         ax.annotate(words, place, color=color, ha="center", va="center", bbox=CLEAR)
     ax.set_yticks(places, [TASKS[task].title for task in values.index])

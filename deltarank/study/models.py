@@ -153,7 +153,8 @@ def require_memory(name: str, *, cure: str, models: int = 1, answers: int = 0) -
     numbers = models * sum(parameter.numel() for parameter in model.parameters())
     numbers += answers * len(model.get_output_embeddings().weight)
     needed, there = 4 * numbers / 1e9, memory() / 1e9  # 4 bytes a number, in float32
-    told = f"{name} takes {needed:.2g} GB of memory (in float32, {models} at once)"
+    logits = f", with the logits of {answers:,} tokens" if answers else ""
+    told = f"{name} takes {needed:.2g} GB of memory (in float32, {models} at once{logits})"
     require(needed <= there, f"{told}, there are {there:.2g}: {cure}")
 
 

@@ -20,6 +20,7 @@ from deltarank.store import cached, file_sha256, replace_text
 from deltarank.study.configs import RunConfig
 from deltarank.study.evaluation import mean_loss
 from deltarank.study.gains import epoch_rows, first_epoch_kbit, learned_kbit, taught_kbit
+from deltarank.study.losses import CHUNK
 from deltarank.study.measuring import provenance
 from deltarank.study.models import (
     load_tokenizer,
@@ -88,7 +89,7 @@ def own_probe(file: str, sizes: Profile, model: str = "") -> tuple[RunConfig, pd
     counted = count_tokens(rows, model)
     lengths = counted[TOKENS].sum(axis=1)
     require_short(model, lengths.tolist(), [row["prompt"] for row in rows])
-    answers = told.batch_size * int(counted["answer_tokens"].max())
+    answers = min(CHUNK, told.batch_size * int(counted["answer_tokens"].max()))
     require_memory(model, answers=answers, cure="name a smaller one with --model")
     task = _written(file, rows)
     config = dataclasses.replace(told, task=task, model=model, seq_len=int(lengths.max()))

@@ -127,8 +127,8 @@ def load_task(task: str, *, unnamed: str = "test") -> dict[str, list[dict]]:
 def _rows(file: Path, fields: Sequence[str]) -> Iterator[dict]:
     """Yield the rows of a JSON-lines file, without what is null in them.
 
-    Raises ValueError naming the line that lacks a field, whose split or task is no text, or that
-    is not UTF-8.
+    Raises ValueError naming the line that lacks a field, in which what is to be text is none, or
+    that is not UTF-8.
     """
     with open(file, encoding="utf-8-sig", errors="surrogateescape") as lines:
         for number, line in enumerate(lines, start=1):
@@ -149,6 +149,7 @@ def _rows(file: Path, fields: Sequence[str]) -> Iterator[dict]:
             wrong = ", ".join(n for n, text in texts.items() if not isinstance(text, str))
             require(not wrong, f"{where}: {wrong} must be text")
             lacks = [n for n in fields if n not in row or (n == "prompt" and not row[n].strip())]
+            lacks += ["answer"] * ("answer" in row and not row["answer"] + row.get("end", "\n"))
             require(not lacks, f"{where}: a row lacks {', '.join(lacks)}: {cure}")
             yield row
 
