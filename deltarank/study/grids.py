@@ -44,7 +44,6 @@ LADDER = LadderGrid(  # the paper's
         "mix",
     ),
     longer_tasks=("pirate", "json", "kjv", "arithmetic", "sentiment", "code", "mix"),
-    place_runs=(("kjv", 3),),
     begun=(
         ("dates", ("TinyLoRA of 128", "TinyLoRA of 1,024", *USUAL)),
         ("sorting", ("rank 1 on 1 layer", "rank 1 on q_proj", *USUAL)),
