@@ -45,7 +45,7 @@ LADDER = LadderGrid(  # the paper's
     ),
     longer_tasks=("pirate", "json", "kjv", "arithmetic", "sentiment", "code", "mix"),
     begun=(
-        ("dates", ("TinyLoRA of 128", "TinyLoRA of 1,024", *USUAL)),
+        ("dates", ("TinyLoRA of 16", "TinyLoRA of 128", "TinyLoRA of 1,024", *USUAL)),
         ("sorting", ("rank 1 on 1 layer", "rank 1 on q_proj", *USUAL)),
     ),
 )
