@@ -150,12 +150,18 @@ def download(source: str, patterns: list[str]) -> Path:
     """
     from huggingface_hub import snapshot_download
 
-    print(f"{source}: no folder of this name here, so it is taken from the hub", file=sys.stderr)
+    _tell(f"{source}: no folder of this name here, so it is taken from the hub")
     try:
         others = ["*/*", "consolidated*"]
         return Path(snapshot_download(source, allow_patterns=patterns, ignore_patterns=others))
     except Exception as error:
         raise ValueError(f"{source!r} cannot be downloaded: {first_line(error)}") from error
+
+
+@functools.lru_cache
+def _tell(message: str) -> None:
+    """Say something on stderr, once."""
+    print(message, file=sys.stderr)
 
 
 def _weight_files(folder: Path, allow_pickle: bool) -> list[Path]:

@@ -690,3 +690,12 @@ def test_a_smaller_matrix_gets_all_it_has(save, tmp_path):
     report = extract_adapter(*save(), str(tmp_path / "out"), rank=20).set_index("name")
     assert report.loc["model.layers.0.self_attn.k_proj.weight", "rank"] == 16
     assert report.loc[Q, "rank"] == 20
+
+
+@pytest.mark.parametrize("named", [None, [], [None], "LlamaForCausalLM"])
+def test_a_config_that_names_no_architecture_in_a_list_is_refused(save, named):
+    base, tuned = save()
+    config = Path(base, "config.json")
+    config.write_text(json.dumps(json.loads(config.read_text()) | {"architectures": named}))
+    with pytest.raises(ValueError, match="config.json of .* names no architecture in a list"):
+        extract_adapter(base, tuned, f"{base}-out", rank=1)

@@ -73,9 +73,7 @@ METHODS = {
         1e-4, {8: {"method": "lora", "rank": 8, "alpha": 8.0, "rslora": True}}, "alpha"
     ),
     "LoRA+": Method(
-        5e-5,
-        _by_size("loraplus", (1, 8), alpha=_twice, knob=lambda rank: 16.0),
-        "knob",
+        5e-5, _by_size("loraplus", (1, 8), alpha=_twice, knob=lambda rank: 16.0), "knob"
     ),
     "DoRA": Method(1e-4, _by_size("dora", (1, 8), alpha=_twice), "alpha"),
     "PiSSA": Method(2e-5, _by_size("pissa", (1, 8), alpha=float), "alpha"),

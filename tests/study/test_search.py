@@ -109,3 +109,9 @@ def test_the_full_run_beside_a_run_has_its_seed_and_the_best_rate_in_its_profile
     for name, best in (("smoke", 1e-3), ("quick", 1e-4)):  # which has this rate alone
         lora = PROFILES[name].config("facts", "lora", rank=2, seed=3)
         assert full_of(lora) == PROFILES[name].config("facts", lr=best, seed=3)
+
+
+@pytest.mark.parametrize(("method", "rank"), [("lora", 0), ("full", 8)])
+def test_a_rank_that_a_method_does_not_take_is_refused_before_any_run(method, rank):
+    with pytest.raises(ValueError, match="a LoRA needs a rank, full fine-tuning none"):
+        tuned("facts", method, rank=rank)
