@@ -142,17 +142,18 @@ def score_pair(
     ranks: Sequence[int],
     *,
     by_matrix: dict[str, int] | None = None,
+    eval_rows: int | None = None,
 ) -> pd.DataFrame:
     """What a task loses when tuned - base is cut: base, tuned, and the cut at every rank.
 
-    task: as load_task takes it; its test rows are scored.  As in `cut`, what is outside the
-    matrices keeps its full update.  by_matrix: one more cut, to ranks of their own, {matrix: rank},
+    task: as load_task takes it; its test rows are scored, the first `eval_rows` or all.  As in
+    `cut`, what is outside the matrices keeps its full update.  by_matrix: one more cut, to ranks of their own, {matrix: rank},
     left out with a warning where transformers names the matrices otherwise than the files do.
     Both models are held in memory until the cuts begin.  Warns where tuned is no better than base.
     Returns one line a model: model ("base", "cut", "cut by matrix" or "tuned"), rank of the cut,
     loss_nats, score.
     """
-    rows, tokenizer = load_split(task, "test"), load_tokenizer(base)
+    rows, tokenizer = load_split(task, "test")[:eval_rows], load_tokenizer(base)
     length = max(len(encode(row, tokenizer)["input_ids"]) for row in rows)
     config = RunConfig(task=task, method="base", model=base, seq_len=length, eval_rows=len(rows))
     dW, ends = _update_and_ends(config, tuned)

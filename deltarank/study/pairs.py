@@ -80,12 +80,13 @@ class RunPair:
         return self._kept(name, extracted)
 
     def score(self, ranks: tuple[int, ...], by_matrix: dict[str, int]) -> pd.DataFrame:
-        """What the task loses, a line a model as score_pair has it."""
+        """What the task loses on the run's held-out rows, a line a model as score_pair has it."""
         asked = digest({"ranks": ranks, "by_matrix": by_matrix})[:12]
         name, task = f"{self.config.key}-{self.dtype}-scores-{asked}", self.config.task
 
         def scored() -> pd.DataFrame:
-            return score_pair(*self.folders(), task, ranks, by_matrix=by_matrix)
+            given = {"by_matrix": by_matrix, "eval_rows": self.config.eval_rows}
+            return score_pair(*self.folders(), task, ranks, **given)
 
         return self._kept(name, scored)
 

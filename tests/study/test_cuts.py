@@ -16,7 +16,7 @@ from deltarank.study.cuts import CUT_PARTS, cut, cut_by_matrix, score_pair, stor
 from deltarank.study.evaluation import evaluate
 from deltarank.study.models import load_model, matrices
 from deltarank.study.pairs import RunPair
-from deltarank.study.profiles import profile
+from deltarank.study.profiles import base_of, profile
 from deltarank.study.runs import run, stored, updates
 from deltarank.study.tasks import load_task
 
@@ -185,8 +185,10 @@ def test_a_pair_is_scored_at_ranks_of_its_matrices_too(tiny_pair):
     first, again = (RunPair(config).score((1,), ranks) for _ in range(2))
     pd.testing.assert_frame_equal(first, again)  # which is stored
     start, other, by_matrix, end = first["loss_nats"]
-    assert [start, other, end] == pytest.approx(scored["loss_nats"][[0, 1, 3]].tolist())
-    assert abs(by_matrix - one) > 1e-5
+    assert start == pytest.approx(run(base_of(config)).loss())  # on the run's own rows
+    assert other == pytest.approx(cut(config, [1])["loss_nats"][0])
+    assert end == pytest.approx(stored(config).loss())
+    assert abs(by_matrix - other) > 1e-5
 
 
 def test_ranks_of_matrices_that_the_model_names_otherwise_are_left_out_with_a_warning(tiny_pair):
