@@ -89,15 +89,22 @@ def _rank(held: Holding, model: str) -> list[str]:
     where = ", ".join(modules) or "all linear layers"
     other = "" if model == FITTED.model else f" It is fitted to {FITTED.model} alone."
     lines = [
-        f"Forecast: {size:,.0f} trained parameters (tasks left out were missed by a factor of "
-        f"{FORECAST.factor:.0f} in the mean); rank 1 on {where} has {one:,}, a load of "
-        f"{load:.2g} bits each.{other}"
+        f"Forecast: {size:,.0f} trained parameters, {_named(size / one, most)} on {where}, missed "
+        f"in tasks left out by a factor of {FORECAST.factor:.0f} in the mean; rank 1 has {one:,}, "
+        f"a load of {load:.2g} bits each.{other}"
     ]
     if not FORECAST.least <= held.all_kbit <= FORECAST.most:
         span = f"{FORECAST.least:g} to {FORECAST.most:g} kbit"
         lines.append(f"That is beyond the {span} of the tasks that it is fitted to.")
     if high <= usual * one:
         return [*lines, f"Take rank {usual} on all of them: it is that factor above, or more."]
-    rank = min(math.ceil(high / one), most)
     return [*lines, f"Take rank {usual}, which lost less in tasks left out than this forecast did, "
-            f"score it, and score rank {rank} beside it."]  # fmt: skip
+            f"score it, and beside it {_named(high / one, most)}: that factor more."]  # fmt: skip
+
+
+def _named(times: float, most: int) -> str:
+    """The least rank, of `most` at the highest, that has so many times rank 1's parameters."""
+    rank = math.ceil(times)
+    if rank > most:
+        return f"rank {most}, the highest"
+    return f"rank {rank}" if times >= 1 else "less than rank 1"

@@ -147,9 +147,10 @@ def score_pair(
     """What a task loses when tuned - base is cut: base, tuned, and the cut at every rank.
 
     task: as load_task takes it; its test rows are scored, the first `eval_rows` or all.  As in
-    `cut`, what is outside the matrices keeps its full update.  by_matrix: one more cut, to ranks of their own, {matrix: rank},
-    left out with a warning where transformers names the matrices otherwise than the files do.
-    Both models are held in memory until the cuts begin.  Warns where tuned is no better than base.
+    `cut`, what is outside the matrices keeps its full update.  by_matrix: one more cut, to ranks of
+    their own, {matrix: rank}, left out with a warning where transformers names the matrices
+    otherwise than the files do.  Both models are held in memory until the cuts begin.  Warns where
+    tuned is no better than base.
     Returns one line a model: model ("base", "cut", "cut by matrix" or "tuned"), rank of the cut,
     loss_nats, score.
     """

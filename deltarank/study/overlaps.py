@@ -44,6 +44,14 @@ def overlaps(first: RunConfig, second: RunConfig) -> pd.DataFrame:
     return pd.DataFrame(rows)
 
 
+def mean_overlap(first: RunConfig, second: RunConfig) -> pd.Series:
+    """The share, 0 to 1, of leading directions that two runs' updates have in common, by rank.
+
+    The mean of `overlaps` over matrices and both sides.
+    """
+    return overlaps(first, second).groupby("rank")[["left", "right"]].mean().mean(axis=1)
+
+
 def _overlaps(A: tuple[Tensor, Tensor], B: tuple[Tensor, Tensor]) -> Tensor:
     """subspace_overlap at OVERLAP_RANKS as far as _leading_vectors go, (ranks, 2: left, right)."""
     directions = A[0].shape[1], B[0].shape[1]

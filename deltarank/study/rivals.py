@@ -121,6 +121,33 @@ def costs(says: pd.DataFrame, *, shares: Sequence[float] = SHARES) -> pd.DataFra
     return found.loc[[*says], ["parameters", "lost", "kept"]]
 
 
+def one_size(tasks: Sequence[str]) -> pd.DataFrame:
+    """The rule that is no rule: a size for all tasks, a column each LoRA of the ladder.
+
+    Named by its trained parameters ("237,312"); form as forecasts gives it.
+    """
+    counts = [parameters_of(size) for size in ladder().values() if size["method"] == "lora"]
+    return pd.DataFrame({f"{n:,}": float(n) for n in counts}, index=[*tasks])
+
+
+def summed_costs(
+    says: pd.DataFrame, share: float, *, shares: Sequence[float] = SHARES
+) -> pd.DataFrame:
+    """What it costs to follow each rule over all its tasks: a line a rule, then one a size for all.
+
+    says, shares: as of costs.  Columns: "lost, mean" and "lost, max"; short, the tasks that keep
+    less than `share`; parameters, geometric mean; one size, what the line of one size for all tasks
+    loses in the mean at as many.
+    """
+    alike = one_size(says.index)
+    by_rule = costs(says.join(alike), shares=shares).groupby("rule", sort=False)
+    table = by_rule["lost"].agg(["mean", "max"]).add_prefix("lost, ")
+    table["short"] = by_rule["kept"].agg(lambda kept: (kept < share).sum())
+    logs = by_rule["parameters"].agg(lambda n: np.log(n).mean())
+    line = np.interp(logs, logs[[*alike]], table.loc[[*alike], "lost, mean"])
+    return table.assign(parameters=np.exp(logs), **{"one size": line})
+
+
 def dealt(read: pd.DataFrame, needed: pd.Series, draws: int) -> pd.DataFrame:
     """What rules would say of known tasks if their readings were dealt to these at random, seed 0.
 
@@ -147,3 +174,17 @@ def against_chance(spent: pd.DataFrame, rules: Sequence[str], sizes: Sequence[st
     found = {"nats": nats[[*rules]], "dealt": {name: x.median() for name, x in draws.items()}}
     found["as low"] = {name: (x <= nats[name]).mean() for name, x in draws.items()}
     return pd.DataFrame(found)
+
+
+def control(
+    read: pd.DataFrame, needed: pd.Series, share: float, *, draws: int = 300
+) -> pd.DataFrame:
+    """against_chance of known tasks, each forecast by the others from what was read of them.
+
+    read: as read_of gives it, a line a known task; needed: as known_sizes gives it of them for this
+    share.
+    """
+    tasks, alike = [*read.index], one_size([*read.index])
+    rules = forecasts(tasks, tasks, share)[[*read]]
+    spent = costs(pd.concat([rules, alike, dealt(read, needed, draws)], axis=1))
+    return against_chance(spent, [*read], [*alike])

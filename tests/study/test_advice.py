@@ -40,11 +40,12 @@ def test_rows_bits_and_forecast_are_told_in_this_order(told):
     assert (
         "teach" in bits and "5.0 kbit: 62.5 bits a row, measured on 40 of them" in bits
     )  # 80 rows
-    told = "Forecast: 5,000 trained parameters (tasks left out were missed by a factor of 2 in "
-    assert forecast.startswith(told)
+    named = f"rank {math.ceil(5_000 / one)} on all linear layers"
+    assert forecast.startswith(f"Forecast: 5,000 trained parameters, {named}, missed in tasks")
+    assert "by a factor of 2 in the mean" in forecast
     assert f"has {one:,}, a load of {5_000 / one:.2g} bits each" in forecast
     assert last.startswith("Take rank 4, which lost less in tasks left out than this forecast did")
-    assert last.endswith(f"score rank {math.ceil(10_000 / one)} beside it.")
+    assert last.endswith(f"beside it rank {math.ceil(10_000 / one)}: that factor more.")
 
 
 def test_of_another_base_it_says_whose_the_fit_is(told, monkeypatch):
@@ -59,8 +60,8 @@ def test_the_usual_rank_is_enough_up_to_its_parameters(told):
     one, usual = parameters_of(RANK_1), 4
     fits = usual * one / 2 / 1000  # kbit, whose upper end is just the usual rank
     assert told(fits * 0.99 / 2)[-1].startswith("Take rank 4 on all of them: it is ")
-    assert told(fits * 1.01 / 2)[-1].endswith(f"score rank {usual + 1} beside it.")
-    assert told(fits)[-1].endswith(f"score rank {2 * usual} beside it.")
+    assert told(fits * 1.01 / 2)[-1].endswith(f"rank {usual + 1}: that factor more.")
+    assert told(fits)[-1].endswith(f"rank {2 * usual}: that factor more.")
 
 
 def test_what_lies_beyond_the_tasks_of_the_fit_is_named(told):
@@ -87,8 +88,16 @@ def test_rows_that_teach_nothing_are_refused(told):
 
 def test_no_rank_is_above_the_smallest_matrix(told):
     one, most = parameters_of(RANK_1), 16  # of the tiny model
-    for times in (1, 100):
-        assert told(times * most * one / 2 / 2 / 1000)[-1].endswith(f"rank {most} beside it.")
+    for times, ends in ((0.99, ""), (100, ", the highest")):
+        *_, forecast, _, last = told(times * most * one / 2 / 2 / 1000)
+        assert last.endswith(f"beside it rank {most}{ends}: that factor more.")
+    assert f"rank {most}, the highest on all linear layers" in forecast
+
+
+def test_a_forecast_below_one_rank_is_no_rank(told):
+    one = parameters_of(RANK_1)
+    assert "parameters, less than rank 1 on" in told(0.99 * one / 2 / 1000)[2]
+    assert "parameters, rank 2 on" in told(1.01 * one / 2 / 1000)[2]
 
 
 def test_a_forecast_is_a_line_in_the_logarithms():

@@ -1,5 +1,6 @@
 """Directions that two updates share, against subspace_overlap and planted ones."""
 
+import pandas as pd
 import pytest
 import torch
 from matrices import gaussian, planted
@@ -43,3 +44,14 @@ def test_two_updates_share_what_was_planted_and_the_rest_by_chance(shared):
     for overlap, size in zip(at_16.tolist(), shape, strict=True):
         chance = 16 / size
         assert 16 * (overlap - chance) / (1 - chance) == pytest.approx(shared, abs=1.0)
+
+
+def test_what_two_runs_have_in_common_is_the_mean_over_matrices_and_sides(monkeypatch):
+    found = {
+        "name": ["a", "b", "a"],
+        "rank": [1, 1, 2],
+        "left": [0.1, 0.3, 1],
+        "right": [0.4, 0, 0],
+    }
+    monkeypatch.setattr(overlaps, "overlaps", lambda *runs: pd.DataFrame(found))
+    assert overlaps.mean_overlap("one", "other").to_dict() == pytest.approx({1: 0.2, 2: 0.5})

@@ -15,14 +15,17 @@ from deltarank.study.profiles import profile
 from deltarank.study.rivals import (
     LEAST_KBIT,
     against_chance,
+    control,
     costs,
     dealt,
     forecasts,
     known_sizes,
+    one_size,
     paid,
     parameters_of,
     probe,
     read_of,
+    summed_costs,
 )
 from deltarank.study.runs import Result, run
 from deltarank.study.search import tuned
@@ -131,6 +134,33 @@ def test_costs_have_a_line_a_rule_and_task(store):
     assert [*costs(says).index] == [(rule, task) for rule in says for task in says.index]
 
 
+def test_one_size_for_all_is_a_rule_a_lora_of_the_ladder():
+    table = one_size(["facts", "sentiment"])
+    assert (table.nunique() == 1).all() and [*table.index] == ["facts", "sentiment"]
+    assert [float(name.replace(",", "")) for name in table] == [*table.iloc[0]]
+    assert f"{parameters_of({'method': 'lora', 'rank': 8}):,}" in table
+
+
+def test_what_rules_cost_is_summed_beside_one_size_as_large(monkeypatch):
+    sizes = [float(n.replace(",", "")) for n in one_size(["a"])]
+    first, last = sizes[0], sizes[-1]
+    middle = math.sqrt(first * last)
+    says = pd.DataFrame({"rule": [first, last]}, index=["a", "b"])
+
+    def paid_by_size(says, *, shares):
+        """A size loses 1 nat at the first rung, 0 at the last, a line between; kept the rest."""
+        share = np.log(says / first) / math.log(last / first)
+        found = pd.concat({"parameters": says.stack(), "lost": (1 - share).stack()}, axis=1)
+        found.index.names = ["task", "rule"]
+        return found.assign(kept=1 - found["lost"]).swaplevel()
+
+    monkeypatch.setattr(rivals, "costs", paid_by_size)
+    found = summed_costs(says, 0.9).loc["rule"]
+    assert found["parameters"] == pytest.approx(middle)
+    expected = {"lost, mean": 0.5, "lost, max": 1.0, "short": 1, "one size": 0.5}
+    assert found[[*expected]].to_dict() == pytest.approx(expected)
+
+
 def test_dealt_readings_are_those_of_other_tasks():
     read = pd.DataFrame({"bits": {"pirate": 1.0, "json": 2.0, "facts": 4.0}})
     needed = read["bits"] ** 2
@@ -150,6 +180,21 @@ def test_a_rule_is_as_low_as_the_draws_that_lie_no_lower():
     spent.index = pd.MultiIndex.from_product([spent.index, ["facts"]], names=["rule", "task"])
     found = against_chance(spent, ["rule"], ["100", "10"]).loc["rule"]
     assert found.round(6).to_dict() == {"nats": 0.5, "dealt": 1.0, "as low": round(1 / 3, 6)}
+
+
+def test_the_control_deals_each_rule_its_own_readings(three, monkeypatch):
+    needed, read = known_sizes(three, 0.95), rivals.read_of(three)
+
+    def missed(says, *, shares=()):
+        """What a size costs: the logarithm by which it misses what is needed."""
+        lost = np.log(says.div(needed, axis=0)).abs()
+        found = pd.concat({"parameters": says.stack(), "lost": lost.stack()}, axis=1)
+        found.index.names = ["task", "rule"]
+        return found.swaplevel()
+
+    monkeypatch.setattr(rivals, "costs", missed)
+    found = control(read, needed, 0.95, draws=40).loc["bits"]  # the rule misses nothing
+    assert found["nats"] < found["dealt"] and 0 < found["as low"] < 0.5
 
 
 def test_a_task_of_which_all_diverged_is_named(store, monkeypatch):
