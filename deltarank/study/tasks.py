@@ -149,7 +149,8 @@ def _rows(file: Path, fields: Sequence[str]) -> Iterator[dict]:
             wrong = ", ".join(n for n, text in texts.items() if not isinstance(text, str))
             require(not wrong, f"{where}: {wrong} must be text")
             lacks = [n for n in fields if n not in row or (n == "prompt" and not row[n].strip())]
-            lacks += ["answer"] * ("answer" in row and not row["answer"] + row.get("end", "\n"))
+            asked = "answer" in fields and "answer" in row
+            lacks += ["answer"] * (asked and not row["answer"] + row.get("end", "\n"))
             require(not lacks, f"{where}: a row lacks {', '.join(lacks)}: {cure}")
             yield row
 

@@ -267,6 +267,14 @@ def test_a_split_or_task_that_is_no_text_is_named(tmp_path, field, value):
         load_split(str(path), "train")
 
 
+def test_an_answer_that_nobody_reads_may_be_anything(tmp_path):
+    path = tmp_path / "own.jsonl"
+    path.write_text('{"prompt": "2+3=", "answer": 5}\n{"prompt": "a", "answer": "", "end": ""}\n')
+    assert load_prompts(str(path)) == {"train": ["2+3=", "a"]}
+    with pytest.raises(ValueError, match=r"^own\.jsonl, line 1: answer must be text"):
+        load_task(str(path))
+
+
 def test_a_file_may_begin_with_a_byte_order_mark(tmp_path):
     path = tmp_path / "own.jsonl"
     path.write_text('{"prompt": "a", "answer": "b"}\n', encoding="utf-8-sig")
