@@ -91,9 +91,10 @@ def _parted(prompts: dict[str, list[str]], most: int) -> tuple[list[str], list[s
     prompts none.  Of other splits than "train" none is learned, unless there is no "train".  None
     is in both, nor twice in one.
     """
-    given = [*dict.fromkeys(prompts.get("train") or itertools.chain(*prompts.values()))]
+    train = dict.fromkeys(prompts.get("train") or itertools.chain(*prompts.values()))
+    given = [*train]
     held = prompts.get("valid", []) if "train" in prompts else []
-    held = [prompt for prompt in dict.fromkeys(held) if prompt not in {*given}]
+    held = [prompt for prompt in dict.fromkeys(held) if prompt not in train]
     if not held and len(given) >= 20:
         held, given = given[::10], [p for i, p in enumerate(given) if i % 10]
     return random.Random(0).sample(given, min(most, len(given))), held[:HELD_OUT]
