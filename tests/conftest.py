@@ -56,6 +56,7 @@ def cache(tmp_path_factory):
         patch.setenv("PROFILE", "smoke")
         patch.setenv("PROGRESS", "off")
         patch.setenv("MODEL", "")  # the reader's own, if he has set one
+        patch.setenv("VENUE", "")
         patch.setenv("BUILD", str(tmp_path_factory.mktemp("build")))
         patch.setenv("LOWRANK_CACHE", str(tmp_path_factory.mktemp("cache")))
         yield Path(os.environ["LOWRANK_CACHE"])
