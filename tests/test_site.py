@@ -56,15 +56,16 @@ def test_claims_are_folded_under_the_count_of_their_lines_and_other_cells_are_no
         tmp_path,
         code_cell("utils.assert_claims(x)", {"text/html": tables[1]}, tags=["paper-only"]),
         code_cell("utils.assert_table(x)", {"text/html": tables[3]}, tags=["paper-only"]),
+        code_cell("utils.assert_groups(x)", {"text/html": tables[3]}, tags=["paper-only"]),
         code_cell("utils.assert_claims(untagged)", {"text/html": tables[3]}),
         code_cell("no_claims", {"text/html": tables[3]}, tags=["paper-only"]),
     )
     page = built(tmp_path)
     summaries = [fold.find("summary").get_text() for fold in page.select("details.claims")]
-    assert summaries == ["1 line of numbers checked", "3 lines of numbers checked"]
+    assert summaries == ["1 line of numbers checked", *["3 lines of numbers checked"] * 2]
     folded = [len(table.select("tbody tr")) for table in page.select("details.claims table")]
-    assert folded == [1, 3]
-    assert len(page.select("table")) == 4  # the two others are shown as they are
+    assert folded == [1, 3, 3]
+    assert len(page.select("table")) == 5  # the two others are shown as they are
 
 
 def test_with_another_model_the_text_is_folded_and_headings_and_captions_stay(tmp_path):

@@ -81,7 +81,7 @@ def with_formulas(page: BeautifulSoup) -> None:
 def fold_claims(page: BeautifulSoup) -> None:
     """Fold each cell that holds the numbers of the prose against what was measured."""
     for cell in page.select("div[class*=celltag_paper-only]"):
-        if not re.search(r"assert_(claims|table)", cell.select_one("div.input").get_text()):
+        if not re.search(r"assert_(claims|groups|table)", cell.select_one("div.input").get_text()):
             continue
         count = len(cell.select("tbody tr"))
         fold = cell.wrap(page.new_tag("details", attrs={"class": "claims"}))
