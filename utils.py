@@ -62,7 +62,7 @@ from deltarank.study.law import capacity_interval, fit_law
 from deltarank.study.loads import capacity_table, code_configs, curves_table, longer_configs
 from deltarank.study.models import load_model, load_tokenizer, matrices
 from deltarank.study.overlaps import OVERLAP_RANKS, mean_overlap, overlaps
-from deltarank.study.pairs import FolderPair, RunPair
+from deltarank.study.pairs import PAIR_TIMES, PLANTED_RANKS, FolderPair, RunPair
 from deltarank.study.plan import (
     SCALES,
     again_configs,
@@ -79,7 +79,7 @@ from deltarank.study.plan import (
     scaling_configs,
     warmup_configs,
 )
-from deltarank.study.profiles import PAIR_TIMES, PLANTED_RANKS, PROFILES, profile
+from deltarank.study.profiles import PROFILES, profile
 from deltarank.study.rivals import control, costs, forecasts, known_sizes, read_of, summed_costs
 from deltarank.study.runs import Result, example_update, repeated, run, spectral_gap, stored, sweep
 from deltarank.study.search import coarse_search, coarsely_tuned, lr_search, tuned

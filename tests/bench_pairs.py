@@ -14,7 +14,7 @@ from timing import other, record, timed
 
 from deltarank.checkpoints import layer_and_module
 from deltarank.runtime import cache_folder
-from deltarank.study.profiles import PAIR_TIMES
+from deltarank.study.pairs import PAIR_TIMES
 
 ALL = ("spectra", "adapter", "modeldelta", "mergekit", "plain SVD", "start", "start of mergekit")
 ONCE = ("plain SVD",)  # takes long, and says the same of accuracy every time

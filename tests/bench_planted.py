@@ -16,7 +16,7 @@ from bench_pairs import Size, readers, write_pair
 from timing import record, timed
 
 from deltarank.runtime import cache_folder
-from deltarank.study.profiles import PLANTED_RANKS
+from deltarank.study.pairs import PLANTED_RANKS
 
 RANK = 8
 RELATIVE_SIZES = (0.05, 0.01, 0.002, 0.0005)  # |update| / |W|

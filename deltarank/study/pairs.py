@@ -11,13 +11,17 @@ import pandas as pd
 
 from deltarank.adapters import extract_adapter
 from deltarank.compare import compare_checkpoints
-from deltarank.runtime import at_profile, cache_folder
+from deltarank.runtime import ROOT, at_profile, cache_folder
 from deltarank.store import digest
 from deltarank.study.configs import RunConfig
 from deltarank.study.cuts import score_pair
 from deltarank.study.profiles import base_of
 from deltarank.study.runs import save_model
 from deltarank.study.tables import keep_table
+
+# Of `RECORD=yes make bench`, for notebook 11: what pairs take, what tools say of a planted rank.
+PAIR_TIMES = ROOT / "data" / "bench_pairs.csv"
+PLANTED_RANKS = ROOT / "data" / "bench_planted.csv"
 
 
 @dataclass(frozen=True)

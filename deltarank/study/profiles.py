@@ -21,9 +21,6 @@ from deltarank.study.tasks import PARTS, encode, load_task, mix_of, mix_parts
 
 Number = TypeVar("Number", int, float)
 
-# Of `RECORD=yes make bench`, for notebook 11: what pairs take, what tools say of a planted rank.
-PAIR_TIMES = ROOT / "data" / "bench_pairs.csv"
-PLANTED_RANKS = ROOT / "data" / "bench_planted.csv"
 ALL_TASKS = (*PARTS, "mix")
 LORA_ALPHA = 32.0  # at all ranks, but in the alpha_tasks of a profile
 

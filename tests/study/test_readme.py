@@ -11,7 +11,8 @@ from deltarank.runtime import ROOT, build_folder
 from deltarank.store import load_entry
 from deltarank.study.advice import FORECAST
 from deltarank.study.models import TINY
-from deltarank.study.profiles import PAIR_TIMES, PROFILES
+from deltarank.study.pairs import PAIR_TIMES
+from deltarank.study.profiles import PROFILES
 from deltarank.study.runs import Result
 
 README = (ROOT / "README.md").read_text(encoding="utf8")
