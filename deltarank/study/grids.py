@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from deltarank.study.tasks import PARTS
+
 Size = tuple[tuple[int, ...], tuple[str, ...], int]  # layers, modules, rank
 
 
@@ -32,17 +34,7 @@ class LadderGrid:
 
 USUAL = ("rank 1 on 3 layers", "rank 1", "rank 8")
 LADDER = LadderGrid(  # the paper's
-    seed_tasks=(
-        "pirate",
-        "json",
-        "kjv",
-        "sentiment",
-        "facts",
-        "arithmetic",
-        "sorbian",
-        "code",
-        "mix",
-    ),
+    seed_tasks=(*PARTS, "mix"),
     longer_tasks=("pirate", "json", "kjv", "arithmetic", "sentiment", "code", "mix"),
     begun=(
         ("dates", ("TinyLoRA of 16", "TinyLoRA of 128", "TinyLoRA of 1,024", *USUAL)),
