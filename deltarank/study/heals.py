@@ -27,14 +27,13 @@ from deltarank.study.evaluation import evaluate, newline
 from deltarank.study.gains import gain_kept
 from deltarank.study.measuring import lora_factors, provenance, rounded
 from deltarank.study.models import load_tokenizer, skeleton
-from deltarank.study.profiles import LORA_ALPHA, base_of, entry_folder, middle, profile
+from deltarank.study.profiles import LARGE_ALPHA, base_of, entry_folder, middle, profile
 from deltarank.study.runs import Result, in_parallel, run, run_model, updates
 from deltarank.study.search import best_lr, climb, tuned
 from deltarank.study.tasks import load_split
 from deltarank.study.training import lora_layers, plant, prepare
 
 STARTS = ("cut", "nothing", "squeezed")
-ALPHA = 8 * LORA_ALPHA  # of a LoRA from nothing: the scale by which the facts are learned best
 ROOM = 48  # tokens that an answer of the full run may have
 SPLITS = ("valid", "test")  # that are scored
 
@@ -44,7 +43,7 @@ class Heal:
     """A LoRA trained to answer as a full run does (see Lessons), and its `key` in the store.
 
     start "cut": the leading directions of the full run's update, scale 1, as `extract` writes
-    them: without norms.  "nothing": as PEFT starts, alpha = ALPHA.  "squeezed": the same at rank
+    them: without norms.  "nothing": as PEFT starts, of LARGE_ALPHA.  "squeezed": the same at rank
     `wide`, cut to `rank` after it was trained (arXiv 2602.10993).  All learn from the same `rows`
     prompts of the full run's training rows, in the same order.  Steps 0, of a cut only, leave it
     as it is.  Raises ValueError for values that cannot run.
@@ -76,7 +75,7 @@ class Heal:
     def recipe(self) -> RunConfig:
         """The LoRA run that it is, as to batches, rate and scores; steps 0 are none of it."""
         rank = self.wide or self.rank
-        alpha = float(rank) if self.start == "cut" else ALPHA
+        alpha = float(rank) if self.start == "cut" else LARGE_ALPHA
         changes: dict[str, Any] = {
             "rank": rank,
             "alpha": alpha,

@@ -11,7 +11,7 @@ from deltarank.runtime import at_profile
 from deltarank.study.configs import RunConfig
 from deltarank.study.cuts import cut
 from deltarank.study.gains import gain_kept
-from deltarank.study.profiles import LORA_ALPHA, base_of, middle, profile
+from deltarank.study.profiles import LARGE_ALPHA, LORA_ALPHA, base_of, middle, profile
 from deltarank.study.runs import Result, run
 from deltarank.study.search import coarsely_tuned, lr_between, tuned
 from deltarank.study.tasks import TASKS
@@ -101,7 +101,7 @@ def embedding_configs() -> list[RunConfig]:
 
 SCALES: dict[str, dict] = {  # name: the fields of RunConfig that set it
     f"α / r, α = {LORA_ALPHA:g}": {},
-    f"α / r, α = {8 * LORA_ALPHA:g}": {"alpha": 8 * LORA_ALPHA},
+    f"α / r, α = {LARGE_ALPHA:g}": {"alpha": LARGE_ALPHA},
     f"α / √r, α = {LORA_ALPHA:g}": {"rslora": True},
 }
 
@@ -148,8 +148,8 @@ def entities_configs() -> dict[tuple[int, float, int], list[RunConfig]]:
 
     At the rate of the coarse search; a budget of 2 has twice the steps.
     """
-    seeds = {(0, 0.0, 1): 3, (8, LORA_ALPHA, 1): 3, (8, 8 * LORA_ALPHA, 1): 3}
-    seeds |= {(1, LORA_ALPHA, 1): 1, (1, 8 * LORA_ALPHA, 1): 1}
+    seeds = {(0, 0.0, 1): 3, (8, LORA_ALPHA, 1): 3, (8, LARGE_ALPHA, 1): 3}
+    seeds |= {(1, LORA_ALPHA, 1): 1, (1, LARGE_ALPHA, 1): 1}
     seeds |= {(0, 0.0, 2): 1, (1, LORA_ALPHA, 2): 1, (8, LORA_ALPHA, 2): 1}
     return {
         (rank, alpha, n): [

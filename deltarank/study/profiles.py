@@ -23,6 +23,7 @@ Number = TypeVar("Number", int, float)
 
 ALL_TASKS = (*PARTS, "mix")
 LORA_ALPHA = 32.0  # at all ranks, but in the alpha_tasks of a profile
+LARGE_ALPHA = 8 * LORA_ALPHA  # by which the facts are learned best at a low rank
 
 
 @dataclass(frozen=True)
@@ -61,7 +62,7 @@ class Profile:
     fine_tasks: tuple[str, ...] = ()  # whose rates are searched finer, once those runs are stored
     # Tasks in which a low rank falls short: their LoRAs take the best of these alphas.
     alpha_tasks: tuple[str, ...] = ()
-    lora_alphas: tuple[float, ...] = (LORA_ALPHA, 8 * LORA_ALPHA)
+    lora_alphas: tuple[float, ...] = (LORA_ALPHA, LARGE_ALPHA)
     # Tasks whose full fine-tuning is tried with and without warm-up, each at these rates.
     warmup_lrs: tuple[tuple[str, tuple[float, float, float]], ...] = (
         ("facts", (1e-4, 1.7e-4, 3e-4)),

@@ -15,7 +15,7 @@ from deltarank.study.distillation import distil, head_of
 from deltarank.study.evaluation import evaluate
 from deltarank.study.heals import Heal, heal_configs, heal_run, heals_table, measure_heal
 from deltarank.study.models import load_model, matrices
-from deltarank.study.profiles import PROFILES, entry_folder, profile
+from deltarank.study.profiles import LARGE_ALPHA, PROFILES, entry_folder, profile
 from deltarank.study.runs import Result, run_model, updates
 from deltarank.study.training import prepare
 
@@ -90,7 +90,7 @@ def test_a_start_from_nothing_is_the_base_and_learns(full):
     base = evaluate(load_model(full.model), full, "test")["loss_nats"]
     assert still["evaluation"]["test"]["loss_nats"] == pytest.approx(base, abs=1e-5)
     assert record["divergence_nats"] < 0.7 * still["divergence_nats"]
-    assert record["config"]["alpha"] == heals.ALPHA
+    assert record["config"]["alpha"] == LARGE_ALPHA
 
 
 def test_a_squeezed_lora_is_the_wide_one_truncated(full):
