@@ -22,6 +22,7 @@ from deltarank.columns import COLUMNS, number
 from deltarank.drawing import curve_panel, heat_map
 from deltarank.ranks import TRAINING_ADVICE, adapter_verdict, changed_matrices, ranks_of, verdict
 from deltarank.spectra import energy, null_energy
+from deltarank.store import compact_json
 
 IN_TERMINAL = ["relative_size", "r90", "r90_over_null", "energy_8", "energy_64", "rank"]
 IN_TERMINAL += ["near_rounding"]
@@ -182,10 +183,7 @@ def as_json(found: Inspection) -> str:
         "losses": found.losses.to_dict("records") if found.losses is not None else None,
         "versions": found.versions,
     }
-    fields = (
-        f"{json.dumps(k)}: {json.dumps(_plain(v), allow_nan=False)}" for k, v in record.items()
-    )
-    return "{\n" + ",\n".join(fields) + "\n}\n"
+    return compact_json(_plain(record))
 
 
 def from_json(text: str) -> Inspection:

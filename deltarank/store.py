@@ -87,7 +87,7 @@ def save_entry(folder: Path, record: dict, tensors: dict[str, Tensor] | None = N
         record = record | {"files": files}
         record["sha256"] = digest(record)
         with open(scratch / "result.json", "w", encoding="utf8") as file:
-            file.write(_compact_json(record))
+            file.write(compact_json(record))
             file.flush()
             os.fsync(file.fileno())
         with FileLock(cache_folder() / "store.lock"):
@@ -101,7 +101,7 @@ def save_entry(folder: Path, record: dict, tensors: dict[str, Tensor] | None = N
         shutil.rmtree(scratch, ignore_errors=True)
 
 
-def _compact_json(record: dict) -> str:
+def compact_json(record: dict) -> str:
     """JSON with one top-level field a line: light, and readable in a diff."""
     lines = (f"{json.dumps(k)}: {json.dumps(v, allow_nan=False)}" for k, v in record.items())
     return "{\n" + ",\n".join(lines) + "\n}\n"
