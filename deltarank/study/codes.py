@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from deltarank.checks import require
-from deltarank.study.tasks import collate, encode_prompt
+from deltarank.study.tasks import a_line_each, answered, encode_prompt
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -79,16 +79,15 @@ def encode_codes(
 ) -> tuple[dict[str, Tensor], Tensor]:
     """The rows as {"input_ids", "labels"}, each (rows, length), and their digits (rows, digits).
 
-    Labels are -100 but at the digits; no newline ends a code, for its place is no information.
+    Labels are IGNORED but at the digits; no newline ends a code, for its place is no information.
     """
     tokens = digit_tokens(tokenizer)
     digits = [[int(digit) for digit in row["answer"]] for row in rows]
     encoded = []
     for row, code in zip(rows, digits, strict=True):
         prompt, answer = encode_prompt(row["prompt"], tokenizer), [tokens[digit] for digit in code]
-        encoded.append({"input_ids": prompt + answer, "labels": [-100] * len(prompt) + answer})
-    longest = max(len(row["labels"]) for row in encoded)
-    return collate(encoded, longest), torch.tensor(digits)
+        encoded.append(answered(prompt, answer))
+    return a_line_each(encoded), torch.tensor(digits)
 
 
 def code_scores(nats: Tensor, right: Tensor) -> dict[str, float]:

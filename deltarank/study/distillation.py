@@ -21,7 +21,7 @@ from deltarank.study.losses import (
     scoring,
 )
 from deltarank.study.models import load_tokenizer
-from deltarank.study.tasks import a_line_each, batches, encode_prompt
+from deltarank.study.tasks import IGNORED, a_line_each, answered, batches, encode_prompt
 from deltarank.study.training import fit
 
 
@@ -94,8 +94,7 @@ def lessons(
     rows, start = [], 0
     for prompt, answer in zip(encoded, answers, strict=True):
         before, places = len(prompt), [*range(start, start + len(answer))]
-        row = {"input_ids": prompt + answer, "labels": [-100] * before + answer}
-        rows.append(row | {"places": [0] * before + places})
+        rows.append(answered(prompt, answer) | {"places": [0] * before + places})
         start += len(answer)
     hidden = torch.empty(start, model.get_output_embeddings().weight.shape[1])
     for at, states in _hidden_states(model, config, rows):
@@ -110,7 +109,7 @@ def _hidden_states(
     dtype, place = product_dtype(config.dtype), model.get_output_embeddings().weight.device
     for picked in batches([len(row["labels"]) for row in rows]):
         batch = a_line_each([rows[i] for i in picked])
-        places = batch["places"][batch["labels"] != -100]  # row by row, as answer_hidden has them
+        places = batch["places"][batch["labels"] != IGNORED]  # as answer_hidden has them
         seen = {key: batch[key].to(place) for key in ("input_ids", "labels")}
         with scoring(model), autocast(place, dtype):
             states = answer_hidden(model, **seen)[0]
@@ -187,7 +186,7 @@ class Student(AnswerModel):
         """{"loss": mean KL of the answers' tokens}; the arguments as pack() gives them."""
         with autocast(self.head.device, self.dtype):
             hidden, _ = answer_hidden(self.model, input_ids, labels, position_ids)
-        told = self.hidden[places[:, 1:][labels[:, 1:] != -100]]
+        told = self.hidden[places[:, 1:][labels[:, 1:] != IGNORED]]
         loss = HeadDivergence.apply(hidden.to(self.dtype), self.own, told, self.teacher)
         self.losses.append(loss.item())
         return {"loss": loss}

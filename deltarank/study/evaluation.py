@@ -22,7 +22,14 @@ from deltarank.study.losses import (
     scoring,
 )
 from deltarank.study.models import load_tokenizer
-from deltarank.study.tasks import a_line_each, batches, encode, encode_prompt, load_split
+from deltarank.study.tasks import (
+    a_line_each,
+    answer_tokens,
+    batches,
+    encode,
+    encode_prompt,
+    load_split,
+)
 
 
 @torch.no_grad()
@@ -44,7 +51,7 @@ def score_rows(model: nn.Module, config: RunConfig, rows: Sequence[dict]) -> pd.
         chunks = zip(hidden.split(CHUNK), target.split(CHUNK), strict=True)
         judged = [_judged(h, t, head, rule) for h, t in chunks]
         nats, right = (torch.cat(part) for part in zip(*judged, strict=True))
-        lengths = (batch["labels"] != -100).sum(1).tolist()
+        lengths = [answer_tokens(encoded[i]) for i in picked]
         for i, n, r in zip(picked, nats.split(lengths), right.split(lengths), strict=True):
             scores[i] = {"nats": n.sum().item(), "tokens": len(n), "right": bool(r.all())}
     return pd.DataFrame(scores)

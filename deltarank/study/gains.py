@@ -15,7 +15,7 @@ from deltarank.spectra import common_energy, rank_measures
 from deltarank.study.configs import GROWTH_ROWS
 from deltarank.study.models import load_tokenizer
 from deltarank.study.runs import Result
-from deltarank.study.tasks import encode, load_split, task_sha256
+from deltarank.study.tasks import answer_tokens, encode, load_split, task_sha256
 
 Measured = TypeVar("Measured", float, pd.Series)  # one number, or one a rank
 
@@ -179,8 +179,7 @@ def _rows_and_tokens(result: Result) -> tuple[int, int]:
 def _counted(task: str, model: str, seq_len: int, sha256: str) -> tuple[int, int]:
     """_rows_and_tokens of a task whose file has this sha256."""
     rows, tokenizer = load_split(task, "train"), load_tokenizer(model)
-    labels = (label for row in rows for label in encode(row, tokenizer, seq_len)["labels"])
-    return len(rows), sum(label != -100 for label in labels)
+    return len(rows), sum(answer_tokens(encode(row, tokenizer, seq_len)) for row in rows)
 
 
 def _kbit(nats: float) -> float:

@@ -15,7 +15,7 @@ from deltarank.store import cached, file_sha256
 from deltarank.study.configs import RunConfig
 from deltarank.study.losses import answer_loss, on_device, scoring
 from deltarank.study.models import load_tokenizer
-from deltarank.study.tasks import a_line_each, encode
+from deltarank.study.tasks import IGNORED, a_line_each, encode
 
 GENERAL = ROOT / "data" / "general.jsonl"
 PASSAGES_AT_ONCE = 2  # long ones, whose logits take much memory
@@ -55,7 +55,7 @@ def general_loss(model: nn.Module, config: RunConfig) -> dict[str, float]:
         nats, tokens = 0.0, 0
         for start in range(0, len(rows), PASSAGES_AT_ONCE):
             batch = on_device(model, a_line_each(rows[start : start + PASSAGES_AT_ONCE]))
-            count = int((batch["labels"][:, 1:] != -100).sum())
+            count = int((batch["labels"][:, 1:] != IGNORED).sum())
             nats += count * answer_loss(model, head, batch, dtype=dtype).item()
             tokens += count
         return nats / tokens

@@ -16,7 +16,7 @@ from deltarank.study.losses import answer_loss, on_device, scoring
 from deltarank.study.measuring import provenance
 from deltarank.study.models import load_tokenizer, matrices
 from deltarank.study.profiles import entry_folder
-from deltarank.study.tasks import BATCH, a_line_each, encode, load_split
+from deltarank.study.tasks import BATCH, a_line_each, answer_tokens, encode, load_split
 from deltarank.study.training import prepare
 
 GRADIENT_ROWS = 256  # training rows that the gradient is of
@@ -46,7 +46,7 @@ def gradient_spectra(model: nn.Module, config: RunConfig) -> dict[str, Tensor]:
     tokenizer, dtype = load_tokenizer(config.model), product_dtype(config.dtype)
     rows = load_split(config.task, "train")[:GRADIENT_ROWS]
     encoded = [encode(row, tokenizer, config.seq_len) for row in rows]
-    tokens = sum(label != -100 for row in encoded for label in row["labels"])
+    tokens = sum(map(answer_tokens, encoded))
     weights = matrices(model)
     head = model.get_output_embeddings().weight.detach().to(dtype)
     model.zero_grad()
@@ -54,7 +54,7 @@ def gradient_spectra(model: nn.Module, config: RunConfig) -> dict[str, Tensor]:
         for start in range(0, len(encoded), BATCH):
             part = encoded[start : start + BATCH]
             batch = on_device(model, a_line_each(part))
-            share = int((batch["labels"] != -100).sum()) / tokens
+            share = sum(map(answer_tokens, part)) / tokens
             (share * answer_loss(model, head, batch, dtype=dtype)).backward()
             bar.update(len(part))
     return {name: singular_values(W.grad.detach()) for name, W in weights.items()}

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from deltarank.checks import require
-from deltarank.study.tasks import a_line_each, pack
+from deltarank.study.tasks import IGNORED, a_line_each, answered, pack
 
 # Relative, in float32.  Gemma 3 270M differs by 3e-7 in loss and 5e-6 in hidden states; a rule
 # that is left out, or a row that sees another, moves even random models by much more.
@@ -26,7 +26,7 @@ def answer_hidden(
     places = {} if position_ids is None else {"position_ids": position_ids}
     decoder = _base(model).get_decoder()
     hidden = decoder(input_ids=input_ids, use_cache=False, **places).last_hidden_state
-    answer = labels[:, 1:] != -100  # (rows, length - 1): position t predicts token t + 1
+    answer = labels[:, 1:] != IGNORED  # (rows, length - 1): position t predicts token t + 1
     return hidden[:, :-1][answer], labels[:, 1:][answer]
 
 
@@ -234,7 +234,7 @@ def _probe(model: nn.Module) -> list[dict[str, list[int]]]:
     vocabulary = len(model.get_input_embeddings().weight)
     tokens = [(7 * i + 3) % vocabulary for i in range(15)]
     parts = tokens[:9], tokens[9:]  # the first token of a row is its prompt
-    return [{"input_ids": part, "labels": [-100, *part[1:]]} for part in parts]
+    return [answered(part[:1], part[1:]) for part in parts]
 
 
 def on_device(model: nn.Module, batch: dict[str, Tensor]) -> dict[str, Tensor]:

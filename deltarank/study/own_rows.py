@@ -32,7 +32,7 @@ from deltarank.study.models import (
 from deltarank.study.profiles import Profile
 from deltarank.study.rivals import probe
 from deltarank.study.runs import Result
-from deltarank.study.tasks import encode, load_split, load_task
+from deltarank.study.tasks import answer_tokens, encode, load_split, load_task
 from deltarank.study.training import prepare, train
 
 HELD_OUT = 128  # rows at most, and an eighth of those given where they name no split "test"
@@ -158,10 +158,10 @@ def count_tokens(rows: list[dict], model: str) -> pd.DataFrame:
     """
     tokenizer, counts = load_tokenizer(model), []
     for row in rows:
-        labels = encode(row, tokenizer)["labels"]
-        answer = sum(label != -100 for label in labels)
+        encoded = encode(row, tokenizer)
+        answer = answer_tokens(encoded)
         kind = str(row.get("kind") or row.get("task") or "rows")
-        counts.append((kind, len(labels) - answer, answer))
+        counts.append((kind, len(encoded["labels"]) - answer, answer))
     return pd.DataFrame(counts, columns=["kind", *TOKENS])
 
 

@@ -17,6 +17,7 @@ from deltarank.runtime import ROOT
 from deltarank.store import file_sha256
 
 TASK_FOLDER = ROOT / "data" / "tasks"
+IGNORED = -100  # the label of a token that no loss counts
 BATCH = 32  # rows that pass through a model at once where it is not trained
 
 
@@ -220,17 +221,35 @@ def encode(row: dict, tokenizer, seq_len: int | None = None) -> dict[str, list[i
     """Token ids of prompt, answer and what ends it, and the labels of the answer with its end.
 
     A newline ends an answer, or what the row names as its "end": none, or a model's end of turn.
-    Both lists have one entry a token; prompt tokens carry the label -100, which no loss counts.
+    Both lists have one entry a token; prompt tokens carry the label IGNORED.
     Raises ValueError for a row that does not fit `seq_len` tokens, where that is given.
     """
     prompt = encode_prompt(row["prompt"], tokenizer)
     answer = tokenizer(row["answer"] + row.get("end", "\n"), add_special_tokens=False)["input_ids"]
-    tokens = prompt + answer
-    if seq_len is not None and len(tokens) > seq_len:
+    length = len(prompt) + len(answer)
+    if seq_len is not None and length > seq_len:
         raise ValueError(
-            f"a row has {len(tokens)} tokens, more than seq_len={seq_len}: {row['prompt'][:60]!r}"
+            f"a row has {length} tokens, more than seq_len={seq_len}: {row['prompt'][:60]!r}"
         )
-    return {"input_ids": tokens, "labels": [-100] * len(prompt) + answer}
+    return answered(prompt, answer)
+
+
+def answered(prompt: list[int], answer: list[int]) -> dict[str, list[int]]:
+    """A row of token ids: its prompt and its answer, of which the latter alone counts in a loss.
+
+    >>> answered([1, 2], [3])
+    {'input_ids': [1, 2, 3], 'labels': [-100, -100, 3]}
+    """
+    return {"input_ids": prompt + answer, "labels": [IGNORED] * len(prompt) + answer}
+
+
+def answer_tokens(row: dict[str, list[int]]) -> int:
+    """How many tokens of a row, as encode gives it, count in a loss.
+
+    >>> answer_tokens(answered([1, 2], [3]))
+    1
+    """
+    return sum(label != IGNORED for label in row["labels"])
 
 
 def batches(lengths: Sequence[int]) -> Iterator[list[int]]:
@@ -249,7 +268,7 @@ def collate(rows: Sequence[dict], length: int) -> dict[str, Tensor]:
 
     No attention mask is needed: attention is causal and padding comes last.
     """
-    fill = {"labels": -100}  # 0 in the others
+    fill = {"labels": IGNORED}  # 0 in the others
     return {
         key: torch.tensor(
             [row[key] + [fill.get(key, 0)] * (length - len(row[key])) for row in rows]
@@ -276,4 +295,4 @@ def pack(rows: Sequence[dict]) -> dict[str, Tensor]:
     joined: list[dict] = [
         {key: sum((row[key] for row in line), []) for key in line[0]} for line in lines
     ]
-    return collate(joined, max(len(line["labels"]) for line in joined))
+    return a_line_each(joined)

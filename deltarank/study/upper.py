@@ -13,6 +13,7 @@ from deltarank.checks import require
 from deltarank.runtime import progress
 from deltarank.study.distillation import Head, head_of
 from deltarank.study.losses import HIDDEN_TOLERANCE, autocast, scoring
+from deltarank.study.tasks import IGNORED
 
 ROWS = 64  # rows that pass through the model at once where none is trained on
 
@@ -101,7 +102,7 @@ def upper_part(
     bias = None if whole.rule.bias is None else whole.rule.bias[ids]
     head = Head(whole.weight[ids].float(), dataclasses.replace(whole.rule, bias=bias))
     place = whole.weight.device
-    tokens, answers = batch["input_ids"][:, :-1].to(place), batch["labels"][:, 1:] != -100
+    tokens, answers = batch["input_ids"][:, :-1].to(place), batch["labels"][:, 1:] != IGNORED
     states = _states(model, first, tokens, dtype, label)
     found = Upper(model, head, states, answers.to(place), targets.to(place), dtype)
     with scoring(model):
