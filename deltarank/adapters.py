@@ -182,18 +182,8 @@ class AdapterPlan:
 
     def report(self, notes: dict[str, dict[str, float]]) -> pd.DataFrame:
         """The table of extract_adapter, from what Factors notes of each module."""
-        names = self.modules()
-        rows = [
-            {"name": names[m], "part": "lora", "rank": self.ranks[names[m]]} | note
-            for m, note in notes.items()
-        ]
-        for name, norm in self.rest.items():
-            kept = float(name in self.saved)
-            row = {"name": name, "part": self.part(name), "rank": 0, "squared_norm": norm}
-            rows.append(row | {"kept": kept, "best": kept, "rounding": 0.0})
-        table = pd.DataFrame(rows)
-        table.attrs["lora"] = self.factors().arguments()
-        return table
+        rest = {name: (self.part(name), norm) for name, norm in self.rest.items()}
+        return self.factors().report(notes, self.modules(), rest)
 
     def part(self, name: str) -> str:
         """What becomes of a tensor that changed and gets no factors."""

@@ -7,6 +7,7 @@ import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
+import pandas as pd
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -88,6 +89,28 @@ class Factors:
                 yield A
                 yield B
                 bar.update(sizes[module])
+
+    def report(
+        self,
+        notes: dict[str, dict[str, float]],
+        names: dict[str, str],
+        rest: dict[str, tuple[str, float]],
+    ) -> pd.DataFrame:
+        """The table of extract_adapter: what was noted of the modules, and what gets no factors.
+
+        names: of the modules' weights; rest: {tensor: (part, |dW|^2)}.
+        """
+        rows = [
+            {"name": names[module], "part": "lora", "rank": self.ranks[module]} | note
+            for module, note in notes.items()
+        ]
+        for name, (part, norm) in rest.items():
+            kept = float(part == "modules_to_save")
+            row = {"name": name, "part": part, "rank": 0, "squared_norm": norm}
+            rows.append(row | {"kept": kept, "best": kept, "rounding": 0.0})
+        table = pd.DataFrame(rows)
+        table.attrs["lora"] = self.arguments()
+        return table
 
     def stored(self, module: str, B: Tensor, A: Tensor) -> tuple[Tensor, Tensor, float]:
         """B and A in the form, and the squared norm of what rounding them loses of B @ A.

@@ -69,21 +69,12 @@ def _cut(lora: Lora, module: str, rank: int) -> Cut:
 
 def _report(table: pd.DataFrame, factors: Factors, notes: dict[str, dict]) -> pd.DataFrame:
     """The table that shrink_adapter returns."""
-    rows = [
-        {"name": f"{module}.weight", "part": "lora", "rank": factors.ranks[module]} | note
-        for module, note in notes.items()
-    ]
-    rest = dict(zip(table["name"], table["squared_norm"], strict=True)) | table.attrs["rest"]
-    nothing = {"rank": 0, "kept": 0.0, "best": 0.0, "rounding": 0.0}
-    names = {row["name"] for row in rows}
-    matrices = {*changed_matrices(table)["name"]}
-    rows += [
-        {"name": name, "squared_norm": norm}
-        | nothing
-        | {"part": "not_chosen" if name in matrices else "dropped"}
-        for name, norm in rest.items()
-        if norm and name not in names
-    ]
-    report = pd.DataFrame(rows)
-    report.attrs["lora"] = factors.arguments()
-    return report
+    names = {module: f"{module}.weight" for module in factors.ranks}
+    norms = dict(zip(table["name"], table["squared_norm"], strict=True)) | table.attrs["rest"]
+    matrices, written = {*changed_matrices(table)["name"]}, {*names.values()}
+    rest = {
+        name: ("not_chosen" if name in matrices else "dropped", norm)
+        for name, norm in norms.items()
+        if norm and name not in written
+    }
+    return factors.report(notes, names, rest)
