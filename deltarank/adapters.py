@@ -17,7 +17,7 @@ from torch import Tensor
 from deltarank.alignment import Pair, open_pair
 from deltarank.checks import require
 from deltarank.compare import compare_pair, difference, differences, require_float32
-from deltarank.factors import Cut, Factors, Form
+from deltarank.factors import PREFIX, Cut, Factors, Form
 from deltarank.gram import gram_matrix, leading_eigenvectors
 from deltarank.peft_format import (
     Places,
@@ -174,7 +174,7 @@ class AdapterPlan:
         notes: dict[str, dict[str, float]] = {}
         made = factors.tensors(lambda module: self.factorise(modules[module]), notes)
         whole = (tuned.read(name) for name in self.saved)
-        at = {name: f"base_model.model.{self.places.norms[name]}" for name in self.saved}
+        at = {name: f"{PREFIX}{self.places.norms[name]}" for name in self.saved}
         layout = {at[name]: (torch.float32, tuned.shapes[name]) for name in self.saved}
         tensors = itertools.chain(made, whole)
         write_adapter(folder, self.config(), factors.layout() | layout, tensors)

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from torch import Tensor
 
 from deltarank.checkpoints import Checkpoint, is_vocabulary, layer_and_module, open_checkpoint
-from deltarank.checks import require
+from deltarank.checks import listed, require
 
 CAUSAL = re.compile(r"CausalLM|(?<!With)LMHeadModel")  # LlamaForCausalLM, GPT2LMHeadModel
 HEAD = "lm_head.weight"
@@ -119,18 +119,13 @@ def _warn_of_what_is_new(pair: Pair, base: str, tuned: str) -> None:
     grown = [f"{n}[{-more}:]" for n, more in pair.added_rows().items() if more > 0]
     new = grown + pair.only_tuned
     if new:
-        told = f"{tuned} has {_listed(new)}, which {base} has not"
+        told = f"{tuned} has {listed(new)}, which {base} has not"
         warnings.warn(f"{told}: no adapter holds them, copy them from {tuned}", stacklevel=3)
     gone = [f"{n}[{more}:]" for n, more in pair.added_rows().items() if more < 0]
     lost = gone + pair.only_base
     if lost:
-        told = f"{base} has {_listed(lost)}, which {tuned} has not"
+        told = f"{base} has {listed(lost)}, which {tuned} has not"
         warnings.warn(f"{told}: what became of it is not measured", stacklevel=3)
-
-
-def _listed(names: list[str]) -> str:
-    """The first three names, and how many more there are."""
-    return ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
 
 
 def _without_tied_heads(*sides: Checkpoint) -> tuple[Checkpoint, ...]:

@@ -130,9 +130,18 @@ def _require_no_adapter(source: str, folder: Path) -> None:
     require(not adapter, f"{source} is an adapter, not a model: {cure}")
 
 
+def folder_and_name(file: Path) -> str:
+    """What a reader is told of a file.
+
+    >>> folder_and_name(Path("models/tuned/config.json"))
+    'tuned/config.json'
+    """
+    return f"{file.parent.name}/{file.name}"
+
+
 def read_json(file: Path) -> dict:
     """What a JSON file says; raises FileNotFoundError or ValueError that names it."""
-    where = f"{file.parent.name}/{file.name}"
+    where = folder_and_name(file)
     if not file.exists():
         raise FileNotFoundError(f"{where} is not there: fetch it again")
     try:
@@ -191,7 +200,7 @@ def _weight_files(folder: Path, allow_pickle: bool) -> list[Path]:
 
 def _listed_files(index: Path, files: dict[str, Path]) -> list[Path]:
     """Those of the files that an index lists; raises FileNotFoundError where one is missing."""
-    where = f"{index.parent.name}/{index.name}"
+    where = folder_and_name(index)
     record = read_json(index)
     told = isinstance(record.get("weight_map"), dict)
     require(told, f"{where} has no weight_map: fetch it again")
@@ -209,7 +218,7 @@ def _unpickle(file: Path) -> dict[str, Tensor]:
     Raises ValueError for what is no dictionary of tensors, without torch's advice to trust it.
     """
     mapped = zipfile.is_zipfile(file)  # torch before 1.6 wrote no zip
-    where = f"{file.parent.name}/{file.name}"
+    where = folder_and_name(file)
     try:
         tensors = torch.load(file, map_location="cpu", mmap=mapped, weights_only=True)
     except Exception as error:  # a torn pickle may raise anything
@@ -223,7 +232,7 @@ def read_header(file: Path) -> dict[str, tuple[str, tuple[int, ...]]]:
     """Type and shape of every tensor of a file, {name: (dtype, shape)}."""
     from safetensors import SafetensorError, safe_open
 
-    where = f"{file.parent.name}/{file.name}"
+    where = folder_and_name(file)
     with open(file, "rb") as opened:
         start = opened.read(64)
     require(bool(start), f"{where} is empty (0 bytes): fetch it again")

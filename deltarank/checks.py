@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import shutil
 import tempfile
+from collections.abc import Sequence
 from pathlib import Path
 
 from torch import Tensor
@@ -19,6 +20,16 @@ def require(condition: bool, message: str) -> None:
 def all_finite(X: Tensor) -> bool:
     """Whether no entry is NaN or infinite: the extremes tell, thirty times as fast as each."""
     return not X.numel() or all(math.isfinite(extreme) for extreme in X.aminmax())
+
+
+def listed(names: Sequence[str], *, most: int = 3) -> str:
+    """The first names, and how many more there are.
+
+    >>> listed(["a", "b", "c"], most=2)
+    'a, b and 1 more'
+    """
+    more = len(names) - most
+    return ", ".join(names[:most]) + (f" and {more} more" if more > 0 else "")
 
 
 def first_line(error: Exception) -> str:

@@ -13,7 +13,13 @@ import torch
 from torch import Tensor
 
 from deltarank.alignment import Pair, open_pair
-from deltarank.checkpoints import EXPERT, is_linear_weight, is_vocabulary, layer_and_module
+from deltarank.checkpoints import (
+    EXPERT,
+    folder_and_name,
+    is_linear_weight,
+    is_vocabulary,
+    layer_and_module,
+)
 from deltarank.checks import all_finite, require
 from deltarank.gram import gram_matrix, root_spectrum
 from deltarank.runtime import by_core, cache_folder, device, progress
@@ -106,7 +112,7 @@ def differences(pair: Pair, name: str, expert: int | None) -> Iterator[tuple[Ten
             require(not all(whole), f"{name}: {OUT_OF_RANGE}: {RESCALE}")
             broken = pair.tuned if whole[0] else pair.base
             tensor = name if broken is pair.tuned else pair.names[name]
-            where = f"{broken.folder.name}/{broken.files[tensor].name}"
+            where = folder_and_name(broken.files[tensor])
             raise ValueError(f"{where}: {tensor} holds NaN or infinite values; repair it")
         yield W0, W1, dW
 

@@ -17,6 +17,7 @@ from deltarank.ranks import lora_arguments
 from deltarank.runtime import by_core, progress
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+PREFIX = "base_model.model."  # that PEFT has before the name of a module
 Cut = tuple[Tensor, Tensor, dict[str, float]]  # B, A; squared_norm, kept and best of their update
 
 
@@ -63,7 +64,7 @@ class Factors:
         for module in self.ranks:
             (rows, columns), r = self.shapes[module], self.stored_rank(module)
             for factor, shape in (("A", (r, columns)), ("B", (rows, r))):
-                name = f"base_model.model.{module}.lora_{factor}.weight"
+                name = f"{PREFIX}{module}.lora_{factor}.weight"
                 found[name] = DTYPES[self.form.dtype], shape
         return found
 

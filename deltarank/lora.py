@@ -17,13 +17,15 @@ from deltarank.checkpoints import (
     FLOATS,
     Checkpoint,
     download,
+    folder_and_name,
     layer_and_module,
     model_source,
     read_header,
     read_json,
 )
-from deltarank.checks import all_finite, first_line, require
+from deltarank.checks import all_finite, first_line, listed, require
 from deltarank.compare import require_float32
+from deltarank.factors import PREFIX
 from deltarank.peft_format import CONFIG, WEIGHTS
 from deltarank.ranks import require_rule
 from deltarank.runtime import by_core, device, progress
@@ -32,7 +34,7 @@ from deltarank.spectra import factor_singular_values, spectrum_measures
 Number = TypeVar("Number", int, float)
 
 PICKLE = "adapter_model.bin"
-FACTOR = re.compile(r"(?:base_model\.model\.)?(.+)\.lora_(embedding_)?([AB])(?:\.(weight|bias))?")
+FACTOR = re.compile(rf"(?:{re.escape(PREFIX)})?(.+)\.lora_(embedding_)?([AB])(?:\.(weight|bias))?")
 MERGE = "merge it (merge_and_unload), then give BASE and TUNED"  # what helps where factors do not
 VARIANTS = {  # fields of LoraConfig by which the update is another than scale * B @ A
     "use_dora": "DoRA",
@@ -92,8 +94,8 @@ class Lora:
     def _read(self, tensor: str) -> Tensor:
         """A tensor as float64; raises ValueError for NaN and infinite entries."""
         W, file = self.checkpoint.read(tensor), self.checkpoint.files[tensor]
-        where = f"{file.parent.name}/{file.name}"
-        require(all_finite(W), f"{where}: {tensor} holds NaN or infinite values; train it again")
+        told = f"{folder_and_name(file)}: {tensor} holds NaN or infinite values; train it again"
+        require(all_finite(W), told)
         return W.to(device()).double()
 
     def biases(self) -> dict[str, float]:
@@ -160,9 +162,8 @@ def open_lora(adapter: str, *, allow_pickle: bool = False) -> Lora:
     modules, whole = _by_module(checkpoint)
     require(bool(modules), f"{adapter} holds no factors of a LoRA: save it again")
     if whole:
-        more = f" and {len(whole) - 1} more" if len(whole) > 1 else ""
-        first = whole[0].removeprefix("base_model.model.")
-        left = f"{adapter} keeps {first}{more} whole, not as factors: left out"
+        first = listed([name.removeprefix(PREFIX) for name in whole], most=1)
+        left = f"{adapter} keeps {first} whole, not as factors: left out"
         cure = f"to have those of layers, {MERGE}; copy those of the vocabulary"
         warnings.warn(f"{left} and in no total; {cure}", stacklevel=3)
     found = [_matrix(checkpoint, module, parts) for module, parts in modules.items()]

@@ -8,6 +8,7 @@ from pathlib import Path
 import pandas as pd
 
 from deltarank.checkpoints import read_json
+from deltarank.checks import listed
 from deltarank.peft_format import CONFIG
 from deltarank.ranks import VLLM_RANKS, percent
 
@@ -39,9 +40,8 @@ def summary(out: Path, report: pd.DataFrame, dtype: str) -> str:
     for part, told in NOT_HELD.items():
         rows = report[report["part"] == part].sort_values("squared_norm", ascending=False)
         if len(rows):
-            more = f" and {len(rows) - 3} more" if len(rows) > 3 else ""
             share = f"{percent(_share(rows, report))} of the squared update"
-            lines.append(f"{told}: {', '.join(rows['name'][:3])}{more}, {share}.")
+            lines.append(f"{told}: {listed([*rows['name']])}, {share}.")
     if "healed" in report.attrs:
         lines.append(_healed(**report.attrs["healed"]))
     config = read_json(out / CONFIG) | report.attrs["lora"]
