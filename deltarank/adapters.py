@@ -18,7 +18,7 @@ from deltarank.alignment import Pair, open_pair
 from deltarank.checks import require
 from deltarank.compare import compare_pair, difference, differences, require_float32
 from deltarank.factors import PREFIX, Cut, Factors, Form
-from deltarank.gram import gram_matrix, leading_eigenvectors
+from deltarank.gram import gram_matrix, leading_eigenvectors, max_abs
 from deltarank.peft_format import (
     Places,
     find_places,
@@ -227,7 +227,7 @@ class AdapterPlan:
 
     def largest(self, name: str, dW: Tensor) -> float:
         """max |dW|; raises ValueError for NaN or infinite weights and what float32 cannot hold."""
-        found = torch.stack(dW.aminmax()).abs().max()
+        found = max_abs(dW)
         if not math.isfinite(found):
             list(differences(self.pair, name, None))  # names the file
         require_float32(found, name)

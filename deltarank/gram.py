@@ -25,6 +25,12 @@ def gram_matrix(A: Tensor) -> Tensor:
         return torch.from_numpy(A.numpy().T @ A.numpy())
 
 
+def max_abs(X: Tensor) -> Tensor:
+    """max |X|, without a copy of X."""
+    low, high = X.aminmax()
+    return torch.maximum(high, -low)
+
+
 def root_spectrum(gram: Tensor) -> Tensor:
     """Singular values of a matrix, descending, from the lower triangle of its Gram matrix."""
     return torch.linalg.eigvalsh(gram).flip(0).clamp_min(0).sqrt()
@@ -42,8 +48,7 @@ def leading_factors(dW: Tensor, r: int) -> tuple[Tensor, Tensor, float]:
     ([[0.0, 0.0], [0.0, 4.0]], 16.0)
     """
     X = dW if dW.shape[0] >= dW.shape[1] else dW.T  # (long, small)
-    low, high = X.aminmax()
-    largest = torch.maximum(high, -low)
+    largest = max_abs(X)
     scale = torch.where(largest > 0, largest, 1)
     unit = X / scale  # whose squares do not underflow
     gram = add_gram(unit.new_zeros(unit.shape[1], unit.shape[1]), unit)

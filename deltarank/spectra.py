@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from deltarank.checks import all_finite, require
-from deltarank.gram import add_gram, root_spectrum
+from deltarank.gram import add_gram, max_abs, root_spectrum
 
 ZERO = 1e-7  # of sigma_1: what is less is rounding
 
@@ -28,7 +28,7 @@ def singular_values(dW: Tensor) -> Tensor:
     [4.0, 3.0]
     """
     require(all_finite(dW), "the matrix holds NaN or infinite values")
-    scale = dW.abs().max().double() if dW.numel() else torch.zeros((), dtype=torch.float64)
+    scale = max_abs(dW).double() if dW.numel() else torch.zeros((), dtype=torch.float64)
     if scale == 0:
         return torch.zeros(min(dW.shape), dtype=torch.float64, device=dW.device)
     A = (dW if dW.shape[0] >= dW.shape[1] else dW.T).double() / scale
