@@ -85,25 +85,22 @@ def _evaluate_cuts(
     model = load_model(config.model)
     names = matrices(model)
     limit = max(min(weight.shape) for weight in names.values())
-    given = [r for each in ranks for r in (each.values() if isinstance(each, dict) else [each])]
-    require(min(given) >= 0 and max(given) <= limit, f"ranks={given}: must be 0 to {limit}")
+    by_matrix = [r if isinstance(r, dict) else dict.fromkeys(names, r) for r in ranks]
+    given = sorted({k for each in by_matrix for k in each.values()})
+    require(given[0] >= 0 and given[-1] <= limit, f"ranks={given}: must be 0 to {limit}")
     generator = torch.Generator().manual_seed(0)
-
-    def rank(r: int | dict[str, int], name: str) -> int:
-        return r.get(name, 0) if isinstance(r, dict) else r
-
-    most = {name: max(rank(r, name) for r in ranks) for name in names if name in dW}
+    most = {name: max(each.get(name, 0) for each in by_matrix) for name in names if name in dW}
     factors = {n: _cut_factors(dW[n], r, part, generator) for n, r in most.items()}
 
-    def cut_to(r: int | dict[str, int], name: str) -> Tensor:
-        k = rank(r, name)
+    def cut_to(each: dict[str, int], name: str) -> Tensor:
+        k = each.get(name, 0)
         B, A = factors[name]
         return _part(dW[name], B[:, :k] @ A[:k], part)
 
     put = update_setter(model, dW)
     with progress(len(ranks), label) as bar:
-        for r in ranks:
-            put(functools.partial(cut_to, r))
+        for each in by_matrix:
+            put(functools.partial(cut_to, each))
             yield evaluate(model, config, "test")
             bar.update()
 
