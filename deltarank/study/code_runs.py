@@ -20,6 +20,7 @@ from deltarank.study.losses import require_own_loss
 from deltarank.study.models import load_model, matrices, model_sha256, skeleton
 from deltarank.study.training import quiet_peft, require_rank
 from deltarank.study.upper import decoder_layers
+from deltarank.study.variants import lora_parameters
 
 MEASUREMENT = 1  # raise it when a change alters what a run measures
 
@@ -129,12 +130,12 @@ def code_matrices(config: CodeRun, model: nn.Module) -> dict[str, Tensor]:
 def code_parameters(config: CodeRun) -> int:
     """How many numbers a run trains, told by the shapes of its model.
 
-    A LoRA of rank r on a matrix (m, n) has r (m + n).  Raises as code_matrices does.
+    Raises as code_matrices does.
     """
     model = skeleton(config.model)
     adapted = code_matrices(config, model)
     if config.method == "lora":
-        return sum(config.rank * sum(weight.shape) for weight in adapted.values())
+        return sum(lora_parameters(len(W), W.shape[1], config.rank) for W in adapted.values())
     layers = decoder_layers(model)
     return sum(p.numel() for i in config.layers for p in layers[i].parameters())
 

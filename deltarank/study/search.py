@@ -25,7 +25,7 @@ def lr_search(task: str, method: str = "full", *, rank: int = 0) -> list[Result]
     on from the best rate of coarse_search over finer(rates), each with every seed, for full
     fine-tuning and LoRA alike.
     """
-    recipe = {"rank": rank} | _scale(task, method)
+    recipe = {"rank": rank} | scale_of(task, method)
     coarse = coarse_search(task, method, **recipe)
     if task not in profile().fine_tasks:
         return coarse
@@ -33,7 +33,7 @@ def lr_search(task: str, method: str = "full", *, rank: int = 0) -> list[Result]
     return climb(_trials(make, profile().seeds), finer(_rates(method)), best_lr(coarse))
 
 
-def _scale(task: str, method: str) -> dict[str, float]:
+def scale_of(task: str, method: str) -> dict[str, float]:
     """The field of RunConfig that a LoRA of the task has beyond its rank and rate."""
     return {"alpha": best_alpha(task)} if method == "lora" else {}
 
@@ -145,7 +145,7 @@ def tuned(task: str, method: str = "full", *, rank: int = 0, **changes) -> RunCo
     searched = profile().lora_ranks if method == "lora" else (0,)
     near = {rank} if rank in searched else set(searched)
     best = {r: best_lr(lr_search(task, method, rank=r)) for r in sorted(near)}
-    recipe = {"rank": rank, "lr": lr_between(best, rank)} | _scale(task, method)
+    recipe = {"rank": rank, "lr": lr_between(best, rank)} | scale_of(task, method)
     return profile().config(task, method, **recipe | changes)
 
 

@@ -18,10 +18,10 @@ from deltarank.study.gains import needed_bracket
 from deltarank.study.models import matrices, skeleton
 from deltarank.study.profiles import profile
 from deltarank.study.runs import Result, run, sweep
-from deltarank.study.search import at_best_rate, best_alpha, tuned
+from deltarank.study.search import at_best_rate, scale_of, tuned
 from deltarank.study.tables import gain
 from deltarank.study.training import adapted_matrices
-from deltarank.study.variants import PARAMETERS
+from deltarank.study.variants import PARAMETERS, lora_parameters
 
 SHARES = (0.9, 0.95, 0.99)  # of the skill gain, whose needed sizes are looked for
 PLACES = ("spread", "first", "middle", "last")  # where the layers of a sparse LoRA lie
@@ -30,7 +30,7 @@ PLACES = ("spread", "first", "middle", "last")  # where the layers of a sparse L
 def trained_parameters(config: RunConfig) -> int:
     """How many numbers a run trains, told by the shapes of its model; 0 of a base run.
 
-    A LoRA of rank r on a matrix (m, n) has r (m + n).  Raises as adapted_matrices does.
+    Raises as adapted_matrices does.
     """
     model = skeleton(config.model)
     if config.method == "full":
@@ -43,10 +43,8 @@ def trained_parameters(config: RunConfig) -> int:
         count = PARAMETERS[config.method]
         return sum(count(len(W), W.shape[1], config.rank) for W in adapted.values())
     own = dict(config.rank_pattern)
-    return sum(
-        pattern_value(own, name.removesuffix(".weight"), config.rank) * sum(weight.shape)
-        for name, weight in adapted.items()
-    )
+    ranks = {n: pattern_value(own, n.removesuffix(".weight"), config.rank) for n in adapted}
+    return sum(lora_parameters(len(W), W.shape[1], ranks[name]) for name, W in adapted.items())
 
 
 def place_layers(where: str, count: int, depth: int) -> tuple[int, ...]:
@@ -100,8 +98,8 @@ def sized(task: str, size: dict, **changes) -> RunConfig:
     size: the fields of RunConfig that ladder gives; changes: other fields, such as seed and steps.
     The rate is that of coarse_search, so that no size has more trials than another.
     """
-    scale = {"alpha": best_alpha(task)} if size["method"] == "lora" else {}
-    return dataclasses.replace(at_best_rate(task, **size | scale), **changes)
+    recipe = size | scale_of(task, size["method"])
+    return dataclasses.replace(at_best_rate(task, **recipe), **changes)
 
 
 def place_configs() -> dict[tuple[str, str], RunConfig]:

@@ -42,7 +42,8 @@ def variant_adapter(config: RunConfig, names: list[str]) -> PeftConfig:
     return kind(target_modules=names, **own)
 
 
-def _lora(m: int, n: int, r: int) -> int:
+def lora_parameters(m: int, n: int, r: int) -> int:
+    """The numbers of a LoRA of rank r on a matrix (m, n): r (m + n)."""
     return r * (m + n)
 
 
@@ -52,13 +53,13 @@ def _randlora(m: int, n: int, r: int) -> int:
 
 # Of each variant how many numbers it trains on a matrix (m, n).
 PARAMETERS: dict[str, Callable[[int, int, int], int]] = {
-    "dora": lambda m, n, r: _lora(m, n, r) + m,
-    "hira": _lora,
-    "loraplus": _lora,
+    "dora": lambda m, n, r: lora_parameters(m, n, r) + m,
+    "hira": lora_parameters,
+    "loraplus": lora_parameters,
     "miss": lambda m, n, r: m * r,
     "oft": lambda m, n, r: n * (r - 1) // 2,
-    "pissa": _lora,
+    "pissa": lora_parameters,
     "randlora": _randlora,
-    "shira": _lora,
+    "shira": lora_parameters,
     "vera": lambda m, n, r: m + r,
 }
