@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from dataclasses import dataclass
 from pathlib import Path
@@ -9,7 +10,7 @@ from pathlib import Path
 from deltarank.checks import require
 from deltarank.study.models import matrices, skeleton
 from deltarank.study.own_rows import Holding, holding, wide
-from deltarank.study.profiles import PROFILES, middle
+from deltarank.study.profiles import PROFILES, Profile, middle
 from deltarank.study.sizes import trained_parameters
 
 
@@ -42,8 +43,8 @@ def advice(file: str, model: str = "") -> str:
     By the sizes of FITTED, whose model is the default.  Raises ValueError as `holding` does, and
     for rows of which the short training learned nothing that holds of those held out.
     """
-    model = model or FITTED.model
-    held = holding(file, FITTED, model)
+    sizes = dataclasses.replace(FITTED, model=model or FITTED.model)
+    held = holding(file, sizes)
     name = Path(file).name
     require(
         held.learned_kbit > 0,
@@ -52,7 +53,7 @@ def advice(file: str, model: str = "") -> str:
         "whose answers follow from their prompts; of facts, some lines once more, as of the split "
         '"test"',
     )
-    return "\n".join([_rows(name, held), *_kinds(held), _bits(held, model), *_rank(held, model)])
+    return "\n".join([_rows(name, held), *_kinds(held), _bits(held, sizes), *_rank(held, sizes)])
 
 
 def _rows(name: str, held: Holding) -> str:
@@ -69,25 +70,24 @@ def _kinds(held: Holding) -> list[str]:
     return table.to_string().splitlines()
 
 
-def _bits(held: Holding, model: str) -> str:
+def _bits(held: Holding, sizes: Profile) -> str:
     """The bits that the rows teach, and on which of them they were measured."""
     each = f"{1000 * held.learned_kbit / held.seen:.1f} bits a row"
-    return (
-        f"They teach {model} {held.all_kbit:.1f} kbit: {each}, measured on {held.seen:,} of them."
-    )
+    taught = f"They teach {sizes.model} {held.all_kbit:.1f} kbit"
+    return f"{taught}: {each}, measured on {held.seen:,} of them."
 
 
-def _rank(held: Holding, model: str) -> list[str]:
+def _rank(held: Holding, sizes: Profile) -> list[str]:
     """The forecast as a rank on all linear layers, and whether the usual rank is enough."""
-    usual, size = middle(FITTED.lora_ranks), FORECAST.size(held.all_kbit)
-    modules = wide(model, usual)
-    one = trained_parameters(FITTED.config("facts", "lora", rank=1, model=model, modules=modules))
-    weights = matrices(skeleton(model), modules=modules).values()
+    usual, size = middle(sizes.lora_ranks), FORECAST.size(held.all_kbit)
+    modules = wide(sizes.model, usual)
+    one = trained_parameters(sizes.config("facts", "lora", rank=1, modules=modules))
+    weights = matrices(skeleton(sizes.model), modules=modules).values()
     most = min(min(weight.shape) for weight in weights)
     high = size * FORECAST.factor
     load = 1000 * held.all_kbit / one
     where = ", ".join(modules) or "all linear layers"
-    other = "" if model == FITTED.model else f" It is fitted to {FITTED.model} alone."
+    other = "" if sizes.model == FITTED.model else f" It is fitted to {FITTED.model} alone."
     lines = [
         f"Forecast: {size:,.0f} trained parameters, {_named(size / one, most)} on {where}, missed "
         f"in tasks left out by a factor of {FORECAST.factor:.0f} in the mean; rank 1 has {one:,}, "

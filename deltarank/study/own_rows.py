@@ -59,8 +59,8 @@ class Holding:
         return int(self.by_kind["rows"].sum())
 
 
-def holding(file: str, sizes: Profile, model: str = "") -> Holding:
-    """What the rows of a JSON-lines file hold beyond a model, that of `sizes` by default.
+def holding(file: str, sizes: Profile) -> Holding:
+    """What the rows of a JSON-lines file hold beyond the model of `sizes`.
 
     Each line has prompt and answer, and may name its kind ("kind") and its split: those to train on
     are the rows of "train", or all but those of "test" where there is none.  Of "test", or else of
@@ -69,14 +69,14 @@ def holding(file: str, sizes: Profile, model: str = "") -> Holding:
     without prompts and answers, with too few rows, or with one that is too long; and for a training
     that diverged.
     """
-    config, counted = own_probe(file, sizes, model)
+    config, counted = own_probe(file, sizes)
     result = _probed(config)
     bits = first_epoch_kbit(result), learned_kbit(result), taught_kbit(result, len(counted))
     by_kind = counted.assign(rows=1).groupby("kind").sum()
     return Holding(epoch_rows(result), *bits, by_kind[["rows", *TOKENS]])
 
 
-def own_probe(file: str, sizes: Profile, model: str = "") -> tuple[RunConfig, pd.DataFrame]:
+def own_probe(file: str, sizes: Profile) -> tuple[RunConfig, pd.DataFrame]:
     """The run that tells the bits of a file's rows, and count_tokens of those to train on.
 
     Writes the split that the run is trained on.  Raises ValueError as `holding` does.
@@ -84,7 +84,7 @@ def own_probe(file: str, sizes: Profile, model: str = "") -> tuple[RunConfig, pd
     require(Path(file).expanduser().is_file(), f"{file}: there is no such file")
     require(file.endswith(".jsonl"), f"{file} is no .jsonl file: write one JSON object a line")
     told = probe(file, sizes)
-    model = model or told.model
+    model = told.model
     rows, to_train = _split_rows(file, told.batch_size)
     counted = count_tokens(rows, model)
     lengths = counted[TOKENS].sum(axis=1)
@@ -92,7 +92,7 @@ def own_probe(file: str, sizes: Profile, model: str = "") -> tuple[RunConfig, pd
     answers = min(CHUNK, told.batch_size * int(counted["answer_tokens"].max()))
     require_memory(model, answers=answers, cure="name a smaller one with --model")
     task = _written(file, rows)
-    config = dataclasses.replace(told, task=task, model=model, seq_len=int(lengths.max()))
+    config = dataclasses.replace(told, task=task, seq_len=int(lengths.max()))
     return dataclasses.replace(config, modules=wide(model, told.rank)), counted[:to_train]
 
 

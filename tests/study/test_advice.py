@@ -27,7 +27,7 @@ def told(monkeypatch):
 
     def lines(learned, kinds=ONE_KIND, seen=40):
         held = Holding(seen, 2 * abs(learned), learned, learned * 80 / seen, kinds)
-        monkeypatch.setattr(advice_module, "holding", lambda file, sizes, model: held)
+        monkeypatch.setattr(advice_module, "holding", lambda file, sizes: held)
         return advice("folder/mine.jsonl").splitlines()
 
     return lines
