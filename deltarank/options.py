@@ -12,6 +12,11 @@ from typing import Any, NoReturn
 from deltarank import __version__
 
 ENERGY = 0.9  # the rule for ranks where none is given
+HEAL_STEPS, HEAL_RATE = 30, 1e-3
+HEAL_BATCH = 16  # rows a step, as in the report's runs
+HEAL_ROOM = 64  # tokens that an answer of the tuned model may have
+PLAN_STEPS = 120  # of the training that measures bits
+DTYPES = ("float32", "bfloat16", "float16")  # as factors.DTYPES, which needs torch, has them
 EXTRA = "pip install '.[study]' in its folder"
 PATHS = {  # of each command: how many there may be, and which
     "inspect": ((1, 2), "BASE TUNED | ADAPTER"),
@@ -42,8 +47,8 @@ SAID: dict[str, dict[str, Any]] = {  # in the help of each command
     "plan": {
         "usage": "deltarank plan [options] ROWS",
         "help": "say, before training, which rank rows need",
-        "description": "Train a small adapter on ROWS for 120 steps, measure the bits that it "
-        f"learns, and say which rank is enough for them (needs {EXTRA}).",
+        "description": f"Train a small adapter on ROWS for {PLAN_STEPS} steps, measure the bits "
+        f"that it learns, and say which rank is enough for them (needs {EXTRA}).",
         "epilog": "examples:\n  deltarank plan rows.jsonl --model my-base",
     },
 }
@@ -132,9 +137,9 @@ def _add_form(parser: argparse.ArgumentParser) -> None:
     """The options of extract: the form of the adapter."""
     parser.add_argument(
         "--dtype",
-        choices=("float32", "bfloat16", "float16"),
-        default="float32",
-        help="type of the factors (default float32); what rounding loses is said",
+        choices=DTYPES,
+        default=DTYPES[0],
+        help=f"type of the factors (default {DTYPES[0]}); what rounding loses is said",
     )
     parser.add_argument(
         "--patterns",
@@ -155,14 +160,21 @@ def _add_healing(parser: argparse.ArgumentParser) -> None:
         "--heal",
         metavar="FILE",
         help="train the factors of the cut to answer as TUNED does; FILE is a .jsonl with a prompt "
-        "in each line, as the model is to see it (no chat template is added); answers of up to 64 "
-        f"tokens are learned, and none need be given (needs BASE and TUNED, and {EXTRA})",
+        "in each line, as the model is to see it (no chat template is added); answers of up to "
+        f"{HEAL_ROOM} tokens are learned, and none need be given (needs BASE and TUNED, and "
+        f"{EXTRA})",
     )
     parser.add_argument(
-        "--steps", type=_count, metavar="N", help="of healing, 16 prompts each (default 30)"
+        "--steps",
+        type=_count,
+        metavar="N",
+        help=f"of healing, {HEAL_BATCH} prompts each (default {HEAL_STEPS})",
     )
     parser.add_argument(
-        "--lr", type=_rate, metavar="RATE", help="learning rate of healing (default 0.001)"
+        "--lr",
+        type=_rate,
+        metavar="RATE",
+        help=f"learning rate of healing (default {HEAL_RATE:g})",
     )
 
 

@@ -22,7 +22,7 @@ from small_runs import saved_pair
 
 from deltarank import __version__, adapters, alignment, cli, compare
 from deltarank.lora import Lora
-from deltarank.options import SAID
+from deltarank.options import PLAN_STEPS, SAID
 from deltarank.study import advice, convert, cuts, healing, models, own_rows, rivals, runs
 from deltarank.study.profiles import PROFILES
 
@@ -576,7 +576,7 @@ def test_plan_says_the_same_whatever_profile_and_model_are_at_work(rows, capsys,
 
 def test_plan_has_the_sizes_that_the_forecast_is_fitted_to():
     probe = rivals.probe("facts", advice.FITTED)
-    assert (probe.rank, probe.steps, probe.batch_size) == (8, 120, 16)
+    assert (probe.rank, probe.steps, probe.batch_size) == (8, PLAN_STEPS, 16)
     assert f"for {probe.steps} steps" in " ".join(SAID["plan"]["description"].split())
 
 

@@ -4,6 +4,7 @@ import pytest
 import torch
 from matrices import gaussian
 
+from deltarank import options
 from deltarank.factors import DTYPES, Factors, Form, balanced, rounding_loss
 
 
@@ -77,3 +78,4 @@ def test_the_padding_is_of_zeros():
 
 def test_every_type_is_one_of_torch():
     assert {name: getattr(torch, name) for name in DTYPES} == DTYPES
+    assert tuple(DTYPES) == options.DTYPES

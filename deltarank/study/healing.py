@@ -18,6 +18,7 @@ from deltarank.adapters import AdapterPlan, plan_adapter
 from deltarank.alignment import open_pair
 from deltarank.checks import require
 from deltarank.factors import Cut, Form
+from deltarank.options import HEAL_BATCH, HEAL_RATE, HEAL_ROOM, HEAL_STEPS
 from deltarank.peft_format import require_replaceable, write_adapter
 from deltarank.study.configs import RunConfig
 from deltarank.study.distillation import Head, Lessons, distil, divergence, head_of, lessons
@@ -36,9 +37,6 @@ from deltarank.study.training import lora_layers, quiet_peft
 if TYPE_CHECKING:  # PEFT is imported where it trains
     from peft import PeftModel
 
-STEPS, RATE = 30, 1e-3
-BATCH = 16  # rows a step, as in the report's runs
-ROOM = 64  # tokens that an answer of the tuned model may have
 HELD_OUT = 64  # rows that tell how far the adapter is from the tuned model, at most
 ROUNDING = 1e-3  # nats by which two runs of one model may differ in bfloat16
 
@@ -50,8 +48,8 @@ def extract_healed(
     *,
     rows: str,
     rule: dict,
-    steps: int = STEPS,
-    lr: float = RATE,
+    steps: int = HEAL_STEPS,
+    lr: float = HEAL_RATE,
     dtype: str = "float32",
     patterns: bool = False,
 ) -> pd.DataFrame:
@@ -68,11 +66,12 @@ def extract_healed(
     and for a rate that diverges.
     """
     folder, form = Path(out).expanduser().resolve(), Form(dtype, patterns)
-    learned, held = _parted(load_prompts(rows), steps * BATCH)
+    learned, held = _parted(load_prompts(rows), steps * HEAL_BATCH)
     require_replaceable(folder)
     _require_answers(base, tuned, learned + held)
     plan = plan_adapter(base, tuned, form, rule=rule)
-    config = _recipe(base, rows, plan, steps=steps, lr=lr, batch_size=min(BATCH, len(learned)))
+    batch = min(HEAL_BATCH, len(learned))
+    config = _recipe(base, rows, plan, steps=steps, lr=lr, batch_size=batch)
     told, teacher = _teacher(tuned, config, learned + held)
     start, model = _start(base, plan, folder)
     healed = _heal(config, model, told, teacher, len(learned))
@@ -106,7 +105,7 @@ def _require_answers(base: str, tuned: str, prompts: list[str]) -> None:
     require(pair.is_causal(), f"{base} does not continue text: {cure}")
     pair.require_same_vocabulary(cure)
     tokenizer = load_tokenizer(base)
-    require_short(base, [len(encode_prompt(p, tokenizer)) + ROOM for p in prompts], prompts)
+    require_short(base, [len(encode_prompt(p, tokenizer)) + HEAL_ROOM for p in prompts], prompts)
     require_memory(base, cure=cure)
 
 
@@ -124,7 +123,7 @@ def _teacher(tuned: str, config: RunConfig, prompts: list[str]) -> tuple[Lessons
     told = model.generation_config.eos_token_id
     named = [tokenizer.eos_token_id, *(told if isinstance(told, list) else [told])]
     ends = [token for token in named if token is not None] or [newline(tokenizer)]
-    return lessons(model, config, prompts, room=ROOM, ends=ends), head_of(model)
+    return lessons(model, config, prompts, room=HEAL_ROOM, ends=ends), head_of(model)
 
 
 def _start(base: str, plan: AdapterPlan, folder: Path) -> tuple[pd.DataFrame, PeftModel]:

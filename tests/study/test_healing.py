@@ -13,7 +13,7 @@ from safetensors.torch import load_file
 
 from deltarank import adapters
 from deltarank.adapters import extract_adapter
-from deltarank.options import parse
+from deltarank.options import HEAL_BATCH, HEAL_RATE, HEAL_ROOM, HEAL_STEPS, parse
 from deltarank.study import healing, models, training
 from deltarank.study.distillation import divergence, head_of, lessons
 from deltarank.study.healing import extract_healed
@@ -235,12 +235,13 @@ def test_another_kind_of_file_is_refused():
 
 def test_the_batch_is_that_of_the_reports_runs():
     fields = {field.name: field.default for field in dataclasses.fields(healing.RunConfig)}
-    assert fields["batch_size"] == healing.BATCH
+    assert fields["batch_size"] == HEAL_BATCH
 
 
 def test_the_help_names_the_recipe(capsys):
     with pytest.raises(SystemExit):
         parse(["extract", "--help"])
     told = " ".join(capsys.readouterr().out.split())
-    assert f"of healing, {healing.BATCH} prompts each (default {healing.STEPS})" in told
-    assert f"learning rate of healing (default {healing.RATE})" in told
+    assert f"of healing, {HEAL_BATCH} prompts each (default {HEAL_STEPS})" in told
+    assert f"learning rate of healing (default {HEAL_RATE})" in told
+    assert f"answers of up to {HEAL_ROOM} tokens" in told
