@@ -61,7 +61,7 @@ def _judged(hidden: Tensor, target: Tensor, head: Tensor, rule: LogitRule) -> tu
     """Of some answer tokens: the nats of each, and whether it is the most likely one."""
     logits = rule.logits(F.linear(hidden.float(), head))  # (tokens, vocabulary)
     nats = F.cross_entropy(logits, target, reduction="none")
-    return nats, logits.gather(1, target[:, None])[:, 0] >= logits.amax(-1)
+    return nats, logits.argmax(-1) == target
 
 
 def mean_loss(model: nn.Module, config: RunConfig, rows: Sequence[dict]) -> float:
@@ -71,6 +71,11 @@ def mean_loss(model: nn.Module, config: RunConfig, rows: Sequence[dict]) -> floa
     """
     with scoring(model):
         scores = score_rows(model, config, rows)
+    return _mean_nats(scores)
+
+
+def _mean_nats(scores: pd.DataFrame) -> float:
+    """The mean loss of the rows of score_rows, in nats a token."""
     return float(scores["nats"].sum(skipna=False) / scores["tokens"].sum())
 
 
@@ -157,7 +162,7 @@ def evaluate(model: nn.Module, config: RunConfig, split: str) -> dict:
         scores.loc[i, "score"] = sentence_chrf(text.strip(), [rows[i]["answer"].strip()]).score
     scored = scores["score"].dropna()
     return {
-        "loss_nats": float(scores["nats"].sum(skipna=False) / scores["tokens"].sum()),
+        "loss_nats": _mean_nats(scores),
         "score": float(scored.mean()) if len(scored) else None,
         "row_nats": scores["nats"].round(5).tolist(),
         "row_tokens": scores["tokens"].tolist(),

@@ -40,6 +40,13 @@ def test_right_by_teacher_forcing_is_right_by_free_generation(overfitted):
     assert not all(right)
 
 
+def test_a_tie_is_right_only_where_greedy_decoding_takes_it(small_task):
+    model, config = load_model(TINY).eval(), small()
+    with torch.no_grad():
+        model.get_output_embeddings().weight.zero_()  # all words are equally likely
+    assert not score_rows(model, config, small_task)["right"].any()
+
+
 def test_evaluate_reports_what_score_rows_found(overfitted):
     config, model, rows = overfitted
     scores = score_rows(model, config, rows)
