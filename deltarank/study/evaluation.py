@@ -14,10 +14,10 @@ from deltarank.runtime import product_dtype
 from deltarank.study.configs import RunConfig
 from deltarank.study.losses import (
     CHUNK,
-    LogitRule,
+    Head,
     answer_hidden,
     autocast,
-    logit_rule,
+    head_of,
     on_device,
     scoring,
 )
@@ -41,15 +41,14 @@ def score_rows(model: nn.Module, config: RunConfig, rows: Sequence[dict]) -> pd.
     """
     tokenizer = load_tokenizer(config.model)
     encoded = [encode(row, tokenizer, config.seq_len) for row in rows]
-    head, rule = model.get_output_embeddings().weight.float(), logit_rule(model)
-    dtype = product_dtype(config.dtype)
+    head, dtype = head_of(model), product_dtype(config.dtype)
     scores: list[dict] = [{}] * len(rows)
     for picked in batches([len(row["labels"]) for row in encoded]):
         batch = on_device(model, a_line_each([encoded[i] for i in picked]))
-        with autocast(head.device, dtype):
+        with autocast(head.weight.device, dtype):
             hidden, target = answer_hidden(model, **batch)
         chunks = zip(hidden.split(CHUNK), target.split(CHUNK), strict=True)
-        judged = [_judged(h, t, head, rule) for h, t in chunks]
+        judged = [_judged(h, t, head) for h, t in chunks]
         nats, right = (torch.cat(part) for part in zip(*judged, strict=True))
         lengths = [answer_tokens(encoded[i]) for i in picked]
         for i, n, r in zip(picked, nats.split(lengths), right.split(lengths), strict=True):
@@ -57,9 +56,9 @@ def score_rows(model: nn.Module, config: RunConfig, rows: Sequence[dict]) -> pd.
     return pd.DataFrame(scores)
 
 
-def _judged(hidden: Tensor, target: Tensor, head: Tensor, rule: LogitRule) -> tuple[Tensor, Tensor]:
+def _judged(hidden: Tensor, target: Tensor, head: Head) -> tuple[Tensor, Tensor]:
     """Of some answer tokens: the nats of each, and whether it is the most likely one."""
-    logits = rule.logits(F.linear(hidden.float(), head))  # (tokens, vocabulary)
+    logits = head.logits(hidden.float())  # (tokens, vocabulary)
     nats = F.cross_entropy(logits, target, reduction="none")
     return nats, logits.argmax(-1) == target
 

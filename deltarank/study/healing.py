@@ -21,9 +21,9 @@ from deltarank.factors import Cut, Form
 from deltarank.options import HEAL_BATCH, HEAL_RATE, HEAL_ROOM, HEAL_STEPS
 from deltarank.peft_format import require_replaceable, write_adapter
 from deltarank.study.configs import RunConfig
-from deltarank.study.distillation import Head, Lessons, distil, divergence, head_of, lessons
+from deltarank.study.distillation import Lessons, distil, divergence, lessons
 from deltarank.study.evaluation import newline
-from deltarank.study.losses import require_own_loss
+from deltarank.study.losses import Head, head_of, require_own_loss
 from deltarank.study.measuring import lora_factors
 from deltarank.study.models import (
     load_model,

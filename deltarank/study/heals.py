@@ -22,9 +22,10 @@ from deltarank.runtime import cache_folder
 from deltarank.spectra import factor_svd
 from deltarank.store import cached, digest
 from deltarank.study.configs import GROWTH_ROWS, RunConfig
-from deltarank.study.distillation import Head, Lessons, distil, divergence, head_of, lessons
+from deltarank.study.distillation import Lessons, distil, divergence, lessons
 from deltarank.study.evaluation import evaluate, newline
 from deltarank.study.gains import gain_kept
+from deltarank.study.losses import Head, head_of
 from deltarank.study.measuring import lora_factors, provenance, rounded
 from deltarank.study.models import load_tokenizer, skeleton
 from deltarank.study.profiles import LARGE_ALPHA, base_of, entry_folder, middle, profile

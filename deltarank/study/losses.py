@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -72,6 +72,34 @@ def logit_rule(model: nn.Module) -> LogitRule:
         scale=(times or 1.0) / (over or 1.0),
         cap=getattr(config, "final_logit_softcapping", None),
     )
+
+
+@dataclass(frozen=True)
+class Head:
+    """What makes logits of hidden states: (vocabulary, width) weights and a family's rule."""
+
+    weight: Tensor
+    rule: LogitRule
+
+    def logits(self, hidden: Tensor) -> Tensor:
+        """Logits (n, vocabulary) in float32 of hidden states (n, width)."""
+        return self.rule.logits(self.product(hidden))
+
+    def product(self, hidden: Tensor, ids: slice = slice(None)) -> Tensor:
+        """z (n, ids) of hidden states (n, width) for those token ids, in the type of hidden."""
+        return hidden @ self.weight[ids].to(hidden.dtype).T
+
+    def log_sum(self, products: Sequence[Tensor], slices: Sequence[slice]) -> Tensor:
+        """The logarithm (n, 1) of the sum of exp(logits), of the z of all slices."""
+        parts = (
+            self.rule.logits(z, ids).logsumexp(-1) for ids, z in zip(slices, products, strict=True)
+        )
+        return torch.stack([*parts]).logsumexp(0)[:, None]
+
+
+def head_of(model: nn.Module) -> Head:
+    """The head of a model that is not trained."""
+    return Head(model.get_output_embeddings().weight.detach(), logit_rule(model))
 
 
 class HeadCrossEntropy(torch.autograd.Function):

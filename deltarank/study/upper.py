@@ -11,8 +11,7 @@ from torch import Tensor, nn
 
 from deltarank.checks import require
 from deltarank.runtime import progress
-from deltarank.study.distillation import Head, head_of
-from deltarank.study.losses import HIDDEN_TOLERANCE, autocast, scoring
+from deltarank.study.losses import HIDDEN_TOLERANCE, Head, autocast, head_of, scoring
 from deltarank.study.tasks import IGNORED
 
 ROWS = 64  # rows that pass through the model at once where none is trained on

@@ -9,16 +9,14 @@ from small_runs import small
 
 from deltarank.study import distillation
 from deltarank.study.distillation import (
-    Head,
     HeadDivergence,
     Student,
     distil,
     divergence,
-    head_of,
     lessons,
 )
 from deltarank.study.evaluation import continuations, newline
-from deltarank.study.losses import LogitRule
+from deltarank.study.losses import Head, LogitRule, head_of
 from deltarank.study.models import TINY, load_model, load_tokenizer
 from deltarank.study.tasks import a_line_each, encode_prompt, pack
 from deltarank.study.training import prepare

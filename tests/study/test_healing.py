@@ -15,8 +15,9 @@ from deltarank import adapters
 from deltarank.adapters import extract_adapter
 from deltarank.options import HEAL_BATCH, HEAL_RATE, HEAL_ROOM, HEAL_STEPS, parse
 from deltarank.study import healing, models, training
-from deltarank.study.distillation import divergence, head_of, lessons
+from deltarank.study.distillation import divergence, lessons
 from deltarank.study.healing import extract_healed
+from deltarank.study.losses import head_of
 from deltarank.study.models import TINY, load_model, load_tokenizer, matrices
 from deltarank.study.tasks import load_prompts, load_task
 

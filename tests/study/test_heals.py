@@ -11,9 +11,10 @@ from deltarank.adapters import extract_adapter
 from deltarank.shrink import shrink_adapter
 from deltarank.spectra import truncate
 from deltarank.study import distillation, heals
-from deltarank.study.distillation import distil, head_of
+from deltarank.study.distillation import distil
 from deltarank.study.evaluation import evaluate
 from deltarank.study.heals import Heal, heal_configs, heal_run, heals_table, measure_heal
+from deltarank.study.losses import head_of
 from deltarank.study.models import load_model, matrices
 from deltarank.study.profiles import LARGE_ALPHA, PROFILES, entry_folder, profile
 from deltarank.study.runs import Result, run_model, updates
