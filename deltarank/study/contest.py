@@ -7,9 +7,9 @@ from typing import Any
 import pandas as pd
 
 from deltarank.study.floors import skill_gain
+from deltarank.study.gains import gain
 from deltarank.study.profiles import profile
 from deltarank.study.runs import Result, run
-from deltarank.study.tables import gain
 from deltarank.study.trials import METHODS, chosen, trials
 
 AGAIN = "LoRA again"  # with other seeds: what two of the same method differ by

@@ -12,9 +12,11 @@ import pandas as pd
 
 from deltarank.checks import require
 from deltarank.spectra import common_energy, rank_measures
-from deltarank.study.configs import GROWTH_ROWS
+from deltarank.study.configs import GROWTH_ROWS, RunConfig
 from deltarank.study.models import load_tokenizer
-from deltarank.study.runs import Result
+from deltarank.study.profiles import base_of
+from deltarank.study.runs import Result, run
+from deltarank.study.search import full_of
 from deltarank.study.tasks import answer_tokens, encode, load_split, task_sha256
 
 Measured = TypeVar("Measured", float, pd.Series)  # one number, or one a rank
@@ -27,6 +29,17 @@ def gain_kept(value: Measured, base: float, full: float) -> Measured:
     0.75
     """
     return (value - base) / (full - base if full != base else float("nan"))
+
+
+def ends(config: RunConfig) -> tuple[Result, Result]:
+    """Base model and full_of, between which the gain of a run is measured."""
+    return run(base_of(config)), run(full_of(config))
+
+
+def gain(result: Result) -> float:
+    """The share of its full fine-tune's loss gain that a run reaches on test rows."""
+    base, full = ends(result.config)
+    return gain_kept(result.loss(), base.loss(), full.loss())
 
 
 def needed_rank(kept: pd.Series, share: float) -> float:
@@ -76,25 +89,25 @@ def median_bracket(kept: Iterable[pd.Series], share: float) -> str:
     return bracket_text(*np.median([needed_bracket(seed, share) for seed in kept], axis=0))
 
 
-def at_gain(run: Result, base: Result, share: float) -> dict[str, float]:
+def at_gain(result: Result, base: Result, share: float) -> dict[str, float]:
     """Where a full run had first regained `share` of its fall in loss, as at_loss has it.
 
     A share that the first note exceeds gives that note.  The runs must have scored as many rows
     (eval_rows).
     """
-    start, end = (growth_loss(result) for result in (base, run))
-    return at_loss(run, end + (1 - share) * (start - end))
+    start, end = map(growth_loss, (base, result))
+    return at_loss(result, end + (1 - share) * (start - end))
 
 
-def at_loss(run: Result, nats: float) -> dict[str, float]:
+def at_loss(result: Result, nats: float) -> dict[str, float]:
     """Where the loss of a full run had first fallen to `nats`: step, energy_8, r90, loss_nats.
 
     From its notes on the way, with the loss of GROWTH_ROWS rows of "valid", linearly between the
     last that lies above and the first that does not; medians over the matrices.  Raises ValueError
     for a loss below the run's last.
     """
-    last: dict = {"step": run.config.steps, "loss_nats": growth_loss(run)}
-    last |= pd.DataFrame(rank_measures(S) for S in run.spectra.values()).to_dict("list")
+    last: dict = {"step": result.config.steps, "loss_nats": growth_loss(result)}
+    last |= pd.DataFrame(rank_measures(S) for S in result.spectra.values()).to_dict("list")
     notes = [
         {
             "loss_nats": note["loss_nats"],
@@ -102,10 +115,10 @@ def at_loss(run: Result, nats: float) -> dict[str, float]:
             "energy_8": float(np.median(note["energy_8"])),
             "r90": float(np.median(note["r90"])),
         }
-        for note in [*run.record["growth"], last]
+        for note in [*result.record["growth"], last]
     ]
     low = [i for i, note in enumerate(notes) if note["loss_nats"] <= nats]
-    require(bool(low), f"{run.config.key} never comes down to {nats:g} nats")
+    require(bool(low), f"{result.config.key} never comes down to {nats:g} nats")
     before, after = notes[max(low[0] - 1, 0)], notes[low[0]]
     fall = after["loss_nats"] - before["loss_nats"]
     way = (nats - before["loss_nats"]) / fall if low[0] else 0.0

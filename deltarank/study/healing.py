@@ -24,7 +24,6 @@ from deltarank.study.configs import RunConfig
 from deltarank.study.distillation import Lessons, distil, divergence, lessons
 from deltarank.study.evaluation import newline
 from deltarank.study.losses import Head, head_of, require_own_loss
-from deltarank.study.measuring import lora_factors
 from deltarank.study.models import (
     load_model,
     load_tokenizer,
@@ -32,7 +31,7 @@ from deltarank.study.models import (
     require_short,
 )
 from deltarank.study.tasks import encode_prompt, load_prompts
-from deltarank.study.training import lora_layers, quiet_peft
+from deltarank.study.training import lora_factors, lora_layers, quiet_peft
 
 if TYPE_CHECKING:  # PEFT is imported where it trains
     from peft import PeftModel

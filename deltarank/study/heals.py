@@ -26,13 +26,13 @@ from deltarank.study.distillation import Lessons, distil, divergence, lessons
 from deltarank.study.evaluation import evaluate, newline
 from deltarank.study.gains import gain_kept
 from deltarank.study.losses import Head, head_of
-from deltarank.study.measuring import lora_factors, provenance, rounded
+from deltarank.study.measuring import provenance, rounded
 from deltarank.study.models import load_tokenizer, skeleton
 from deltarank.study.profiles import LARGE_ALPHA, base_of, entry_folder, middle, profile
 from deltarank.study.runs import Result, in_parallel, run, run_model, updates
 from deltarank.study.search import best_lr, climb, tuned
 from deltarank.study.tasks import load_split
-from deltarank.study.training import lora_layers, plant, prepare
+from deltarank.study.training import lora_factors, lora_layers, plant, prepare
 
 STARTS = ("cut", "nothing", "squeezed")
 ROOM = 48  # tokens that an answer of the full run may have

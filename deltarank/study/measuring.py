@@ -8,7 +8,6 @@ import platform
 import time
 from collections.abc import Iterable
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import pandas as pd
 import torch
@@ -22,11 +21,7 @@ from deltarank.study.configs import FACTORED, GROWTH_ROWS, RunConfig
 from deltarank.study.evaluation import evaluate, mean_loss
 from deltarank.study.models import TINY, load_model, matrices
 from deltarank.study.tasks import load_split, load_task
-from deltarank.study.training import has_compiler, lora_layers, prepare, train
-
-if TYPE_CHECKING:  # PEFT is imported where it trains
-    from peft.tuners.lora import LoraLayer
-    from peft.tuners.tinylora.layer import TinyLoraLayer
+from deltarank.study.training import has_compiler, lora_factors, lora_layers, prepare, train
 
 
 def provenance(seconds: float) -> dict:
@@ -47,21 +42,6 @@ def provenance(seconds: float) -> dict:
         "compiler": has_compiler(),
         "commit": commit(),
     }
-
-
-def lora_factors(layer: LoraLayer | TinyLoraLayer) -> tuple[Tensor, Tensor, float]:
-    """B (m, r), A (r, n) and the scale of one adapted layer, whose update is scale * B @ A.
-
-    Of a TinyLoRA B is what is fixed on the left times R, the trained sum of its random matrices.
-    """
-    from peft.tuners.lora import LoraLayer
-
-    if not isinstance(layer, LoraLayer):
-        (v,) = layer.tinylora_v["default"].values()  # type: ignore[index]  # (u,), set by now
-        R = torch.einsum("i,ijk->jk", v.detach(), layer.tinylora_P["default"].to(v))  # (r, r)
-        return layer.tinylora_B["default"] @ R, layer.tinylora_A["default"], 1.0
-    B, A = (part["default"].weight.detach() for part in (layer.lora_B, layer.lora_A))
-    return B, A, layer.scaling["default"]
 
 
 def _squared_norms(dW: dict[str, Tensor], names: Iterable[str]) -> dict[str, float]:

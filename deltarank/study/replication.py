@@ -13,7 +13,7 @@ from deltarank.runtime import at_profile
 from deltarank.study.advice import FORECAST
 from deltarank.study.cuts import cut
 from deltarank.study.floors import skill_gain
-from deltarank.study.gains import learned_kbit, needed_bracket
+from deltarank.study.gains import gain, learned_kbit, needed_bracket
 from deltarank.study.loads import capacity_table, code_configs
 from deltarank.study.plan import cut_until
 from deltarank.study.profiles import middle, profile
@@ -21,7 +21,7 @@ from deltarank.study.rivals import probe, taught
 from deltarank.study.runs import run, sweep
 from deltarank.study.search import tuned
 from deltarank.study.sizes import ladder, sized, trained_parameters, tried_sizes
-from deltarank.study.tables import cut_gains, gain, spearman, spectra_table
+from deltarank.study.tables import cut_gains, spearman, spectra_table
 
 SHARE = 0.95  # of a gain, that counts as enough
 MEASURES = ["r90", "r90_over_null", "stable_rank", "energy_8"]

@@ -14,12 +14,11 @@ from deltarank.checks import require
 from deltarank.lora import pattern_value
 from deltarank.study.configs import VARIANTS, RunConfig
 from deltarank.study.floors import has_floor, skill_gain
-from deltarank.study.gains import needed_bracket
+from deltarank.study.gains import gain, needed_bracket
 from deltarank.study.models import matrices, skeleton
 from deltarank.study.profiles import profile
 from deltarank.study.runs import Result, run, sweep
 from deltarank.study.search import at_best_rate, scale_of, tuned
-from deltarank.study.tables import gain
 from deltarank.study.training import adapted_matrices
 from deltarank.study.variants import PARAMETERS, lora_parameters
 

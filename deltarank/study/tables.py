@@ -20,7 +20,7 @@ from deltarank.study.gains import captured_energy, first_epoch_kbit, gain_kept
 from deltarank.study.plan import scaling_configs
 from deltarank.study.profiles import base_of, profile
 from deltarank.study.runs import Result, run, sweep
-from deltarank.study.search import full_of, lr_search
+from deltarank.study.search import lr_search
 from deltarank.study.tasks import load_split
 
 DRAWS = 2000  # of a bootstrap, and of a permutation test
@@ -49,17 +49,6 @@ def keep_table(name: str, compute: Callable[[], pd.DataFrame]) -> pd.DataFrame:
     if "shape" in table:
         table["shape"] = [tuple(map(int, text.split("x"))) for text in table["shape"]]
     return table.assign(S=table["name"].map(spectra)) if spectra else table
-
-
-def ends(config: RunConfig) -> tuple[Result, Result]:
-    """Base model and full_of, between which the gain of a run is measured."""
-    return run(base_of(config)), run(full_of(config))
-
-
-def gain(result: Result) -> float:
-    """The share of its full fine-tune's loss gain that a run reaches on test rows."""
-    base, full = ends(result.config)
-    return gain_kept(result.loss(), base.loss(), full.loss())
 
 
 def cut_gains(config: RunConfig, cuts: pd.DataFrame) -> pd.DataFrame:
@@ -114,11 +103,6 @@ def score_intervals(result: Result, full: Result, floor: pd.Series) -> pd.DataFr
         above = np.where(draws[:, 1] <= 0, np.nan, draws[:, 1])
         found[part] = np.percentile(draws[:, 0] / above, [2.5, 97.5])
     return pd.DataFrame(found, ["low", "high"]).T
-
-
-def show_row(row: dict) -> None:
-    """Print a row of a task as a model reads it: the prompt, and after a bar the answer."""
-    print(f"{row['prompt']} |{row['answer']}")
 
 
 def runs_table(results: Sequence[Result]) -> pd.DataFrame:

@@ -57,7 +57,6 @@ TASKS = {
     "naming": Task("code", "exact", "naming", NEW, "<"),
 }
 
-
 CHOICES = f"choose one of {', '.join(sorted(TASKS))}, production+json+facts or a file.jsonl"
 PARTS = ("pirate", "json", "kjv", "sentiment", "facts", "arithmetic", "sorbian", "code")
 
@@ -207,6 +206,11 @@ def permute_answers(rows: Sequence[dict], seed: int) -> list[dict]:
     return [row | {"answer": answers[row.get("task", "")].pop()["answer"]} for row in rows]
 
 
+def show_row(row: dict) -> None:
+    """Print a row of a task as a model reads it: the prompt, and after a bar the answer."""
+    print(f"{row['prompt']} |{row['answer']}")
+
+
 def encode_prompt(prompt: str, tokenizer) -> list[int]:
     """Token ids of a prompt, after the token that begins a text where the tokenizer has one.
 
@@ -244,11 +248,7 @@ def answered(prompt: list[int], answer: list[int]) -> dict[str, list[int]]:
 
 
 def answer_tokens(row: dict[str, list[int]]) -> int:
-    """How many tokens of a row, as encode gives it, count in a loss.
-
-    >>> answer_tokens(answered([1, 2], [3]))
-    1
-    """
+    """How many tokens of a row, as encode gives it, count in a loss."""
     return sum(label != IGNORED for label in row["labels"])
 
 

@@ -152,6 +152,21 @@ def plant(model: nn.Module, factors: Callable[[str], tuple[Tensor, Tensor]]) -> 
         layer.lora_A["default"].weight.copy_(F.pad(A, (0, 0, 0, more)))
 
 
+def lora_factors(layer: LoraLayer | TinyLoraLayer) -> tuple[Tensor, Tensor, float]:
+    """B (m, r), A (r, n) and the scale of one adapted layer, whose update is scale * B @ A.
+
+    Of a TinyLoRA B is what is fixed on the left times R, the trained sum of its random matrices.
+    """
+    from peft.tuners.lora import LoraLayer
+
+    if not isinstance(layer, LoraLayer):
+        (v,) = layer.tinylora_v["default"].values()  # type: ignore[index]  # (u,), set by now
+        R = torch.einsum("i,ijk->jk", v.detach(), layer.tinylora_P["default"].to(v))  # (r, r)
+        return layer.tinylora_B["default"] @ R, layer.tinylora_A["default"], 1.0
+    B, A = (part["default"].weight.detach() for part in (layer.lora_B, layer.lora_A))
+    return B, A, layer.scaling["default"]
+
+
 def train(
     config: RunConfig,
     model: nn.Module,

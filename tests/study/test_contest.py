@@ -8,9 +8,9 @@ from deltarank.study import contest
 from deltarank.study.configs import VARIANTS
 from deltarank.study.contest import AGAIN, contestants, finals_table, trials_table
 from deltarank.study.floors import skill_gain
+from deltarank.study.gains import gain
 from deltarank.study.profiles import PROFILES, profile
 from deltarank.study.runs import Result, run
-from deltarank.study.tables import gain
 from deltarank.study.trials import METHODS, chosen, trials
 
 

@@ -7,19 +7,33 @@ import pytest
 import torch
 from small_runs import small, with_spectra
 
+from deltarank.study import gains
 from deltarank.study.gains import (
     at_gain,
     at_loss,
     bracket_text,
     epoch_rows,
     first_epoch_kbit,
+    gain,
     learned_kbit,
     needed_bracket,
     needed_rank,
     taught_kbit,
 )
-from deltarank.study.profiles import PROFILES
+from deltarank.study.profiles import PROFILES, profile
 from deltarank.study.runs import Result
+
+
+def test_a_gain_goes_from_the_base_to_the_full_run(monkeypatch):
+    nats = {"base": 5.0, "full": 1.0, "lora": 2.0}
+
+    def run(config):
+        test = {"loss_nats": nats[config.method]}
+        return Result(config, {"status": "finished", "evaluation": {"test": test}})
+
+    monkeypatch.setattr(gains, "run", run)
+    monkeypatch.setattr(gains, "full_of", lambda config: profile().config(config.task))
+    assert gain(run(profile().config("facts", "lora", rank=1))) == 0.75
 
 
 @pytest.mark.parametrize(

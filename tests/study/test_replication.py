@@ -12,7 +12,7 @@ from deltarank.study.advice import FORECAST
 from deltarank.study.configs import RunConfig
 from deltarank.study.cuts import cut
 from deltarank.study.floors import skill_gain
-from deltarank.study.gains import learned_kbit
+from deltarank.study.gains import ends, gain, learned_kbit
 from deltarank.study.profiles import PROFILES, profile
 from deltarank.study.replication import (
     CLAIMS,
@@ -27,7 +27,7 @@ from deltarank.study.rivals import probe, taught
 from deltarank.study.runs import Result, run
 from deltarank.study.search import tuned
 from deltarank.study.sizes import parameters_of, tried_runs
-from deltarank.study.tables import cut_gains, ends, gain, keep_table, spectra_table
+from deltarank.study.tables import cut_gains, keep_table, spectra_table
 
 # The claims, by numbers made to keep each by a way
 

@@ -18,7 +18,6 @@ from deltarank.study.tables import (
     by_part,
     costs_table,
     cut_gains,
-    gain,
     joint_agreement,
     scaling_table,
     score_intervals,
@@ -30,25 +29,19 @@ from deltarank.study.tasks import load_split
 
 
 @pytest.fixture
-def lora(monkeypatch):
-    """A LoRA of 2 nats and 70 %, between its base of 5 and 10 and its full run of 1 and 90."""
-    known = {"base": (5.0, 10.0), "full": (1.0, 90.0), "lora": (2.0, 70.0)}
+def known(monkeypatch):
+    """A base of 5 nats and 10 %, and its full run of 1 and 90."""
+    scores = {"base": (5.0, 10.0), "full": (1.0, 90.0)}
 
     def run(config):
-        nats, score = known[config.method]
+        nats, score = scores[config.method]
         test = {"loss_nats": nats, "score": score}
         return Result(config, {"status": "finished", "evaluation": {"test": test}})
 
     monkeypatch.setattr(tables, "run", run)
-    monkeypatch.setattr(tables, "full_of", lambda config: profile().config(config.task))
-    return run(profile().config("facts", "lora", rank=1))
 
 
-def test_a_gain_goes_from_the_base_to_the_full_run(lora):
-    assert gain(lora) == 0.75
-
-
-def test_a_cut_keeps_a_share_of_the_gain_in_loss_and_in_score(lora, monkeypatch):
+def test_a_cut_keeps_a_share_of_the_gain_in_loss_and_in_score(known, monkeypatch):
     monkeypatch.setattr(tables, "captured_energy", lambda result, rank: rank / 8)
     monkeypatch.setattr(tables, "skill_kept", lambda value, full, by="loss": -value)
     cuts = pd.DataFrame({"rank": [0, 8], "loss_nats": [4.0, 2.0], "score": [50.0, 70.0]})
