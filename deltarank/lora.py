@@ -138,11 +138,6 @@ class Lora:
         return row | dict.fromkeys(unknown, math.nan)  # a LoRA's own rank is all that noise has
 
 
-def adapter_spectra(adapter: str, *, allow_pickle: bool = False) -> pd.DataFrame:
-    """One line a matrix that an adapter changes, as Lora.spectra has it; raises as open_lora."""
-    return open_lora(adapter, allow_pickle=allow_pickle).spectra()
-
-
 def open_lora(adapter: str, *, allow_pickle: bool = False) -> Lora:
     """The LoRA in a local folder or of a hub id (downloaded).
 

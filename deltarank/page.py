@@ -46,7 +46,7 @@ def versions() -> dict[str, str]:
 
 @dataclasses.dataclass(frozen=True)
 class Inspection:
-    """What was found: the table of compare_checkpoints or adapter_spectra, ranks, and losses."""
+    """What was found: the table of compare_checkpoints or Lora.spectra, ranks, and losses."""
 
     base: str | None  # None: `tuned` is an adapter, and its base was not needed
     tuned: str

@@ -30,7 +30,7 @@ def recommend_ranks(
     energy: float | None = None,
     budget: int | None = None,
 ) -> dict:
-    """Ranks for the matrices of compare_checkpoints or adapter_spectra, as PEFT's LoraConfig.
+    """Ranks for the matrices of compare_checkpoints or Lora.spectra, as PEFT's LoraConfig.
 
     rank: one for all (a matrix of fewer singular values gets all it has).
     energy: every matrix gets the smallest rank that holds this share of its energy above noise,
@@ -181,7 +181,7 @@ def verdict(table: pd.DataFrame, lora: dict | None) -> list[str]:
 def adapter_verdict(table: pd.DataFrame, lora: dict | None) -> list[str]:
     """What an adapter uses of its rank, which ranks to cut it at, and how sure that is.
 
-    table: of adapter_spectra; lora: as in verdict.
+    table: of Lora.spectra; lora: as in verdict.
     """
     rows = changed_matrices(table)
     if lora is None or rows.empty:

@@ -12,7 +12,7 @@ from peft import BOFTConfig, LoHaConfig, LoraConfig, get_peft_model
 from safetensors.torch import load_file
 
 from deltarank.compare import compare_checkpoints
-from deltarank.lora import STARTS, VARIANTS, adapter_spectra
+from deltarank.lora import STARTS, VARIANTS, open_lora
 from deltarank.ranks import rank_of, recommend_ranks
 
 QA, QB = (f"base_model.model.{Q.removesuffix('weight')}lora_{side}.weight" for side in "AB")
@@ -29,7 +29,7 @@ def qwen_3(monkeypatch):
 
 @pytest.mark.parametrize("name", CONFIGS)
 def test_spectra_are_those_of_the_merge_of_peft(tmp_path, name):
-    table = adapter_spectra(planted(tmp_path / "lora", name)).set_index("name")
+    table = open_lora(planted(tmp_path / "lora", name)).spectra().set_index("name")
     updates = merged_updates(tmp_path / "lora", CONFIGS[name][0])
     assert set(table.index) == set(updates)
     for weight, dW in updates.items():
@@ -44,7 +44,7 @@ def test_spectra_are_those_of_the_merge_of_peft(tmp_path, name):
 
 def test_the_table_has_the_columns_of_a_pair_that_apply(tmp_path, save):
     pair = compare_checkpoints(*save())
-    table = adapter_spectra(planted(tmp_path / "lora", "patterns"))
+    table = open_lora(planted(tmp_path / "lora", "patterns")).spectra()
     lacks = {"dtype_base", "changed_share", "above_rounding", "base_rounding_share"}
     assert set(pair.columns) - set(table.columns) == lacks
     assert set(table.columns) - set(pair.columns) == {"lora_rank", "scale"}
@@ -62,13 +62,13 @@ def test_factors_of_half_precision_are_read_as_they_are(tmp_path, dtype):
     tensors = load_file(tmp_path / "lora" / "adapter_model.safetensors")
     assert tensors[QA].dtype == dtype
     S = torch.linalg.svdvals(2 * tensors[QB].double() @ tensors[QA].double())  # alpha 8, rank 4
-    row = adapter_spectra(folder).set_index("name").loc[Q]
+    row = open_lora(folder).spectra().set_index("name").loc[Q]
     torch.testing.assert_close(row["S"].double(), S[:4], rtol=1e-6, atol=0)
 
 
 def test_a_rank_beyond_a_matrix_has_no_more_directions_than_it(tmp_path):
     folder = write_lora(tmp_path / "lora", r=24, target_modules=["k_proj"])  # (16, 32)
-    table = adapter_spectra(folder)
+    table = open_lora(folder).spectra()
     assert [len(S) for S in table["S"]] == [16, 16] and set(table["lora_rank"]) == {24}
     assert recommend_ranks(table, rank=16)["r"] == 16
 
@@ -77,7 +77,7 @@ def test_embeddings_are_vocabulary_and_biases_are_the_rest(tmp_path):
     folder = write_lora(tmp_path / "lora", r=4, target_modules=["q_proj", "embed_tokens"])
     edit_lora(folder, lambda t: t.update({QB.replace("weight", "bias"): torch.ones(32)}))
     with pytest.warns(UserWarning, match="keeps model.embed_tokens.base_layer.weight whole"):
-        table = adapter_spectra(folder)
+        table = open_lora(folder).spectra()
     assert table.attrs["rest"] == {Q.replace("weight", "bias"): 4.0 * 32}  # scale 8 / 4
     row = table.set_index("name").loc["model.embed_tokens.weight"]
     assert row["kind"] == "vocabulary" and row["shape"] == (64, 32)
@@ -93,17 +93,17 @@ def test_what_is_kept_whole_is_left_out_and_said(tmp_path, more):
     target = ["c_attn"] if "bias" in more else ["q_proj"]
     folder = write_lora(tmp_path / "lora", architecture, r=2, target_modules=target, **more)
     with pytest.warns(UserWarning, match=f"^{folder} keeps .* and .* more whole.*merge it") as told:
-        table = adapter_spectra(folder)
+        table = open_lora(folder).spectra()
     assert len(table) == 2 and len(told) == 1 and "\n" not in str(told[0].message)
 
 
 def test_a_pickle_is_read_only_when_it_is_said(tmp_path):
     folder = planted(tmp_path / "lora", "plain")
-    before, file = adapter_spectra(folder), tmp_path / "lora" / "adapter_model.safetensors"
+    before, file = open_lora(folder).spectra(), tmp_path / "lora" / "adapter_model.safetensors"
     torch.save(load_file(file), tmp_path / "lora" / "adapter_model.bin")
     file.unlink()
     refuse(folder, "adapter_model.bin", "allow_pickle=True")
-    after = adapter_spectra(folder, allow_pickle=True)
+    after = open_lora(folder, allow_pickle=True).spectra()
     assert all(map(torch.equal, before["S"], after["S"]))
 
 
@@ -116,7 +116,7 @@ def test_an_adapter_of_the_hub_is_fetched_without_the_model_beside_it(tmp_path, 
         return folder
 
     monkeypatch.setattr("huggingface_hub.snapshot_download", download)
-    assert len(adapter_spectra("someone/lora")) == 6
+    assert len(open_lora("someone/lora").spectra()) == 6
     assert asked == [("someone/lora", ["adapter_config.json", "adapter_model.safetensors"])]
 
 
@@ -126,7 +126,7 @@ def test_an_adapter_of_the_hub_is_fetched_without_the_model_beside_it(tmp_path, 
 def refuse(folder, *parts, error=ValueError):
     """The adapter is refused with one line that holds all `parts`."""
     with pytest.raises(error) as raised:
-        adapter_spectra(folder)
+        open_lora(folder).spectra()
     for part in parts:
         assert part in str(raised.value)
     assert "\n" not in str(raised.value)
@@ -149,7 +149,7 @@ def test_all_variants_that_peft_knows_are_refused(tmp_path):
         edit_lora(folder, **{field: {"some": "thing"}})
         refuse(folder, f"is a {name} ({field})", "merge it")
         edit_lora(folder, **{field: None})
-    assert len(adapter_spectra(folder)) == 6
+    assert len(open_lora(folder).spectra()) == 6
 
 
 @pytest.mark.parametrize("start", ["pissa", "pissa_niter_4", "olora", "corda", "loftq", "mica"])

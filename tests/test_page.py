@@ -12,7 +12,7 @@ from loras import planted
 
 from deltarank.compare import compare_checkpoints
 from deltarank.drawing import color, heat_map
-from deltarank.lora import adapter_spectra
+from deltarank.lora import open_lora
 from deltarank.page import Inspection, as_html, as_json, as_text, from_json
 from deltarank.ranks import TRAINING_ADVICE, recommend_ranks
 from deltarank.spectra import null_energy, spectrum_measures
@@ -158,7 +158,7 @@ def test_a_pair_without_an_update_has_a_page(save):
 @pytest.fixture
 def adapter(tmp_path):
     """What is found of an adapter."""
-    table = adapter_spectra(planted(tmp_path / "lora", "patterns"))
+    table = open_lora(planted(tmp_path / "lora", "patterns")).spectra()
     return Inspection(None, "lora", RULE, table, recommend_ranks(table, **RULE))
 
 

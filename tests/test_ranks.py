@@ -139,7 +139,7 @@ def test_the_share_that_ranks_keep_is_that_of_the_cuts(save):
 
 
 def adapter_table(S, rank):
-    """A table of adapter_spectra: two matrices of 64 x 48 with these singular values."""
+    """A table of Lora.spectra: two matrices of 64 x 48 with these singular values."""
     rows = [{"name": f"model.layers.{i}.q_proj.weight", "kind": "matrix"} for i in (0, 1)]
     table = pd.DataFrame(rows).assign(S=[S] * 2, shape=[(64, 48)] * 2, lora_rank=rank)
     table = table.assign(dtype_tuned="F16", **spectrum_measures(S, (64, 48)))

@@ -14,7 +14,7 @@ from peft import PeftModel, convert_to_lora
 from safetensors.torch import load_file
 
 from deltarank import shrink
-from deltarank.lora import Lora, adapter_spectra
+from deltarank.lora import Lora, open_lora
 from deltarank.shrink import shrink_adapter
 from deltarank.spectra import truncate
 
@@ -217,7 +217,7 @@ def test_what_was_cut_can_be_cut_again(tmp_path):
     first, second = str(tmp_path / "first"), str(tmp_path / "second")
     shrink_adapter(planted(tmp_path / "lora", "patterns"), first, rank=3)
     shrink_adapter(first, second, rank=1)
-    once = adapter_spectra(str(tmp_path / "lora")).set_index("name")["S"]
-    again = adapter_spectra(second).set_index("name")["S"]
+    once = open_lora(str(tmp_path / "lora")).spectra().set_index("name")["S"]
+    again = open_lora(second).spectra().set_index("name")["S"]
     for name, S in again.items():
         torch.testing.assert_close(S[0], once[name][0], rtol=1e-5, atol=0)

@@ -69,7 +69,7 @@ def memorize(config: CodeRun, upper: Upper, *, label: str = "") -> Learned:
     """
     with progress(math.ceil((1 + FALL) * config.steps), label) as bar:
         learner, step = Learner(config, upper, bar), 0
-        learner.score(step)
+        learner.score()
         looks = 0
         for step in _score_steps(config):
             learner.train_to(step)
@@ -107,7 +107,7 @@ class Learner:
             self.step += 1
             self.bar.update()
         if not self.learned.diverged:
-            self.score(step)
+            self.score()
 
     def _train(self, picked: Tensor) -> float:
         """One step on the picked rows; their mean loss before it, in nats a digit."""
@@ -118,12 +118,12 @@ class Learner:
         self.optimizer.step()
         return loss.item()
 
-    def score(self, step: int) -> None:
+    def score(self) -> None:
         """Note the scores of all rows."""
         scores = code_scores(*self.upper.scores())
         self.learned.diverged = not math.isfinite(scores["learned_bits"])
         if not self.learned.diverged:
-            self.learned.notes.append({"step": step, **scores})
+            self.learned.notes.append({"step": self.step, **scores})
             self.bar.set_postfix_str(f"{scores['learned_bits'] / self.config.bits:.0%} learned")
 
 

@@ -167,31 +167,29 @@ def tried_sizes(task: str, *, shares: Sequence[float] = SHARES, **changes) -> di
     return dict(steps[i] for i in sorted(tried))
 
 
-def tried_runs(task: str, *, shares: Sequence[float] = SHARES, **changes) -> dict[int, Result]:
+def tried_runs(task: str, *, shares: Sequence[float] = SHARES) -> dict[int, Result]:
     """The runs of tried_sizes by their numbers of trained parameters, ascending."""
-    tried = tried_sizes(task, shares=shares, **changes)
-    results = sweep([sized(task, size, **changes) for size in tried.values()])
+    tried = tried_sizes(task, shares=shares)
+    results = sweep([sized(task, size) for size in tried.values()])
     return {trained_parameters(result.config): result for result in results}
 
 
-def size_gains(task: str, *, by: str = "loss", **fields) -> pd.Series:
+def size_gains(task: str, *, by: str = "loss", shares: Sequence[float] = SHARES) -> pd.Series:
     """skill_gain of the runs of tried_runs on test rows, by their numbers of trained parameters.
 
-    by: "loss" or "score"; NaN where a run diverged; fields: as of tried_runs.  With other steps the
-    gain is still that over full fine-tuning with one budget.
+    by: "loss" or "score"; NaN where a run diverged; shares: as of tried_sizes.
     """
-    results = tried_runs(task, **fields)
+    results = tried_runs(task, shares=shares)
     return pd.Series({count: skill_gain(result, by=by) for count, result in results.items()})
 
 
-def needed_size(task: str, share: float, **fields) -> tuple[float, float]:
+def needed_size(task: str, share: float) -> tuple[float, float]:
     """The numbers of trained parameters between which a task's needed size lies.
 
     The second is the smallest of those tried from which on a run keeps `share` of the skill gain,
     inf where the largest falls short; the first, the one before it, is 0 where none falls short.
-    fields: as of size_gains.
     """
-    return needed_bracket(size_gains(task, **fields), share)
+    return needed_bracket(size_gains(task), share)
 
 
 def bracket_gains(task: str, share: float) -> pd.DataFrame:
