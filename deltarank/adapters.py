@@ -16,7 +16,7 @@ from torch import Tensor
 
 from deltarank.alignment import Pair, open_pair
 from deltarank.checks import require
-from deltarank.compare import compare_pair, difference, differences, require_float32
+from deltarank.compare import compare_pair, differences, require_float32, squared_difference
 from deltarank.factors import PREFIX, Cut, Factors, Form
 from deltarank.gram import gram_matrix, leading_eigenvectors, max_abs
 from deltarank.peft_format import (
@@ -106,7 +106,7 @@ def _sorted_out(
     changed = _changed(pair)
     chosen = {n: min(limits[n], wanted[n]) for n in changed if wanted.get(n)}
     require(bool(chosen), f"no linear layer of {tuned} gets a rank: there is nothing to write")
-    return chosen, {name: difference(pair, name) for name in changed if name not in chosen}
+    return chosen, {name: squared_difference(pair, name) for name in changed if name not in chosen}
 
 
 def _changed(pair: Pair) -> list[str]:

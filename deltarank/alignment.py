@@ -15,7 +15,7 @@ from deltarank.checkpoints import Checkpoint, is_vocabulary, layer_and_module, o
 from deltarank.checks import listed, require
 
 CAUSAL = re.compile(r"CausalLM|(?<!With)LMHeadModel")  # LlamaForCausalLM, GPT2LMHeadModel
-HEAD = "lm_head.weight"
+LM_HEAD = "lm_head.weight"
 SLICE_ENTRIES = 2**21  # of a matrix, read at once; larger buffers cost more than they save
 
 
@@ -136,10 +136,10 @@ def _without_tied_heads(*sides: Checkpoint) -> tuple[Checkpoint, ...]:
     """
     if any(side.config.get("tie_word_embeddings") is False for side in sides):
         return sides
-    stored = [(side, name) for side in sides for name in side.files if name.endswith(HEAD)]
+    stored = [(side, name) for side in sides for name in side.files if name.endswith(LM_HEAD)]
     if not all(_is_alias(side, name) for side, name in stored):
         return sides
-    files = ({n: f for n, f in side.files.items() if not n.endswith(HEAD)} for side in sides)
+    files = ({n: f for n, f in side.files.items() if not n.endswith(LM_HEAD)} for side in sides)
     return tuple(
         dataclasses.replace(side, files=found) for side, found in zip(sides, files, strict=True)
     )

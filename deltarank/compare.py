@@ -71,8 +71,9 @@ def compare_pair(pair: Pair) -> pd.DataFrame:
             bar.update(sizes[label])
     table = pd.DataFrame(rows)
     measured = {name for name, _ in found.values()}
+    rest = [name for name in pair.names if name not in measured]
     table.attrs = {
-        "rest": {name: difference(pair, name) for name in pair.names if name not in measured},
+        "rest": {name: squared_difference(pair, name) for name in rest},
         "only_base": pair.only_base,
         "only_tuned": pair.only_tuned,
         "added_rows": pair.added_rows(),
@@ -213,8 +214,8 @@ def matrix_kind(label: str, name: str) -> str:
     return "matrix" if is_linear_weight(name) else "other"
 
 
-def difference(pair: Pair, name: str) -> float:
-    """|dW|^2 of a tensor that is no matrix."""
+def squared_difference(pair: Pair, name: str) -> float:
+    """|dW|^2 of a tensor, of any number of dimensions."""
     return sum(float(dW.double().square().sum()) for *_, dW in differences(pair, name, None))
 
 

@@ -9,7 +9,7 @@ from pathlib import Path
 
 from deltarank.checks import require
 from deltarank.study.models import matrices, skeleton
-from deltarank.study.own_rows import Holding, holding, wide
+from deltarank.study.own_rows import Holding, adaptable_modules, holding
 from deltarank.study.profiles import PROFILES, Profile, middle
 from deltarank.study.sizes import trained_parameters
 
@@ -80,7 +80,7 @@ def _bits(held: Holding, sizes: Profile) -> str:
 def _rank(held: Holding, sizes: Profile) -> list[str]:
     """The forecast as a rank on all linear layers, and whether the usual rank is enough."""
     usual, size = middle(sizes.lora_ranks), FORECAST.size(held.all_kbit)
-    modules = wide(sizes.model, usual)
+    modules = adaptable_modules(sizes.model, usual)
     one = trained_parameters(sizes.config("facts", "lora", rank=1, modules=modules))
     weights = matrices(skeleton(sizes.model), modules=modules).values()
     most = min(min(weight.shape) for weight in weights)

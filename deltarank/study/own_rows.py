@@ -91,12 +91,13 @@ def own_probe(file: str, sizes: Profile) -> tuple[RunConfig, pd.DataFrame]:
     require_short(model, lengths.tolist(), [row["prompt"] for row in rows])
     answers = min(CHUNK, told.batch_size * int(counted["answer_tokens"].max()))
     require_memory(model, answers=answers, cure="name a smaller one with --model")
-    task = _written(file, rows)
-    config = dataclasses.replace(told, task=task, seq_len=int(lengths.max()))
-    return dataclasses.replace(config, modules=wide(model, told.rank)), counted[:to_train]
+    task, modules = _written(file, rows), adaptable_modules(model, told.rank)
+    seq_len = int(lengths.max())
+    config = dataclasses.replace(told, task=task, modules=modules, seq_len=seq_len)
+    return config, counted[:to_train]
 
 
-def wide(model: str, rank: int) -> tuple[str, ...]:
+def adaptable_modules(model: str, rank: int) -> tuple[str, ...]:
     """The modules of a model that a LoRA of this rank is put on; none are named where all are.
 
     Left out are those of a few rows, as the gate of a shared expert has.

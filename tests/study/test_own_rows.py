@@ -8,7 +8,7 @@ import torch
 from deltarank.runtime import cache_folder
 from deltarank.study import models, own_rows
 from deltarank.study.gains import first_epoch_kbit, learned_kbit, taught_kbit
-from deltarank.study.own_rows import HELD_OUT, count_tokens, holding, own_probe, wide
+from deltarank.study.own_rows import HELD_OUT, adaptable_modules, count_tokens, holding, own_probe
 from deltarank.study.profiles import PROFILES
 from deltarank.study.tasks import load_split
 
@@ -161,11 +161,11 @@ def test_another_kind_of_file_is_named(tmp_path):
 
 def test_a_lora_is_put_on_no_module_of_fewer_rows_than_its_rank(monkeypatch):
     """As of the gate of a shared expert, of one row."""
-    assert wide(SMOKE.model, 4) == ()
+    assert adaptable_modules(SMOKE.model, 4) == ()
     weights = {"layers.0.mlp.gate.weight": (1, 32), "layers.0.mlp.up.weight": (64, 32)}
     found = {name: torch.zeros(shape) for name, shape in weights.items()}
     monkeypatch.setattr(own_rows, "matrices", lambda model: found)
-    assert (wide(SMOKE.model, 1), wide(SMOKE.model, 4)) == ((), ("up",))
+    assert (adaptable_modules(SMOKE.model, 1), adaptable_modules(SMOKE.model, 4)) == ((), ("up",))
 
 
 def test_few_held_out_rows_are_told(tmp_path):
