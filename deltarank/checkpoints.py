@@ -32,7 +32,7 @@ FLOATS = {name for dtype, name in STORED.items() if dtype.is_floating_point}
 
 
 def layer_and_module(name: str) -> tuple[int, str]:
-    """Layer number and module of a parameter name.
+    """Layer number (-1 outside of the layers) and module of a parameter name.
 
     >>> layer_and_module("model.layers.3.self_attn.q_proj.weight")
     (3, 'q_proj')

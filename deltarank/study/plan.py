@@ -1,4 +1,4 @@
-"""The plan: every run that the report asks for."""
+"""The plan: runs that the report asks for; those of sizes, codes, heals, mixes stand with these."""
 
 from __future__ import annotations
 
