@@ -94,14 +94,14 @@ def measure_codes(config: CodeRun) -> dict:
     shuffled: the scores at the end when codes are asked for with the digits of others, which is
     chance, below 0 bits, unless the digits leak.
     """
-    started = time.time()
+    started = time.perf_counter()
     both = code_upper(config)
     if profile(config.profile).compile:
         compile_layers(decoder_layers(both.model)[config.layers[0] :])
     codes, others = both.of(slice(config.codes)), both.of(slice(config.codes, None))
-    clock = time.time()
+    clock = time.perf_counter()
     learned = memorize(config, codes, label=config.key)
-    train_seconds = time.time() - clock
+    train_seconds = time.perf_counter() - clock
     shuffled = {} if learned.diverged else code_scores(*others.scores())
     return {
         "config": config.recipe,
@@ -112,7 +112,7 @@ def measure_codes(config: CodeRun) -> dict:
         "plateau": learned.plateau,
         "curve": {n: [round(x, 5) for x in learned.curve(n)] for n in learned.notes[0]},
         "shuffled": {name: round(value, 5) for name, value in shuffled.items()},
-        "provenance": provenance(time.time() - started)
+        "provenance": provenance(time.perf_counter() - started)
         | {"train_seconds": round(train_seconds, 1)},
     }
 

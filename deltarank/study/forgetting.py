@@ -96,7 +96,7 @@ def forget_run(config: RunConfig) -> dict:
 
 def measure_forgetting(config: RunConfig) -> dict:
     """Train one run and measure it on the way; its record."""
-    started = time.time()
+    started = time.perf_counter()
     model = prepare(config)
     watch = _Watch(config, model)
     losses = train(config, model, label=config.key, after_step=watch) if config.steps else []
@@ -108,7 +108,7 @@ def measure_forgetting(config: RunConfig) -> dict:
         "status": "finished" if finished else "diverged",
         "enough": watch.enough if finished else None,
         "end": watch.look(config.steps) if finished else None,
-        "provenance": provenance(time.time() - started),
+        "provenance": provenance(time.perf_counter() - started),
     }
 
 

@@ -115,7 +115,7 @@ def measure_heal(heal: Heal) -> dict:
     full: the loss and score of the full run that taught; trained again on another processor it is
     not quite the stored one.
     """
-    started, config = time.time(), heal.recipe
+    started, config = time.perf_counter(), heal.recipe
     taught, held, full = _told(heal)
     model = prepare(config)
     if heal.start == "cut":
@@ -136,7 +136,7 @@ def measure_heal(heal: Heal) -> dict:
         "divergence_nats": away if finished else None,
         "full": full,
         "evaluation": evaluation if finished else {},
-        "provenance": provenance(time.time() - started),
+        "provenance": provenance(time.perf_counter() - started),
     }
 
 

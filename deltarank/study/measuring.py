@@ -65,7 +65,7 @@ def measure(config: RunConfig, label: str = "") -> dict:
     Returns its record: configuration, status, losses, evaluation, shapes, squared norms of the
     update by part, its growth, provenance.
     """
-    started = time.time()
+    started = time.perf_counter()
     model, W0 = prepared(config)
     growth: list[dict] = []
 
@@ -74,11 +74,11 @@ def measure(config: RunConfig, label: str = "") -> dict:
             note = {"step": step} | _growth(config, model, W0)
             growth.extend([note] * math.isfinite(note["loss_nats"]))  # else the next step ends it
 
-    clock = time.time()
+    clock = time.perf_counter()
     losses = []
     if config.method != "base":
         losses = train(config, model, label=label, after_step=note_growth)
-    train_seconds = time.time() - clock
+    train_seconds = time.perf_counter() - clock
     finished = all(map(math.isfinite, losses))
     evaluation = evaluate_splits(config, model, label) if finished else {}
     finished &= all(math.isfinite(e["loss_nats"]) for e in evaluation.values())
@@ -92,7 +92,7 @@ def measure(config: RunConfig, label: str = "") -> dict:
         "shapes": shapes,
         "squared_norms": norms,
         "growth": growth,
-        "provenance": provenance(time.time() - started)
+        "provenance": provenance(time.perf_counter() - started)
         | {"train_seconds": round(train_seconds, 1)},
     }
 

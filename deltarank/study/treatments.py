@@ -39,8 +39,8 @@ def treated(config: RunConfig) -> pd.DataFrame:
     """
 
     def compute() -> dict:
-        started, rows = time.time(), list(_measured(config))
-        seconds = time.time() - started
+        started, rows = time.perf_counter(), list(_measured(config))
+        seconds = time.perf_counter() - started
         return {"run": config.key, "rows": rows, "provenance": provenance(seconds)}
 
     rules = {"shrunk": [*SHRUNK], "cut": [*CUT], "intruders": [*MITIGATED]}
