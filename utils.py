@@ -60,7 +60,7 @@ from deltarank.study.gains import (
 )
 from deltarank.study.guidance import guidance_table
 from deltarank.study.heals import heal_configs, heals_table
-from deltarank.study.law import capacity_interval, fit_law
+from deltarank.study.law import fit_law, law_table
 from deltarank.study.loads import capacity_table, code_configs, curves_table, longer_configs
 from deltarank.study.models import load_model, load_tokenizer, matrices
 from deltarank.study.overlaps import OVERLAP_RANKS, mean_overlap, overlaps

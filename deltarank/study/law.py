@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 import numpy as np
@@ -80,3 +81,19 @@ def capacity_interval(load: pd.Series, share: pd.Series, groups: pd.Series) -> t
         found.append(fit_law(load.iloc[drawn], share.iloc[drawn]).capacity)
     low, high = np.percentile(found, [2.5, 97.5])
     return float(low), float(high)
+
+
+def law_table(runs: Mapping[str, pd.DataFrame], share: float) -> pd.DataFrame:
+    """The law of some sets of runs, which have a load and a share each; a line a set.
+
+    Columns: C, the capacity, with its capacity_interval over the runs, low and high; s, the
+    sharpness; "95 % kept up to", the load of which `share` is kept, by its name in %.
+    """
+    lines = {}
+    for name, table in runs.items():
+        law = fit_law(table["load"], table["share"])
+        each = pd.Series(range(len(table)), table.index)
+        low, high = capacity_interval(table["load"], table["share"], each)
+        line = {"C": law.capacity, "low": low, "high": high, "s": law.sharpness}
+        lines[name] = line | {f"{share:.0%} kept up to".replace("%", " %"): law.load(share)}
+    return pd.DataFrame(lines).T

@@ -5,7 +5,7 @@ import pandas as pd
 import pytest
 
 from deltarank.study import law
-from deltarank.study.law import Law, capacity_interval, fit_law
+from deltarank.study.law import Law, capacity_interval, fit_law, law_table
 
 LOADS = pd.Series([0.05, 0.2, 0.5, 1.0, 2.0, 5.0, 20.0])
 
@@ -59,3 +59,15 @@ def test_the_interval_is_over_groups_and_holds_what_was_planted(monkeypatch):
     one = points[points["size"] == 1.5]
     same = capacity_interval(one["load"], share[one.index], one["size"])
     assert same == pytest.approx((1.5, 1.5), rel=1e-3), "one group has no spread"
+
+
+def test_a_table_has_a_line_a_set_of_runs(monkeypatch):
+    monkeypatch.setattr(law, "DRAWS", 20)
+    planted = {"small": Law(1.0, 3.0), "large": Law(2.0, 3.0)}
+    sets = {n: pd.DataFrame({"load": LOADS, "share": x.share(LOADS)}) for n, x in planted.items()}
+    table = law_table(sets, 0.9)
+    for name, x in planted.items():
+        low, high = capacity_interval(LOADS, sets[name]["share"], LOADS)
+        expected = [x.capacity, low, high, x.sharpness, x.load(0.9)]
+        assert table.loc[name].tolist() == pytest.approx(expected, rel=1e-2)
+    assert [*table] == ["C", "low", "high", "s", "90 % kept up to"]
