@@ -1,7 +1,7 @@
 """The notebooks' door: what they use of the package deltarank, by name, and nothing else."""
 
 from deltarank.checkpoints import layer_and_module
-from deltarank.ranks import rank_of, recommend_ranks, verdict
+from deltarank.ranks import ranks_of, recommend_ranks, verdict
 from deltarank.runtime import ROOT, build_folder, interactive
 from deltarank.spectra import (
     above_edge,
@@ -83,7 +83,7 @@ from deltarank.study.plan import (
 )
 from deltarank.study.profiles import PROFILES, profile
 from deltarank.study.rivals import control, costs, forecasts, known_sizes, read_of, summed_costs
-from deltarank.study.runs import Result, example_update, repeated, run, spectral_gap, stored, sweep
+from deltarank.study.runs import Result, example_update, repeated, run, sigma_shift, stored, sweep
 from deltarank.study.search import coarse_search, coarsely_tuned, lr_search, tuned
 from deltarank.study.sizes import (
     bracket_gains,

@@ -131,11 +131,6 @@ def ranks_of(ranks: dict, names: Iterable[str]) -> dict[str, int]:
     }
 
 
-def rank_of(ranks: dict, name: str) -> int:
-    """The rank of one matrix, as in ranks_of."""
-    return ranks_of(ranks, [name])[name]
-
-
 def percent(share: float) -> str:
     """A share in percent, to a whole or to two digits; "–" for what is no number.
 

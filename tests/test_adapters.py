@@ -23,7 +23,7 @@ from deltarank.adapters import extract_adapter
 from deltarank.alignment import open_pair
 from deltarank.compare import compare_checkpoints
 from deltarank.peft_format import find_places
-from deltarank.ranks import rank_of, recommend_ranks
+from deltarank.ranks import ranks_of, recommend_ranks
 from deltarank.spectra import truncate
 
 T5 = {"d_model": 32, "d_kv": 16, "d_ff": 48, "num_heads": 2, "vocab_size": 64, "num_layers": 2}
@@ -150,7 +150,7 @@ def test_the_richer_form_of_peft_keeps_ranks_and_norms(save, tmp_path, architect
     assert set(report.loc[norms, "part"]) <= {"modules_to_save"}
     tensors = factors_of(out)
     for module in report.attrs["lora"]["target_modules"]:
-        at, rank = f"base_model.model.{module}", rank_of(report.attrs["lora"], module)
+        at, rank = f"base_model.model.{module}", ranks_of(report.attrs["lora"], [module])[module]
         assert tensors[f"{at}.lora_A.weight"].shape[0] == rank
         assert tensors[f"{at}.lora_B.weight"].shape[1] == rank
     assert bool(config_of(out)["rank_pattern"]) == (architecture in ("llama", "gemma"))

@@ -13,7 +13,7 @@ from safetensors.torch import load_file
 
 from deltarank.compare import compare_checkpoints
 from deltarank.lora import STARTS, VARIANTS, open_lora
-from deltarank.ranks import rank_of, recommend_ranks
+from deltarank.ranks import ranks_of, recommend_ranks
 
 QA, QB = (f"base_model.model.{Q.removesuffix('weight')}lora_{side}.weight" for side in "AB")
 
@@ -84,7 +84,9 @@ def test_embeddings_are_vocabulary_and_biases_are_the_rest(tmp_path):
     edit_lora(folder, lambda t: [t.pop(n) for n in list(t) if "base_layer" in n or "bias" in n])
     dW = merged_updates(folder)["model.embed_tokens.weight"]
     torch.testing.assert_close(row["S"].double(), torch.linalg.svdvals(dW)[:4], rtol=1e-5, atol=0)
-    assert rank_of(recommend_ranks(table, rank=2), "model.embed_tokens") == 0
+    assert ranks_of(recommend_ranks(table, rank=2), ["model.embed_tokens"]) == {
+        "model.embed_tokens": 0
+    }
 
 
 @pytest.mark.parametrize("more", [{"modules_to_save": ["norm"]}, {"bias": "all"}])

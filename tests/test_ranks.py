@@ -13,7 +13,7 @@ from deltarank import ranks
 from deltarank.adapters import extract_adapter
 from deltarank.compare import compare_checkpoints
 from deltarank.page import Inspection
-from deltarank.ranks import adapter_verdict, kept_share, rank_of, recommend_ranks, verdict
+from deltarank.ranks import adapter_verdict, kept_share, ranks_of, recommend_ranks, verdict
 from deltarank.spectra import energy_rank, null_energy, singular_values, spectrum_measures
 
 
@@ -66,7 +66,7 @@ def test_a_budget_is_spent_best(wide, budget):
     columns |= {"shape": list(shapes.values()), "kind": "matrix", "squared_norm": 1.0}
     table = pd.DataFrame(columns)
     lora = recommend_ranks(table, budget=budget)
-    got = {n: rank_of(lora, n) for n in spectra}
+    got = ranks_of(lora, spectra)
 
     def kept(allocation):
         return sum(sum(s**2 for s in spectra[n][:r]) for n, r in allocation.items())
@@ -117,9 +117,8 @@ def test_a_budget_below_the_first_rank_names_what_it_would_go_to():
 def test_one_rank_for_all_gives_a_smaller_matrix_all_it_has(save):
     table = compare_checkpoints(*save())
     lora = recommend_ranks(table, rank=20)
-    assert rank_of(lora, Q) == 20
-    assert rank_of(lora, "model.layers.0.self_attn.k_proj.weight") == 16
-    assert rank_of(lora, "model.embed_tokens.weight") == 0  # left out
+    others = ["model.layers.0.self_attn.k_proj.weight", "model.embed_tokens.weight"]
+    assert [*ranks_of(lora, [Q, *others]).values()] == [20, 16, 0]  # the last left out
     for rank in (0, 33):
         with pytest.raises(ValueError, match=f"rank={rank}: choose one from 1 to 32"):
             recommend_ranks(table, rank=rank)
@@ -153,7 +152,7 @@ def test_an_adapter_has_no_noise_below_its_rank():
     table = adapter_table(S, 4)
     for share in (0.5, 0.9, 0.95, 1.0):
         lora = recommend_ranks(table, energy=share)
-        assert {rank_of(lora, n) for n in table["name"]} == {energy_rank(S, share)}
+        assert {*ranks_of(lora, table["name"]).values()} == {energy_rank(S, share)}
     assert recommend_ranks(table, budget=10**6)["r"] == 4
     with pytest.raises(ValueError, match="rank=5: choose one from 1 to 4"):
         recommend_ranks(table, rank=5)

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 import pandas as pd
 
-from deltarank.ranks import rank_of, recommend_ranks
+from deltarank.ranks import ranks_of, recommend_ranks
 from deltarank.study.configs import RunConfig
 from deltarank.study.cuts import cut_by_matrix
 from deltarank.study.gains import captured_energy
@@ -27,7 +27,7 @@ def allocations(result: Result, rank: int) -> dict[str, dict[str, int]]:
     guided = recommend_ranks(spectra, budget=budget)
     return {
         "uniform": dict.fromkeys(result.matrices, rank),
-        "guided": {name: rank_of(guided, name) for name in result.matrices},
+        "guided": ranks_of(guided, result.matrices),
     }
 
 

@@ -210,10 +210,10 @@ def _train_again(config: RunConfig, before: Result | None) -> None:
         )
 
 
-def spectral_gap(first: dict[str, Tensor], second: dict[str, Tensor]) -> float:
+def sigma_shift(first: dict[str, Tensor], second: dict[str, Tensor]) -> float:
     """The largest difference of two runs' singular values, as a share of the first's sigma_1.
 
-    >>> spectral_gap({"W": torch.tensor([4.0, 2.0])}, {"W": torch.tensor([4.0, 1.0])})
+    >>> sigma_shift({"W": torch.tensor([4.0, 2.0])}, {"W": torch.tensor([4.0, 1.0])})
     0.25
     """
     return max(float((S - second[name]).abs().max() / S[0]) for name, S in first.items())
@@ -223,7 +223,7 @@ def repeated(result: Result) -> pd.DataFrame:
     """A run with an update trained anew twice, which is not stored, a line each.
 
     Columns: device and threads; loss_nats and score on test rows; gap_stored and gap_first:
-    spectral_gap to the stored run and to the first repetition, in %.  The update in the cache,
+    sigma_shift to the stored run and to the first repetition, in %.  The update in the cache,
     which training replaces, is put back.
     """
     kept = delta_file(result.config)
@@ -247,8 +247,8 @@ def _repetitions(result: Result) -> pd.DataFrame:
         first = first or spectra
         line = {name: record["provenance"][name] for name in ("device", "threads")}
         line |= {name: record["evaluation"]["test"][name] for name in ("loss_nats", "score")}
-        line["gap_stored"] = 100 * spectral_gap(result.spectra, spectra)
-        lines.append(line | {"gap_first": 100 * spectral_gap(first, spectra)})
+        line["gap_stored"] = 100 * sigma_shift(result.spectra, spectra)
+        lines.append(line | {"gap_first": 100 * sigma_shift(first, spectra)})
     return pd.DataFrame(lines)
 
 
