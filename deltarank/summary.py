@@ -52,7 +52,9 @@ def summary(out: Path, report: pd.DataFrame, dtype: str) -> str:
 
 def _served(out: Path, config: dict, *, norms: bool) -> list[str]:
     """What vLLM and llama.cpp have to be told to load an adapter of this configuration."""
-    if config.get("task_type") != "CAUSAL_LM" or config.get("fan_in_fan_out"):
+    if config.get("fan_in_fan_out"):
+        return ["vLLM and llama.cpp were not tried with adapters of GPT-2's Conv1D."]
+    if config.get("task_type") != "CAUSAL_LM":
         return [f"vLLM and llama.cpp were tried with models that {CONFIG} calls CAUSAL_LM alone."]
     if norms:
         return ["vLLM and llama.cpp load no adapter that keeps norms: leave --norms out for them."]
