@@ -87,12 +87,23 @@ def _ranks(ranks: pd.Series, lora: dict) -> str:
 
 
 def _kept(report: pd.DataFrame, dtype: str) -> str:
-    """How much of the squared update the adapter keeps, and what rounding loses."""
-    total = report["squared_norm"].sum()
-    kept, lost = ((report["squared_norm"] * report[c]).sum() / total for c in ("kept", "rounding"))
-    rounding = "" if dtype == "float32" else f"; rounding to {dtype} loses {percent(lost)} of it"
+    """How much of the squared update the adapter keeps, and what rounding loses.
+
+    Of the matrices that can get a rank, of which inspect says it, and of all, where they differ.
+    """
+    matrices = report[report["part"].isin(["lora", "not_chosen"])]
+    of_matrices, of_whole = (percent(_held(rows, "kept")) for rows in (matrices, report))
+    lost = percent(_held(report, "rounding"))
+    rounding = "" if dtype == "float32" else f"; rounding to {dtype} loses {lost} of it"
     subject = "The cut that was healed keeps" if "healed" in report.attrs else "It keeps"
-    return f"{subject} {percent(kept)} of the squared update{rounding}."
+    more = f" of the matrices that can get a rank, {of_whole} of the whole"
+    differ = of_matrices != of_whole
+    return f"{subject} {of_matrices} of the squared update{more if differ else ''}{rounding}."
+
+
+def _held(rows: pd.DataFrame, column: str) -> float:
+    """The mean of a share over rows, weighted by their squared update."""
+    return (rows["squared_norm"] * rows[column]).sum() / rows["squared_norm"].sum()
 
 
 def _healed(steps: int, rows: int, held_out: int, before: float, after: float) -> str:

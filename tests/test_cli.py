@@ -137,10 +137,12 @@ def test_extract_with_norms_says_that_vllm_loads_it_not(pair, tmp_path, capsys):
 def test_extract_leaves_norms_out_and_says_so(pair, tmp_path, capsys):
     _, told, _ = said(capsys, "extract", *pair, tmp_path / "adapter", "--rank", "2")
     whole = 14 * 21 + 5 * 32  # of 14 matrices (16 + 4 + 1), of 5 norms 1 each of 32, times 1e-4
-    assert f"It keeps {14 * 20 / whole:.0%} of".replace("%", " %") in told
+    kept = f"It keeps {20 / 21:.0%} of the squared update of the matrices that can get a rank, "
+    assert f"{kept}{14 * 20 / whole:.0%} of the whole.".replace("%", " %") in told
     share = f"{5 * 32 / whole:.0%}".replace("%", " %")
     assert f"Left out: 5 tensors of norms, {share} of the squared update; --norms" in told
     inspected = " ".join(said(capsys, "inspect", *pair)[1].split())
+    assert f"Cut at rank 2 it keeps {20 / 21:.0%}.".replace("%", " %") in inspected
     outside = "Outside these matrices, not in the factors: vocabulary 0 %, norms, biases and others"
     assert f"{outside} {share} of the whole" in inspected
     assert "all stored at" not in told
