@@ -512,7 +512,7 @@ def to_heal(store, tmp_path, monkeypatch):
     base, tuned, _ = saved_pair(tmp_path)
     rows = tmp_path / "rows.jsonl"
     rows.write_text("".join(f'{{"prompt": "Ask {i}:"}}\n' for i in range(8)))
-    monkeypatch.setattr(healing, "ROOM", 4)
+    monkeypatch.setattr(healing, "HEAL_ROOM", 4)
     out = tmp_path / "out"
     return ["extract", base, tuned, out, "--rank", "1", "--heal", rows, "--steps", "3"], out
 

@@ -27,7 +27,7 @@ STILL = 1e-300  # a rate below what float32 can add
 @pytest.fixture(autouse=True)
 def short_answers(monkeypatch):
     """Answers of at most six bytes."""
-    monkeypatch.setattr(healing, "ROOM", 6)
+    monkeypatch.setattr(healing, "HEAL_ROOM", 6)
 
 
 @pytest.fixture
