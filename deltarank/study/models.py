@@ -127,9 +127,11 @@ def load_tokenizer(name: str) -> PreTrainedTokenizerBase:
     try:
         return AutoTokenizer.from_pretrained(source)
     except Exception as error:  # tokenizers raises none that is narrower
-        cure = "save it beside the model (tokenizer.save_pretrained)"
+        cure = "loaded: save it beside the model (tokenizer.save_pretrained)"
+        if not Path(source).is_dir():
+            cure = "downloaded: check the name and the network"
         told = first_line(error).rstrip(":")
-        raise ValueError(f"the tokenizer of {name!r} cannot be loaded: {cure}; {told}") from error
+        raise ValueError(f"the tokenizer of {name!r} cannot be {cure}; {told}") from error
 
 
 def require_short(name: str, lengths: Sequence[int], texts: Sequence[str]) -> None:

@@ -212,6 +212,18 @@ def test_a_tokenizer_that_cannot_be_read_is_named(saved, tmp_path):
         load_tokenizer(str(tmp_path / "torn"))
 
 
+def test_a_tokenizer_that_cannot_be_reached_has_another_cure_than_a_folders(monkeypatch):
+    import transformers
+
+    def fail(name):
+        raise OSError("We couldn't connect\nand a long trace")
+
+    monkeypatch.setattr(transformers.AutoTokenizer, "from_pretrained", fail)
+    cure = "check the name and the network; We couldn't connect"
+    with pytest.raises(ValueError, match=f"^the tokenizer of 'a/b' cannot be downloaded: {cure}$"):
+        load_tokenizer("a/b")
+
+
 @pytest.mark.parametrize("at_once", [1, 2])
 def test_models_that_do_not_fit_into_the_memory_are_named(monkeypatch, at_once):
     needed = 4 * at_once * sum(parameter.numel() for parameter in load_model(TINY).parameters())
