@@ -217,7 +217,7 @@ def _extract(arguments: argparse.Namespace) -> None:
     from deltarank.summary import summary
 
     folder = Path(out).expanduser()
-    replaced = folder.exists()
+    replaced = folder.is_dir() and any(folder.iterdir())
     with _one_line_warnings():
         if len(paths) == 1:
             report = shrink_adapter(paths[0], out, **options)

@@ -162,8 +162,8 @@ def lora_config(arguments: dict, **more) -> dict:
 def require_replaceable(folder: Path) -> None:
     """Raise FileExistsError for a folder that is there and is more than an adapter written here.
 
-    And NotADirectoryError for one that cannot be made, since it would be inside of a file; OSError
-    where nothing can be written beside it.
+    One that is empty, as mkdir leaves it, is no more.  NotADirectoryError for one that cannot be
+    made, since it would be inside of a file; OSError where nothing can be written beside it.
     """
     above = next(parent for parent in folder.parents if os.path.lexists(parent))
     if not above.is_dir():
@@ -171,7 +171,9 @@ def require_replaceable(folder: Path) -> None:
     require_writable(above, str(folder), cure="name another folder")
     if not os.path.lexists(folder):
         return
-    held = {file.name for file in folder.iterdir()} if folder.is_dir() else set()
+    held = {file.name for file in folder.iterdir()} if folder.is_dir() else {""}
+    if not held:
+        return
     if CONFIG not in held or held - {CONFIG, WEIGHTS, CARD}:
         raise FileExistsError(f"{folder} exists and is no adapter: name another folder")
     if not _is_written_here(folder):

@@ -564,6 +564,13 @@ def test_a_second_extraction_replaces_the_first(save, tmp_path):
     assert {file.name for file in home.iterdir()} == {"other", "out"}
 
 
+def test_an_empty_folder_is_filled(save, tmp_path):
+    out = tmp_path / "out"
+    out.mkdir(mode=0o700)
+    extract_adapter(*save(), str(out), rank=1)
+    assert len(contents(out)) == 2 and {*tmp_path.glob(".*")} == set()
+
+
 @pytest.mark.parametrize("stranger", ["notes.txt", "config.json", None])
 def test_a_folder_that_is_no_adapter_stays(save, tmp_path, monkeypatch, stranger):
     base, tuned = save()
@@ -573,6 +580,7 @@ def test_a_folder_that_is_no_adapter_stays(save, tmp_path, monkeypatch, stranger
         (out / stranger).write_text("mine")
     else:
         out.mkdir()
+        (out / "README.md").write_text("mine")
     before = contents(out)
 
     def work(*arguments, **options):

@@ -127,6 +127,7 @@ def test_extract_says_what_the_rule_gives_no_rank(pair, lora, tmp_path, capsys):
 
 
 def test_extract_with_norms_says_that_vllm_loads_it_not(pair, tmp_path, capsys):
+    (tmp_path / "out").mkdir()  # which is no adapter that is replaced
     told = said(capsys, "extract", *pair, tmp_path / "out", "--rank", "20", "--norms")[1]
     assert "load no adapter that keeps norms" in told and "--max-lora-rank" not in told
     again = said(capsys, "extract", *pair, tmp_path / "out", "--rank", "2", "--patterns")[1]
