@@ -56,13 +56,20 @@ def model_source(name: str) -> str:
     """What from_pretrained loads for `name`; a path that is no model folder is an error."""
     folder = Path(name).expanduser()
     if folder.is_dir():
-        if not (folder / "config.json").exists():
-            raise ValueError(f"{name} is not a model folder: it has no config.json")
+        told = f"{name} is not a model folder: it has no config.json"
+        require((folder / "config.json").exists(), f"{told}{last_checkpoint(folder)}")
         return str(folder)
     require(not folder.is_file(), f"{name} is a file: give the folder that holds it")
     if folder.is_absolute() or name.count("/") != 1 or folder.parent.is_dir():
         raise ValueError(f"model {name!r} is unknown; choose a folder or a hub id")
     return name
+
+
+def last_checkpoint(folder: Path) -> str:
+    """What to give in place of a trainer's output folder, in words; "" where there is nothing."""
+    found = [path.name for path in folder.glob("checkpoint-*") if path.name[11:].isdecimal()]
+    last = max(found, key=lambda name: int(name[11:]), default="")
+    return f"; it has {last}: give that" if last else ""
 
 
 @dataclass(frozen=True)

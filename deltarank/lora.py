@@ -18,6 +18,7 @@ from deltarank.checkpoints import (
     Checkpoint,
     download,
     folder_and_name,
+    last_checkpoint,
     layer_and_module,
     model_source,
     read_header,
@@ -170,7 +171,7 @@ def _adapter_folder(adapter: str, allow_pickle: bool) -> Path:
     folder = Path(adapter).expanduser()
     if not folder.is_dir():
         folder = download(model_source(adapter), [CONFIG, WEIGHTS] + [PICKLE] * allow_pickle)
-    told = "give BASE and TUNED (and OUT to extract), or one adapter"
+    told = "give BASE and TUNED (and OUT to extract), or one adapter" + last_checkpoint(folder)
     require((folder / CONFIG).exists(), f"{adapter} is no adapter (it has no {CONFIG}): {told}")
     return folder
 

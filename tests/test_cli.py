@@ -252,10 +252,17 @@ def bad_calls(pair, home):
     lora = planted(home / "a-lora", "plain")
     (home / "mine").mkdir()
     (home / "mine" / "notes.txt").write_text("keep me")
+    for name in ("checkpoint-500", "checkpoint-1000", "checkpoint-best"):
+        (home / "run" / name).mkdir(parents=True)
     healing = bad_healing(base, tuned, lora, home)
     return healing | {
         "no folder": (["inspect", base, home / "nowhere"], "nowhere"),
         "no model": (["inspect", base, home / "mine"], "config.json"),
+        "a trainer's folder": (
+            ["inspect", base, home / "run"],
+            "json; it has checkpoint-1000: give",
+        ),
+        "one of an adapter": (["inspect", home / "run"], "; it has checkpoint-1000: give that"),
         "an energy": (["inspect", base, tuned, "--energy", "1.5"], "1.5"),
         "a rank": (["inspect", base, tuned, "--rank", "400"], "400"),
         "a budget": (["extract", base, tuned, home / "new", "--budget", "3"], "budget=3"),
