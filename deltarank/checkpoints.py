@@ -56,8 +56,10 @@ def model_source(name: str) -> str:
     """What from_pretrained loads for `name`; a path that is no model folder is an error."""
     folder = Path(name).expanduser()
     if folder.is_dir():
-        told = f"{name} is not a model folder: it has no config.json"
-        require((folder / "config.json").exists(), f"{told}{last_checkpoint(folder)}")
+        if not (folder / "config.json").exists():
+            _require_no_adapter(name, folder)
+            told = f"{name} is not a model folder: it has no config.json"
+            raise ValueError(f"{told}{last_checkpoint(folder)}")
         return str(folder)
     require(not folder.is_file(), f"{name} is a file: give the folder that holds it")
     if folder.is_absolute() or name.count("/") != 1 or folder.parent.is_dir():

@@ -17,6 +17,14 @@ def require(condition: bool, message: str) -> None:
         raise ValueError(message)
 
 
+def require_rows(file: str, fields: str) -> None:
+    """Raise ValueError for what is no file of JSON lines, with these fields in each."""
+    path, cure = Path(file).expanduser(), f"give a .jsonl file with {fields} in each line"
+    require(not path.is_dir(), f"{file} is a folder: {cure}")
+    require(path.is_file(), f"{file}: there is no such file")
+    require(file.endswith(".jsonl"), f"{file}: {cure}")
+
+
 def all_finite(X: Tensor) -> bool:
     """Whether no entry is NaN or infinite: the extremes tell, thirty times as fast as each."""
     return not X.numel() or all(math.isfinite(extreme) for extreme in X.aminmax())

@@ -68,7 +68,9 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     arguments.paths += more
     counts, names = PATHS[arguments.command]
     if len(arguments.paths) not in counts:
-        command.error(f"give {names.replace(' | ', ', or ')}; {len(arguments.paths)} given")
+        base = "; the base goes to --model" if arguments.command == "plan" else ""
+        given = f"{len(arguments.paths)} given{base}"
+        command.error(f"give {names.replace(' | ', ', or ')}; {given}")
     named = [(f"--{option}", getattr(arguments, option, None)) for option in NAMED]
     for what, name in [*named, *((names, path) for path in arguments.paths)]:
         if name is not None:

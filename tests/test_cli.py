@@ -312,6 +312,7 @@ def bad_calls(pair, home):
         "no page": (["inspect", base, tuned, "--html", " "], "--html: the name is empty"),
         "no base": (["inspect", "", tuned], "BASE TUNED | ADAPTER: the name is empty"),
         "an empty model": (["plan", "rows.jsonl", "--model", ""], "--model: the name is empty"),
+        "rows and base": (["plan", "rows.jsonl", base], "ROWS; 2 given; the base goes to --model"),
         "nobody's": (["inspect", "~nobody-here/base", tuned], "in the home of a user who is not"),
     }
 
@@ -596,6 +597,12 @@ def test_plan_refuses_bad_rows_in_one_line(tmp_path, capsys):
     status, told, errors = said(capsys, "plan", file)
     assert status == 2 and told == "" and errors.count("\n") == 1
     assert "bad.jsonl, line 1: a row lacks answer" in errors
+
+
+def test_plan_refuses_an_adapter_as_base_as_inspect_does(rows, lora, capsys):
+    status, told, errors = said(capsys, "plan", rows, "--model", lora)
+    assert status == 2 and told == "" and errors.count("\n") == 1
+    assert f"{lora} is an adapter, not a model: inspect it alone, or merge it" in errors
 
 
 def test_a_base_that_cannot_be_had_is_one_line(rows, capsys, monkeypatch):

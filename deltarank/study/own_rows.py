@@ -14,7 +14,7 @@ from pathlib import Path
 import pandas as pd
 
 from deltarank.checkpoints import layer_and_module
-from deltarank.checks import require, require_disk
+from deltarank.checks import require, require_disk, require_rows
 from deltarank.runtime import cache_folder
 from deltarank.store import cached, file_sha256, replace_text
 from deltarank.study.configs import RunConfig
@@ -81,8 +81,7 @@ def own_probe(file: str, sizes: Profile) -> tuple[RunConfig, pd.DataFrame]:
 
     Writes the split that the run is trained on.  Raises ValueError as `holding` does.
     """
-    require(Path(file).expanduser().is_file(), f"{file}: there is no such file")
-    require(file.endswith(".jsonl"), f"{file} is no .jsonl file: write one JSON object a line")
+    require_rows(file, "a prompt and an answer")
     told = probe(file, sizes)
     model = told.model
     rows, to_train = _split_rows(file, told.batch_size)

@@ -147,15 +147,20 @@ def test_a_model_too_large_for_the_memory_is_named_before_any_work(tmp_path, mon
         holding(write(tmp_path / "mine.jsonl", RULE), SMOKE)
 
 
-@pytest.mark.parametrize("file", ["missing.jsonl", "facts", "."])
+@pytest.mark.parametrize("file", ["missing.jsonl", "facts"])
 def test_a_file_that_is_not_there_is_named(file):
-    with pytest.raises(ValueError, match=f"^{file}: there is no such file"):
+    with pytest.raises(ValueError, match=f"^{file}: there is no such file$"):
         holding(file, SMOKE)
+
+
+def test_a_folder_in_place_of_rows_is_named(tmp_path):
+    with pytest.raises(ValueError, match=f"^{tmp_path} is a folder: give a .jsonl file"):
+        holding(str(tmp_path), SMOKE)
 
 
 def test_another_kind_of_file_is_named(tmp_path):
     (tmp_path / "rows.csv").write_text("prompt,answer\n")
-    with pytest.raises(ValueError, match="rows.csv is no .jsonl file: write one JSON object"):
+    with pytest.raises(ValueError, match="rows.csv: give a .jsonl file with a prompt and"):
         holding(str(tmp_path / "rows.csv"), SMOKE)
 
 
