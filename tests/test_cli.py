@@ -223,6 +223,7 @@ def test_paths_may_stand_around_options(pair, lora, tmp_path, capsys):
 
 def bad_healing(base, tuned, lora, home):
     """Calls of extract --heal that are refused, and the word that each message has to name."""
+    (home / "rows.csv").write_text("prompt\n")
     lines = {"rows": '{"prompt": "a"}', "lack": '{"prompt": "a"}\n{"answer": "b"}', "none": ""}
     for name, text in lines.items():
         (home / f"{name}.jsonl").write_text(text)
@@ -238,7 +239,8 @@ def bad_healing(base, tuned, lora, home):
         "to heal pickles": ([*pair, "--heal", rows, "--allow-pickle"], "leave --allow-pickle out"),
         "no prompt": ([*pair, "--heal", lack], "lack.jsonl, line 2: a row lacks prompt"),
         "no rows": ([*pair, "--heal", none], "none.jsonl is empty"),
-        "no such rows": ([*pair, "--heal", home / "nowhere.jsonl"], "nowhere.jsonl"),
+        "no such rows": ([*pair, "--heal", home / "nowhere.jsonl"], "there is no such file"),
+        "a folder of rows": ([*pair, "--heal", home], "is a folder: give a .jsonl file"),
         "no lines": ([*pair, "--heal", home / "rows.csv"], "give a .jsonl file"),
         "no tokenizer": ([*pair, "--heal", rows], "save it beside the model"),
         "healed onto mine": ([*pair[:3], home / "mine", "--heal", rows], "is no adapter"),
@@ -279,7 +281,7 @@ def bad_calls(pair, home):
             "give two files",
         ),
         "OUT in a file": (["extract", base, tuned, f"{tuned}/config.json/out"], "is no folder"),
-        "no task": (["inspect", base, tuned, "--task", "cooking.jsonl"], "cooking"),
+        "no task": (["inspect", base, tuned, "--task", "cooking.jsonl"], "no such file"),
         "a task of pickles": (
             ["inspect", base, tuned, "--task", "facts", "--allow-pickle"],
             "leave --allow-pickle out",

@@ -12,7 +12,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from deltarank.checks import require
+from deltarank.checks import require, require_rows
 from deltarank.runtime import ROOT
 from deltarank.store import file_sha256
 
@@ -90,6 +90,7 @@ def is_task(task: str) -> bool:
 def _task_file(task: str) -> Path:
     """The file of a task's rows; raises ValueError for an unknown task."""
     if task.endswith(".jsonl"):
+        require_rows(task, "a prompt and an answer")
         return Path(task).expanduser()
     require(is_task(task), f"task={task!r}: unknown; {CHOICES}")
     path = TASK_FOLDER / f"{'production' if mix_parts(task) else task}.jsonl"
@@ -170,7 +171,7 @@ def load_prompts(file: str) -> dict[str, list[str]]:
     Answers are not needed.  Raises ValueError for another kind of file, one without rows, and a
     row without a prompt, naming its line.
     """
-    require(file.endswith(".jsonl"), f"{file}: give a .jsonl file with a prompt in each line")
+    require_rows(file, "a prompt")
     splits: dict[str, list[str]] = {}
     for row in _rows(Path(file).expanduser(), ("prompt",)):
         splits.setdefault(row.get("split", "train"), []).append(row["prompt"])

@@ -229,9 +229,10 @@ def test_a_file_without_prompts_is_named_with_its_line(tmp_path, text, said):
     assert "\n" not in str(refused.value)
 
 
-def test_another_kind_of_file_is_refused():
-    with pytest.raises(ValueError, match="rows.csv: give a .jsonl file"):
-        load_prompts("rows.csv")
+def test_another_kind_of_file_is_refused(tmp_path):
+    (tmp_path / "rows.csv").write_text("prompt\n")
+    with pytest.raises(ValueError, match="rows.csv: give a .jsonl file with a prompt in each"):
+        load_prompts(str(tmp_path / "rows.csv"))
 
 
 def test_the_batch_is_that_of_the_reports_runs():
