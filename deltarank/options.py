@@ -199,7 +199,7 @@ def _add_paths_and_rule(parser: argparse.ArgumentParser, metavar: str) -> None:
     rules.add_argument("--rank", type=_count, metavar="R", help="all matrices get this rank")
     rules.add_argument(
         "--budget",
-        type=_count,
+        type=_numbers,
         metavar="N",
         help="this many parameters, spent where they keep most (without --patterns zeros add some)",
     )
@@ -239,3 +239,4 @@ def _checked(kind: Callable, holds: Callable[[Any], bool], told: str) -> Callabl
 _share = _checked(float, lambda x: 0 < x <= 1, "not above 0 and at most 1, such as 0.9")
 _rate = _checked(float, lambda x: 0 < x < math.inf, "not above 0, such as 0.001")
 _count = _checked(int, lambda n: n >= 1, "no whole number above 0, such as 16")
+_numbers = _checked(int, lambda n: n >= 1, "no whole number of parameters, such as 1000000")

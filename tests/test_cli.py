@@ -268,6 +268,7 @@ def bad_calls(pair, home):
         "an energy": (["inspect", base, tuned, "--energy", "1.5"], "1.5"),
         "a rank": (["inspect", base, tuned, "--rank", "400"], "400"),
         "a budget": (["extract", base, tuned, home / "new", "--budget", "3"], "budget=3"),
+        "a power": (["inspect", base, tuned, "--budget", "1e6"], "such as 1000000"),
         "two rules": (["inspect", base, tuned, "--rank", "4", "--energy", "0.9"], "not allowed"),
         "a folder of mine": (["extract", base, tuned, home / "mine"], "mine"),
         "no place": (["inspect", base, tuned, "--html", home / "no" / "page.html"], "no folder"),
