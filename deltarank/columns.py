@@ -6,7 +6,14 @@ import dataclasses
 import math
 from collections.abc import Callable
 
+import pandas as pd
+
 from deltarank.ranks import percent
+
+LOSSES = (
+    "On the task's test rows. rank: of the cut. loss_nats: mean loss in nats a token of the "
+    "answers. score: 0 to 100, exact answers in %, or chrF where the task is scored by it."
+)
 
 
 def number(digits: str) -> Callable[[float], str]:
@@ -64,3 +71,16 @@ COLUMNS = {
     ),
     "rank": Column("cut rank", number(".4g"), "the rank by the rule, for extraction"),
 }
+
+
+def losses_text(losses: pd.DataFrame) -> str:
+    """The table of score_pair as text; of the rank of what is not cut to one "–".
+
+    >>> print(losses_text(pd.DataFrame({"model": ["base", "cut"], "rank": [0.0, 4.0]})))
+    model rank
+     base    –
+      cut    4
+    """
+    ranks = losses["rank"].astype(float).replace(0, math.nan)
+    shown = losses.assign(rank=ranks.map(COLUMNS["rank"].show))
+    return shown.to_string(index=False, na_rep="–")

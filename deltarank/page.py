@@ -18,7 +18,7 @@ import pandas as pd
 import torch
 
 from deltarank import __version__
-from deltarank.columns import COLUMNS, number
+from deltarank.columns import COLUMNS, LOSSES, losses_text, number
 from deltarank.drawing import curve_panel, heat_map
 from deltarank.ranks import TRAINING_ADVICE, adapter_verdict, changed_matrices, ranks_of, verdict
 from deltarank.spectra import energy, null_energy
@@ -148,7 +148,8 @@ def as_text(found: Inspection) -> str:
         f"rank r keeps. rank: to cut at, by {found.rule_text()}{of}. near rounding: its ranks mean "
         "little."
     )
-    losses = [found.losses.to_string(index=False, na_rep="–")] if found.losses is not None else []
+    scored = found.losses
+    losses = [] if scored is None else [losses_text(scored), _wrapped(LOSSES)]
     adapter = [f"To write the adapter: {found.command()}"] if found.lora else []
     return "\n\n".join([*paragraphs, table, _wrapped(legend), *losses, *adapter])
 

@@ -110,6 +110,8 @@ def test_it_shows_verdict_ranks_and_losses(found):
     assert TRAINING_ADVICE in seen(training) and "r=8, lora_alpha=32" in seen(training)
     losses = page.find(attrs={"aria-label": "Table of losses"})
     assert "base 0 2.000 0.000 tuned – 1.000 50.000" in seen(losses)
+    told = " ".join(as_text(found).split())
+    assert "base – 2.0 0.0 tuned – 1.0 50.0 On the task's test rows. rank: of the cut." in told
 
 
 def test_the_size_of_a_module_is_that_of_its_changed_matrices(save):
