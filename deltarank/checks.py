@@ -40,6 +40,15 @@ def listed(names: Sequence[str], *, most: int = 3) -> str:
     return ", ".join(names[:most]) + (f" and {more} more" if more > 0 else "")
 
 
+def counted(count: int, one: str, many: str = "") -> str:
+    """How many there are of a thing, `many` being its plural where that is not one with an s.
+
+    >>> counted(1, "step"), counted(2, "step"), counted(3, "matrix", "matrices")
+    ('1 step', '2 steps', '3 matrices')
+    """
+    return f"{count} {one if count == 1 else many or f'{one}s'}"
+
+
 def first_line(error: Exception) -> str:
     """What an error says, without the advice and traces that libraries append."""
     return (str(error).strip().splitlines() or [type(error).__name__])[0]

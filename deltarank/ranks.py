@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from deltarank.checks import require
+from deltarank.checks import counted, require
 from deltarank.spectra import common_energy, energy_rank, null_energy
 
 TRAINING_ADVICE = (  # what the report found for a LoRA that is trained
@@ -242,7 +242,8 @@ def _rank_sentences(rows: pd.DataFrame, ranks: pd.Series) -> str:
     """What the ranks for extraction take, and where they are largest."""
     sides = rows.set_index("name")["shape"].map(sum)
     more, top = ranks[ranks > ranks.median()], ranks[ranks == ranks.max()]
-    most = f"; {len(more)} matrices need more than the median" if len(more) else ""
+    need = counted(len(more), "matrix needs", "matrices need")
+    most = f"; {need} more than the median" if len(more) else ""
     if len(more) and len(top) == 1:
         most += f", most of all {top.index[0]}"
     stored = (ranks.max() * sides).sum()

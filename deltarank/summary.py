@@ -8,7 +8,7 @@ from pathlib import Path
 import pandas as pd
 
 from deltarank.checkpoints import read_json
-from deltarank.checks import listed
+from deltarank.checks import counted, listed
 from deltarank.peft_format import CONFIG
 from deltarank.ranks import VLLM_RANKS, percent
 
@@ -27,15 +27,15 @@ def summary(out: Path, report: pd.DataFrame, dtype: str) -> str:
         report[report["part"] == part] for part in ("lora", "modules_to_save", "left_out")
     )
     size = sum(file.stat().st_size for file in out.iterdir()) / 1e6
-    whole = f" and {len(norms)} norms whole" if len(norms) else ""
+    whole = f" and {counted(len(norms), 'norm')} whole" if len(norms) else ""
     ranks = _ranks(lora["rank"], report.attrs["lora"])
     lines = [
-        f"{out} holds {len(lora)} matrices at {ranks}{whole}, {size:.1f} MB.",
+        f"{out} holds {counted(len(lora), 'matrix', 'matrices')} at {ranks}{whole}, {size:.1f} MB.",
         _kept(report, dtype),
     ]
     if len(left_out):
         share = percent(_share(left_out, report))
-        norm = f"{len(left_out)} tensors of norms, {share} of the squared update"
+        norm = f"{counted(len(left_out), 'tensor')} of norms, {share} of the squared update"
         lines.append(f"Left out: {norm}; --norms keeps them, in PEFT only.")
     for part, told in NOT_HELD.items():
         rows = report[report["part"] == part].sort_values("squared_norm", ascending=False)
@@ -108,8 +108,9 @@ def _held(rows: pd.DataFrame, column: str) -> float:
 
 def _healed(steps: int, rows: int, held_out: int, before: float, after: float) -> str:
     """How far the adapter is from the tuned model, after healing and before."""
-    where = f"{held_out} held-out prompts" if held_out else "the same prompts"
+    where = counted(held_out, "held-out prompt") if held_out else "the same prompts"
+    trained = f"{counted(steps, 'step')} on {counted(rows, 'prompt')}"
     return (
-        f"Healed for {steps} steps on {rows} prompts: in answers of the tuned model it diverges "
-        f"from it by {after:.3g} nats a token, the cut by {before:.3g} ({where})."
+        f"Healed for {trained}: in answers of the tuned model it diverges from it "
+        f"by {after:.3g} nats a token, the cut by {before:.3g} ({where})."
     )

@@ -259,7 +259,7 @@ def test_the_verdict_says_what_one_rank_for_all_stores(save, tmp_path):
     stored = sum(t.numel() for t in load_file(tmp_path / "out/adapter_model.safetensors").values())
     size = f"{4 * stored / 1e6:,.1f} MB in float32"
     assert (
-        f"parameters ({stored:,} stored at one rank, {size}); 1 matrices" in verdict(table, lora)[1]
+        f"parameters ({stored:,} stored at one rank, {size}); 1 matrix " in verdict(table, lora)[1]
     )
 
 
@@ -270,7 +270,7 @@ def test_the_verdict_names_the_matrix_that_needs_most(save):
     lines = verdict(table, recommend_ranks(table, energy=0.99))
     assert len(lines) == 3
     assert "14 matrices" in lines[0] and "rank 64 100 %" in lines[0]
-    assert f"1 matrices need more than the median, most of all {Q}" in lines[1]
+    assert f"1 matrix needs more than the median, most of all {Q}" in lines[1]
     assert "F32" in lines[2] and "0 of 14 matrices are near rounding." in lines[2]
 
 
