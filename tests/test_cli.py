@@ -578,7 +578,7 @@ def test_plan_says_what_rows_teach_and_which_rank_is_enough(rows, store, capsys)
     lines = told.splitlines()
     assert lines[0].startswith("rows.jsonl: 40 rows, ")
     assert any("trained parameters" in line for line in lines)
-    assert re.fullmatch(r"Take rank \d+( on all of them:|,) .*\.", lines[-1])
+    assert re.fullmatch(r"Take rank \d+( on all linear layers:|,) .*\.", lines[-1])
 
 
 def test_plan_says_the_same_whatever_profile_and_model_are_at_work(rows, capsys, monkeypatch):

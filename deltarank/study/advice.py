@@ -97,7 +97,8 @@ def _rank(held: Holding, sizes: Profile) -> list[str]:
         span = f"{FORECAST.least:g} to {FORECAST.most:g} kbit"
         lines.append(f"That is beyond the {span} of the tasks that it is fitted to.")
     if high <= usual * one:
-        return [*lines, f"Take rank {usual} on all of them: it is that factor above, or more."]
+        much = f"at least {FORECAST.factor:.0f} times the parameters forecast"
+        return [*lines, f"Take rank {usual} on {where}: it has {much}."]
     return [*lines, f"Take rank {usual}, which lost less in tasks left out than this forecast did, "
             f"score it, and beside it {_named(high / one, most)}: that factor more."]  # fmt: skip
 

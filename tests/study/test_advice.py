@@ -59,7 +59,8 @@ def test_of_another_base_it_says_whose_the_fit_is(told, monkeypatch):
 def test_the_usual_rank_is_enough_up_to_its_parameters(told):
     one, usual = parameters_of(RANK_1), 4
     fits = usual * one / 2 / 1000  # kbit, whose upper end is just the usual rank
-    assert told(fits * 0.99 / 2)[-1].startswith("Take rank 4 on all of them: it is ")
+    enough = "Take rank 4 on all linear layers: it has at least 2 times the parameters forecast."
+    assert told(fits * 0.99 / 2)[-1] == enough
     assert told(fits * 1.01 / 2)[-1].endswith(f"rank {usual + 1}: that factor more.")
     assert told(fits)[-1].endswith(f"rank {2 * usual}: that factor more.")
 
