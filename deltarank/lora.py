@@ -36,6 +36,7 @@ Number = TypeVar("Number", int, float)
 
 PICKLE = "adapter_model.bin"
 FACTOR = re.compile(rf"(?:{re.escape(PREFIX)})?(.+)\.lora_(embedding_)?([AB])(?:\.(weight|bias))?")
+BASE = ".base_layer.weight"  # the end of a base model's own weight; biases there are trained
 MERGE = "merge it (merge_and_unload), then give BASE and TUNED"  # what helps where factors do not
 VARIANTS = {  # fields of LoraConfig by which the update is another than scale * B @ A
     "use_dora": "DoRA",
@@ -200,7 +201,10 @@ def _weight_file(folder: Path, allow_pickle: bool) -> Path:
 
 
 def _by_module(checkpoint: Checkpoint) -> tuple[dict[str, dict[str, str]], list[str]]:
-    """The tensors of each module by part ("A", "B", "bias", ...), and those that are no factors."""
+    """The tensors of each module by part ("A", "B", "bias", ...), and those that are no factors.
+
+    Not BASE, which PEFT saves beside the factors of an embedding: a LoRA leaves it as it was.
+    """
     modules: dict[str, dict[str, str]] = {}
     whole = []
     for name in checkpoint.shapes:
@@ -211,7 +215,7 @@ def _by_module(checkpoint: Checkpoint) -> tuple[dict[str, dict[str, str]], list[
         else:
             strange = f"{checkpoint.source}: {name} is no factor of a plain LoRA"
             require(".lora_" not in name, f"{strange}: {MERGE}")
-            whole.append(name)
+            whole += [name] * (not name.endswith(BASE))
     return modules, whole
 
 

@@ -2,6 +2,7 @@
 
 import dataclasses
 import math
+import warnings
 
 import pairs
 import pytest
@@ -76,7 +77,10 @@ def test_a_rank_beyond_a_matrix_has_no_more_directions_than_it(tmp_path):
 def test_embeddings_are_vocabulary_and_biases_are_the_rest(tmp_path):
     folder = write_lora(tmp_path / "lora", r=4, target_modules=["q_proj", "embed_tokens"])
     edit_lora(folder, lambda t: t.update({QB.replace("weight", "bias"): torch.ones(32)}))
-    with pytest.warns(UserWarning, match="keeps model.embed_tokens.base_layer.weight whole"):
+    saved = load_file(f"{folder}/adapter_model.safetensors")
+    (own,) = [W for name, W in saved.items() if name.endswith("embed_tokens.base_layer.weight")]
+    assert torch.equal(own, build("llama").get_input_embeddings().weight)
+    with warnings.catch_warnings(action="error"):  # it is the base's
         table = open_lora(folder).spectra()
     assert table.attrs["rest"] == {Q.replace("weight", "bias"): 4.0 * 32}  # scale 8 / 4
     row = table.set_index("name").loc["model.embed_tokens.weight"]
