@@ -125,7 +125,12 @@ def _parsers() -> tuple[_Parser, dict[str, _Parser]]:
 def _add_reports(parser: argparse.ArgumentParser) -> None:
     """The options of inspect: what is written beside the terminal, and what is scored."""
     parser.add_argument("--html", metavar="FILE", help="write one self-contained page")
-    parser.add_argument("--json", metavar="FILE", help="write all numbers, spectra included")
+    parser.add_argument(
+        "--json",
+        metavar="FILE",
+        help="write all numbers, spectra included; help(deltarank.compare.compare_checkpoints) in "
+        "Python says what its fields are",
+    )
     parser.add_argument(
         "--task",
         help="score what cuts lose, to one rank and to those recommended: a task of the report, or "

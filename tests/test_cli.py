@@ -643,6 +643,9 @@ def test_help_has_an_example(command, capsys):
     if command in (["inspect"], ["extract"]):
         assert f"usage: deltarank {command[0]} [options] BASE TUNED" in out
         assert f"\n       deltarank {command[0]} [options] ADAPTER" in out
+    if command == ["inspect"]:
+        assert "help(deltarank.compare.compare_checkpoints)" in out
+        assert "near_rounding" in compare.compare_checkpoints.__doc__
 
 
 def test_the_installed_command_works_twice_and_is_quiet(pair, tmp_path):
