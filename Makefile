@@ -28,9 +28,9 @@ report: $(READY) ## [MODEL=yours]: run the quick profile from scratch; notebooks
 	$(elsewhere)
 
 define elsewhere
-	@mkdir -p $(FOLDER)
-	@$(MAKE) --no-print-directory notebooks TO="--output-dir $(FOLDER) $(LEAVE)"
-	@$(SITE) $(FOLDER) $(FOLDER)/figures $(FOLDER)/html $(MODEL)
+	@mkdir -p "$(FOLDER)"
+	@$(MAKE) --no-print-directory notebooks TO="--output-dir '$(FOLDER)' $(LEAVE)"
+	@$(SITE) "$(FOLDER)" "$(FOLDER)/figures" "$(FOLDER)/html" $(if $(MODEL),"$(MODEL)")
 	@echo "Done. Open $(FOLDER)/html/00_read_the_report.html"
 endef
 
@@ -48,8 +48,8 @@ figures: override export PROFILE = paper
 figures: export VENUE := $(or $(VENUE),default)
 figures: $(READY) ## [VENUE=neurips|icml|acl|nature]: every figure and table at a venue's sizes
 	@$(BIN)/python -c "import utils; utils.set_style()"
-	@mkdir -p $(BUILD)/figures/$(VENUE)
-	@$(MAKE) --no-print-directory notebooks TO="--output-dir $(BUILD)/figures/$(VENUE)/notebooks"
+	@mkdir -p "$(BUILD)/figures/$(VENUE)"
+	@$(MAKE) --no-print-directory notebooks TO="--output-dir '$(BUILD)/figures/$(VENUE)/notebooks'"
 	@echo "Done: $(BUILD)/figures/$(VENUE) has the figures, and the tables as LaTeX"
 
 notebooks: # run the sequence; 00 comes last, since it sums up the others
@@ -71,7 +71,7 @@ lint: $(READY) ## check style, format and types
 	@$(BIN)/ruff check . && $(BIN)/ruff format --check . && $(BIN)/mypy
 
 html: $(READY) ## build the report as a static site in build/html, from what is committed
-	@$(SITE) notebooks figures $(BUILD)/html
+	@$(SITE) notebooks figures "$(BUILD)/html"
 	@echo "Done. Open $(BUILD)/html/index.html"
 
 gallery: $(READY) ## inspect the site's three examples anew (trained again where the cache has lost them)
@@ -84,8 +84,8 @@ test-browser: $(READY) ## test site and figures as readers see them (needs chrom
 inspect: $(READY) ## BASE=… TUNED=… [TASK=…] [OUT=…]: a page on your own models, their adapter in OUT
 	@test -n "$(BASE)" -a -n "$(TUNED)" || { \
 		echo "Say which: make inspect BASE=folder TUNED=folder [TASK=sentiment or rows.jsonl]"; exit 2; }
-	@mkdir -p $(BUILD)/inspect
-	@$(BIN)/deltarank inspect "$(BASE)" "$(TUNED)" --html $(BUILD)/inspect/page.html \
+	@mkdir -p "$(BUILD)/inspect"
+	@$(BIN)/deltarank inspect "$(BASE)" "$(TUNED)" --html "$(BUILD)/inspect/page.html" \
 		$(if $(TASK),--task "$(TASK)")
 	@$(if $(OUT),$(BIN)/deltarank extract "$(BASE)" "$(TUNED)" "$(OUT)")
 
@@ -105,7 +105,7 @@ lock: $(READY) ## write requirements.lock from what is installed, for every plat
 		| grep -vE '^(nvidia|cuda|triton)' > requirements.lock
 
 clean: ## remove what was built; the store, the cache and .venv stay
-	@rm -rf build data/*/.tmp-* data/*/*/.tmp-* .pytest_cache .ruff_cache .mypy_cache
+	@rm -rf build .cache/.convert-* data/*/.tmp-* data/*/*/.tmp-* .pytest_cache .ruff_cache .mypy_cache
 	@find . -name __pycache__ -not -path "./.venv/*" -prune -exec rm -rf {} +
 
 $(READY): pyproject.toml requirements.lock

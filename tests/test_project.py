@@ -9,6 +9,7 @@ import tomllib
 
 import yaml
 
+import deltarank
 from deltarank.runtime import ROOT
 
 PYPROJECT = (ROOT / "pyproject.toml").read_text("utf8")
@@ -33,6 +34,11 @@ def test_every_package_is_listed_once():
     assert len(names) > 30
     assert sorted(names) == sorted(set(names))
     assert [path.name for path in ROOT.glob("requirements*.txt")] == []
+
+
+def test_the_citation_names_the_version():
+    cited = yaml.safe_load((ROOT / "CITATION.cff").read_text("utf8"))
+    assert cited["version"] == deltarank.__version__
 
 
 def test_environment_yml_lists_python_pip_and_the_project_only():

@@ -30,7 +30,8 @@ def figure_list(folder: Path) -> str:
                 if caption is None:
                     sys.exit(f"{file}: no caption *Figure …* below figure {found.group(1)}")
                 name, alt = found.group(1), output["metadata"]["image/png"]["alt"]
-                lines += [f"## {name}", "", " ".join(caption.group(1).split()), ""]
+                told = " ".join(caption.group(1).split()).replace("](#", f"](../notebooks/{file}#")
+                lines += [f"## {name}", "", told, ""]
                 lines += [f"- alt text: {alt}", f"- notebook: [{file}](../notebooks/{file})"]
                 lines += [f"- data: [{name}.csv]({name}.csv)", ""]
     return "\n".join(lines)
