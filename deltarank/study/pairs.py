@@ -89,8 +89,9 @@ class RunPair:
         name, task = f"{self.config.key}-{self.dtype}-scores-{asked}", self.config.task
 
         def scored() -> pd.DataFrame:
-            given = {"by_matrix": by_matrix, "eval_rows": self.config.eval_rows}
-            return score_pair(*self.folders(), task, ranks, **given)
+            base, tuned = self.folders()
+            rows = self.config.eval_rows
+            return score_pair(base, tuned, task, ranks, by_matrix=by_matrix, eval_rows=rows)
 
         return self._kept(name, scored)
 

@@ -139,7 +139,7 @@ def summed_costs(
     less than `share`; parameters, geometric mean; one size, what the line of one size for all tasks
     loses in the mean at as many.
     """
-    alike = one_size(says.index)
+    alike = one_size([*says.index])
     by_rule = costs(says.join(alike), shares=shares).groupby("rule", sort=False)
     table = by_rule["lost"].agg(["mean", "max"]).add_prefix("lost, ")
     table["short"] = by_rule["kept"].agg(lambda kept: (kept < share).sum())
