@@ -117,7 +117,7 @@ class CodeGrid:
     digits: int = 6
     loads: tuple[float, ...] = (0.05, 0.2, 0.5, 1.0, 2.0, 5.0)
     own_loads: tuple[tuple[Size, tuple[float, ...]], ...] = ((((14,), (), 0), (0.001, 0.01)),)
-    most: int = 5000
+    most: int = 5300
     steps: int = 4000
     lrs: tuple[float, ...] = (1e-4, 3e-4, 1e-3, 3e-3, 1e-2)
     full_lrs: tuple[float, ...] = (1e-5, 3e-5, 1e-4, 3e-4, 1e-3)
