@@ -252,3 +252,13 @@ def test_without_an_update_every_measure_is_zero():
     measures = spectrum_measures(torch.zeros(4), (4, 6))
     assert measures.pop("min_dim") == 4
     assert set(measures.values()) == {0}
+
+
+def test_all_of_the_energy_is_no_rank_beyond_the_matrix():
+    S = 1 / torch.arange(1.0, 11)  # the shares of which end below 1 by rounding
+    assert energy_rank(S, 1.0) == 10
+
+
+def test_directions_of_rounding_are_not_above_the_edge():
+    S = torch.cat([torch.ones(3), torch.logspace(-8, -16, 61)])
+    assert above_edge(S, (64, 64)) == 3
