@@ -5,6 +5,7 @@ import itertools
 import pandas as pd
 import pytest
 import torch
+import torch.nn.functional as F
 from pairs import RANK, SIGMA, Q, build, edit, plant
 from peft import LoHaConfig, convert_to_lora, get_peft_model
 from safetensors.torch import load_file
@@ -77,6 +78,7 @@ def test_a_budget_is_spent_best(wide, budget):
     takes = [sum(r * sum(shapes[n]) for n, r in each.items()) for each in every]
     best = max((each for each, n in zip(every, takes, strict=True) if n <= budget), key=kept)
     assert got == best
+    assert recommend_ranks(table, budget=6)["target_modules"] == ["a"]
     with pytest.raises(ValueError, match="budget=5"):
         recommend_ranks(table, budget=5)
 
@@ -179,6 +181,7 @@ def test_the_list_of_modules_is_not_searched_for_each_matrix(save):
     ("S", "uses", "found"),
     [
         ([4.0, 2] + [0.1] * 6, (2, 2), "half of its rank holds 99 % of it"),
+        ([1.0] * 4 + [0.01] * 4, (4, 4), "half of its rank holds 99 % of it"),
         ([4.0, 2, 1, 1] + [0.6] * 4, (4, 8), "half of its rank holds 90 % of it"),
         ([1.0] * 8, (8, 8), "it uses most of its rank"),
     ],
@@ -214,7 +217,7 @@ def test_the_verdict_on_a_pair_whose_experts_alone_changed_says_so():
 
 def test_the_verdict_knows_a_merged_lora_and_what_is_mostly_rounding():
     S = torch.cat([torch.full((14,), 3.0), torch.full((50,), 1e-3)])
-    table = two_of(S).assign(near_rounding=False)
+    table = table_of(S, S).assign(near_rounding=False)
     (first, *_) = verdict(table, recommend_ranks(table, rank=8))
     assert ": nearly all of it is in 14 directions (median), as of a merged LoRA. Cut at" in first
     table = table.assign(near_rounding=True, above_rounding=5)
@@ -226,7 +229,8 @@ def test_the_verdict_knows_a_merged_lora_and_what_is_mostly_rounding():
 def test_the_verdict_says_what_vllm_does_not_load(save):
     table = compare_checkpoints(*save())
     lora = recommend_ranks(table, rank=2)
-    assert "vLLM" not in verdict(table, lora)[1] and " MB in float32)" in verdict(table, lora)[1]
+    assert " MB in float32)" in verdict(table, lora)[1]
+    assert "vLLM" not in verdict(table, lora | {"r": 512})[1]
     assert "vLLM loads no more than rank 512." in verdict(table, lora | {"r": 513})[1]
 
 
@@ -293,28 +297,65 @@ def test_the_verdict_says_what_to_do_at_one_rank(save):
     assert "most of all" not in lines[1]
 
 
-def two_of(S):
-    """A table of two matrices with the spectrum S, one of them near rounding."""
-    shapes = dict.fromkeys(["a.0.x.weight", "a.1.x.weight"], (96, 64))
-    columns = {"name": list(shapes), "shape": list(shapes.values()), "S": [S] * 2}
+def table_of(*spectra):
+    """A table of (96, 64) matrices with these spectra, the first of them near rounding."""
+    names = [f"a.{i}.x.weight" for i in range(len(spectra))]
+    columns = {"name": names, "shape": [(96, 64)] * len(names), "S": list(spectra)}
     columns |= {"kind": "matrix", "relative_size": 0.053, "dtype_tuned": "BF16"}
-    measures = pd.DataFrame([spectrum_measures(S, (96, 64))] * 2)
-    table = measures.assign(**columns, near_rounding=[True, False])
+    measures = pd.DataFrame([spectrum_measures(S, (96, 64)) for S in spectra])
+    table = measures.assign(**columns, near_rounding=[name == names[0] for name in names])
     table.attrs["rest"] = {"norm": 0.0}
     return table
 
 
+CONCENTRATED = "it is concentrated, but not low-rank"
+
+
 @pytest.mark.parametrize(
-    ("head", "found"), [(30.0, "it is low-rank"), (10.0, "it is concentrated, but not low-rank")]
+    ("squares", "found"),
+    [
+        ([(30.0, 8), (1.0, 20)], "it is low-rank"),  # rank 8 keeps 92 %
+        ([(17.0, 8), (1.0, 20)], CONCENTRATED),  # 87 %
+        ([(10.0, 8), (1.0, 20)], CONCENTRATED),
+        ([(10.0, 14), (0.02, 50)], CONCENTRATED),  # 14 directions hold 99.3 %: no merged LoRA
+        ([(9.0, 4), (1.0, 34)], CONCENTRATED),  # r90 is 0.795 of what noise needs
+        ([(9.0, 4), (1.0, 36)], "it is spread out like noise"),  # 0.85
+    ],
 )
-def test_the_verdict_tells_low_rank_from_concentrated(head, found):
-    """E(8) is 240 / 260 and 80 / 100, the median r90 1 to 18, below half of what noise needs."""
-    table = two_of(torch.tensor([head] * 8 + [1.0] * 20 + [0.0] * 36).sqrt())
+def test_the_verdict_says_what_kind_of_update_it_is(squares, found):
+    S = torch.cat([torch.full((count,), square) for square, count in squares]).sqrt()
+    table = table_of(*[F.pad(S, (0, 64 - len(S)))] * 2)
     assert f": {found}. Cut at" in verdict(table, recommend_ranks(table, rank=8))[0]
 
 
+def test_one_matrix_unlike_the_others_moves_no_median_of_the_verdict():
+    one, all_of_it = torch.ones(1), torch.ones(60)
+    table = table_of(one, one, all_of_it).assign(relative_size=[0.01, 0.02, 0.9])
+    lora = recommend_ranks(table, rank=1)
+    lines = verdict(table, lora)
+    assert "needs rank 1 (median), 0.03 of what noise of its shape needs" in lines[1]
+    assert "the update is 2.0 % of the weights (median)" in lines[2]
+    (first, *_) = adapter_verdict(table.assign(lora_rank=64), lora)
+    assert "uses 1 directions (median) for 90 % and 1 for 99 % of its squared update" in first
+
+
+def test_the_verdict_is_on_the_matrices_that_a_lora_adapts():
+    table = table_of(torch.ones(64), torch.ones(4)).assign(kind=["vocabulary", "matrix"])
+    (first, *_) = verdict(table, recommend_ranks(table, rank=4))
+    assert "Of the squared update of 1 matrices rank 8 keeps 100 %" in first
+
+
+def test_the_verdict_says_which_share_lies_outside_the_matrices():
+    table = table_of(torch.ones(6), torch.ones(4)).assign(kind=["vocabulary", "matrix"])
+    table.attrs["rest"] = {"norm": 10.0, "bias": 20.0}
+    line = verdict(table, recommend_ranks(table, rank=1))[1]
+    told = "vocabulary 15 %, norms, biases and others 75 % of the whole squared update"
+    assert f"not in the factors: {told}" in line
+
+
 def test_the_verdict_on_noise_says_so_and_doubts_what_is_near_rounding():
-    table = two_of((96 * 64 * null_energy((96, 64)).diff(prepend=torch.zeros(1))).sqrt())
+    S = (96 * 64 * null_energy((96, 64)).diff(prepend=torch.zeros(1))).sqrt()
+    table = table_of(S, S)
     lines = verdict(table, recommend_ranks(table, rank=8))
     assert "noise" in lines[0] and "low-rank" not in lines[0]
     assert "1.00 of what noise of its shape needs" in lines[1]
