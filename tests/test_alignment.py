@@ -14,6 +14,13 @@ from deltarank import alignment
 from deltarank.alignment import open_pair
 from deltarank.compare import compare_checkpoints
 
+
+def edit_config(folder, **changes):
+    """Change what config.json of a folder says."""
+    config = Path(folder, "config.json")
+    config.write_text(json.dumps(json.loads(config.read_text()) | changes))
+
+
 # What is read
 
 
@@ -120,10 +127,7 @@ def test_a_tie_counts_as_far_as_the_numbers_bear_it_out(save, flag):
     """Training may have untied the head, whatever config.json says; transformers loads both."""
     base, tuned = folders = save("qwen")
     for folder in folders:
-        config = Path(folder, "config.json")
-        config.write_text(
-            json.dumps(json.loads(config.read_text()) | {"tie_word_embeddings": flag})
-        )
+        edit_config(folder, tie_word_embeddings=flag)
     edit(tuned, lambda t: t.update({"lm_head.weight": t["model.embed_tokens.weight"] + 1}))
     with pytest.warns(UserWarning, match="has lm_head.weight, which .* has not: no adapter holds"):
         assert open_pair(base, tuned).only_tuned == ["lm_head.weight"]
@@ -138,25 +142,50 @@ def test_what_the_base_alone_has_is_warned_of(save):
         assert open_pair(base, tuned).only_base == ["lm_head.weight"]
 
 
-def test_a_token_outside_of_the_layers_is_no_expert(save):
+def test_three_dimensions_alone_make_no_experts(save):
+    """Those of experts are in a layer, and neither vectors nor a convolution."""
+    shapes = {"vision.cls_token": (1, 1, 32), "vision.positions": (2, 4, 32)}
+    shapes |= {"layers.0.time_mix": (1, 1, 32), "layers.0.conv1d.weight": (8, 2, 4)}
     folders = save()
     for folder in folders:
-        edit(folder, lambda t: t.update({"vision.cls_token": torch.ones(1, 1, 32)}))
-        edit(folder, lambda t: t.update({"layers.0.time_mix": torch.ones(1, 1, 32)}))
+        edit(folder, lambda t: t.update({n: torch.ones(shape) for n, shape in shapes.items()}))
     table = compare_checkpoints(*folders)
     assert "expert" not in {*table["kind"]}
-    assert {"vision.cls_token", "layers.0.time_mix"} <= {*table.attrs["rest"]}
+    assert shapes.keys() <= table.attrs["rest"].keys()
 
 
 @pytest.mark.parametrize("side", [0, 1])
 def test_a_head_of_its_own_on_one_side_is_not_taken_for_tied(save, side):
     folders = save("qwen")
-    config = Path(folders[side], "config.json")
-    config.write_text(json.dumps(json.loads(config.read_text()) | {"tie_word_embeddings": False}))
+    edit_config(folders[side], tie_word_embeddings=False)
     edit(folders[side], lambda t: t.update({"lm_head.weight": torch.ones(64, 32)}))
     pair = open_pair(*folders)
     assert [pair.only_base, pair.only_tuned][side] == ["lm_head.weight"]
     assert [pair.only_base, pair.only_tuned][1 - side] == []
+
+
+@pytest.mark.parametrize("side", [0, 1])
+def test_a_head_that_one_side_says_is_not_tied_is_compared_though_it_is_the_embedding(save, side):
+    folders = save("qwen")
+    edit_config(folders[side], tie_word_embeddings=False)
+    for folder in folders:
+        edit(folder, lambda t: t.update({"lm_head.weight": t["model.embed_tokens.weight"].clone()}))
+    assert "lm_head.weight" in open_pair(*folders).names
+
+
+HEADS = {
+    "another last row": lambda E: torch.cat([E[:-1], E[-1:] + 1]),
+    "more rows": lambda E: torch.cat([E, E[:6]]),
+}
+
+
+@pytest.mark.parametrize("head_of", HEADS.values(), ids=HEADS)
+def test_a_head_is_tied_only_if_it_is_the_embedding_to_the_last_row(save, monkeypatch, head_of):
+    monkeypatch.setattr(alignment, "SLICE_ENTRIES", 32 * 8)  # eight slices
+    folders, embedding = save("qwen"), "model.embed_tokens.weight"
+    for folder in folders:
+        edit(folder, lambda t: t.update({"lm_head.weight": head_of(t[embedding])}))
+    assert "lm_head.weight" in open_pair(*folders).names
 
 
 def test_a_new_head_is_reported(save, tmp_path):
@@ -179,10 +208,14 @@ def test_another_depth_is_refused(save, side):
     refuse(*folders, "model.layers.1.", "fine-tune of")
 
 
-def test_another_width_names_both_shapes(save):
+@pytest.mark.parametrize(
+    ("name", "shape", "other"),
+    [(Q, (32, 32), (48, 32)), ("model.embed_tokens.weight", (64, 32), (64, 48))],
+)
+def test_another_width_names_both_shapes(save, name, shape, other):
     base, tuned = save()
-    edit(tuned, lambda t: t.update({Q: torch.zeros(48, 32)}))
-    refuse(base, tuned, Q, "(32, 32)", "(48, 32)")
+    edit(tuned, lambda t: t.update({name: torch.zeros(other)}))
+    refuse(base, tuned, name, str(shape), str(other))
 
 
 def test_a_missing_tensor_of_a_layer_is_refused(save):

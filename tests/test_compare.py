@@ -1,12 +1,14 @@
 """A pair's table: planted updates come back, rounding is told from rank, a kill costs little."""
 
+import math
 import os
 import pathlib
 import shutil
+import warnings
 
 import pytest
 import torch
-from pairs import ARCHITECTURES, RANK, SIGMA, Q, edit, same_tables
+from pairs import ARCHITECTURES, RANK, SIGMA, Q, edit, plant, same_tables
 from safetensors.torch import load_file
 
 from deltarank import compare
@@ -48,6 +50,32 @@ def test_experts_are_matrices_of_their_own(save, architecture, each):
     rest = table[table["kind"] == "matrix"]["name"]
     assert len(rest) == 8 and rest.str.contains("self_attn").all()
     assert not table["name"].str.contains("bias").any()  # gpt-oss has one a row for its experts
+
+
+def test_every_expert_has_its_own_update(save):
+    base, tuned = save("gpt-oss")
+    name = "model.layers.0.mlp.experts.down_proj"
+    edit(tuned, lambda t: [t[name][i].mul_(1 + i) for i in range(3)])
+    table = compare_checkpoints(base, tuned).set_index("name")
+    W0, W1 = (load_file(f"{folder}/model.safetensors")[name] for folder in (base, tuned))
+    for i, dW in enumerate(W1 - W0):
+        norm = table.loc[f"{name}[{i}]", "squared_norm"]
+        assert norm == pytest.approx(float(dW.square().sum()), rel=1e-5)
+
+
+def test_every_tensor_is_one_of_the_matrices_or_of_the_rest(save):
+    base, tuned = save()
+    table = compare_checkpoints(base, tuned)
+    names = load_file(f"{tuned}/model.safetensors").keys()
+    assert sorted([*table["name"], *table.attrs["rest"]]) == sorted(names)
+
+
+def test_the_share_of_the_entries_that_changed_is_counted(save):
+    base, tuned = save()
+    W0 = load_file(f"{base}/model.safetensors")[Q]
+    edit(tuned, lambda t: t.update({Q: torch.cat([W0[:8] + 1, W0[8:]])}))
+    changed = compare_checkpoints(base, tuned).set_index("name")["changed_share"]
+    assert changed[Q] == 0.25 and changed["model.embed_tokens.weight"] == 0
 
 
 def test_the_table_says_what_singular_values_say(save):
@@ -146,6 +174,35 @@ def test_rounding_is_told_from_rank(save, relative_size):
         assert beyond == pytest.approx(row["rounding_share"] * (1 - 8 / 256) ** 2, rel=0.25)
 
 
+def test_directions_of_an_oblong_matrix_are_told_from_rounding(save):
+    """Weights from 1 to 2 are rounded to 1 / 128; the last of four directions is near the edge."""
+    base, tuned = save(dtype=torch.bfloat16)
+    generator, m, n = torch.Generator().manual_seed(0), 512, 32
+    W0 = (1.2 + 0.6 * torch.rand(m, n, generator=generator)).bfloat16()
+    edge = 2**-7 / math.sqrt(12) * (math.sqrt(m) + math.sqrt(n))
+    W1 = W0.float()
+    plant(W1, generator, sigma=torch.tensor([3.0, 3.0, 3.0, 1.2 * edge]))
+    edit(base, lambda t: t.update(extra=W0))
+    edit(tuned, lambda t: t.update(extra=W1.bfloat16()))
+    row = compare_checkpoints(base, tuned).set_index("name").loc["extra"]
+    assert row["above_rounding"] == 4
+    assert row["S"][3] < 1.5 * edge and row["S"][4] > 0.95 * edge
+
+
+@pytest.mark.parametrize(("changed", "near"), [(1, True), (400, True), (450, False)])
+def test_rounding_is_near_where_it_is_a_twentieth_of_the_update(save, changed, near):
+    """1,024 weights of 1 are rounded by 2^-7; so many of them change by twice as much."""
+    base, tuned = save(dtype=torch.bfloat16)
+    W0 = torch.ones(32, 32)
+    W1 = W0 + 2**-6 * (torch.arange(1024) < changed).view(32, 32)
+    edit(base, lambda t: t.update({Q: W0.bfloat16()}))
+    edit(tuned, lambda t: t.update({Q: W1.bfloat16()}))
+    row = compare_checkpoints(base, tuned).set_index("name").loc[Q]
+    share = 1024 / 12 / (4 * changed)
+    assert row["rounding_share"] == pytest.approx(min(share, 1))
+    assert row["near_rounding"] == near == (share > 0.05)
+
+
 @pytest.mark.parametrize("scale", [1, 1e-6])  # 1e-6: below float16's smallest normal number
 @pytest.mark.parametrize(("dtype", "name"), [(torch.bfloat16, "BF16"), (torch.float16, "F16")])
 def test_the_rounding_variance_is_that_of_rounding(dtype, name, scale):
@@ -242,6 +299,13 @@ def test_identical_and_unrelated_pairs_are_named(save):
         compare_checkpoints(base, tuned)
 
 
+def test_one_matrix_of_another_size_makes_no_unrelated_pair(save):
+    base, tuned = save()
+    edit(tuned, lambda t: t[Q].mul_(1e3))
+    with warnings.catch_warnings(action="error"):
+        compare_checkpoints(base, tuned)
+
+
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
 def test_nan_and_inf_name_file_and_tensor(save, value):
     base, tuned = save()
@@ -256,6 +320,22 @@ def test_weights_that_are_and_stay_zero_have_no_size(save):
         edit(folder, lambda t: t.update({Q: torch.zeros_like(t[Q])}))
     row = compare_checkpoints(base, tuned).set_index("name").loc[Q]
     assert row["relative_size"] == 0 and row["squared_norm"] == 0
+
+
+def test_an_update_of_weights_that_were_zero_is_infinitely_large(save):
+    base, tuned = save()
+    edit(base, lambda t: t[Q].zero_())
+    row = compare_checkpoints(base, tuned).set_index("name").loc[Q]
+    assert row["relative_size"] == math.inf and row["squared_norm"] > 0
+
+
+def test_a_norm_whose_update_has_no_square_in_float32_is_in_the_rest(save):
+    base, tuned = save()
+    name = "model.norm.weight"
+    edit(base, lambda t: t[name].zero_())
+    edit(tuned, lambda t: t[name].fill_(1e-25))
+    rest = compare_checkpoints(base, tuned).attrs["rest"]
+    assert rest[name] == pytest.approx(32 * 1e-50, rel=1e-6, abs=0)
 
 
 @pytest.mark.parametrize("scale", [1e160, 1e60, 1e-60])
