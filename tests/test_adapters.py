@@ -334,6 +334,8 @@ def test_ranks_beyond_a_matrix_give_all_it_has(save, tmp_path):
 
 # What the names tell
 
+LLAMA_CONFIG = {"model_type": "llama", "architectures": ["LlamaForCausalLM"], "vocab_size": 64}
+
 
 def what_transformers_says(model):
     """Places of a model's tensors by the classes of its modules, {tensor: kind}."""
@@ -416,6 +418,19 @@ def test_a_file_without_its_prefix_gives_the_same_adapter(save, tmp_path, sides)
     assert all(torch.equal(found[name], expected[name]) for name in expected)
 
 
+@pytest.mark.parametrize(
+    ("rows", "head"),
+    [
+        ({"model.embed_tokens.weight": (64, 32)}, (64, 32)),  # as padded as the embedding
+        ({"model.embed_tokens.weight": (64, 32)}, (60, 32)),  # as config.json says
+        ({}, (60, 32)),
+    ],
+)
+def test_the_head_of_the_vocabulary_gets_no_factors(rows, head):
+    shapes = {Q: (32, 32), "lm_head.weight": head} | rows
+    assert find_places(LLAMA_CONFIG | {"vocab_size": 60}, shapes).linear == {Q: Q}
+
+
 PARTS = {"text_config": {"model_type": "gemma3_text", "vocab_size": 64}, "model_type": "gemma3"}
 
 
@@ -435,8 +450,7 @@ PARTS = {"text_config": {"model_type": "gemma3_text", "vocab_size": 64}, "model_
     ],
 )
 def test_what_names_cannot_tell_is_refused(change, names, problem):
-    config = {"model_type": "llama", "architectures": ["LlamaForCausalLM"], "vocab_size": 64}
-    config = {key: value for key, value in (config | change).items() if value is not None}
+    config = {key: value for key, value in (LLAMA_CONFIG | change).items() if value is not None}
     with pytest.raises(ValueError, match=problem) as raised:
         find_places(config, dict.fromkeys(names, (32, 32)))
     assert "\n" not in str(raised.value)
@@ -569,6 +583,11 @@ def test_an_empty_folder_is_filled(save, tmp_path):
     out.mkdir(mode=0o700)
     extract_adapter(*save(), str(out), rank=1)
     assert len(contents(out)) == 2 and {*tmp_path.glob(".*")} == set()
+
+
+def test_an_adapter_can_be_read_by_others(save, tmp_path):
+    extract_adapter(*save(), str(tmp_path / "out"), rank=1)
+    assert (tmp_path / "out").stat().st_mode & 0o777 == 0o755
 
 
 @pytest.mark.parametrize("stranger", ["notes.txt", "config.json", None])

@@ -36,10 +36,12 @@ def test_balancing_leaves_directions_of_nothing_alone():
     assert all(X.isfinite().all() for X in balanced(B, A))
 
 
+@pytest.mark.parametrize("scale", [1e-2, 1e-25])  # whose square float32 does not hold
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-def test_the_loss_by_rounding_is_that_of_the_products(dtype):
-    B, A = cut(1e-2)
-    found = rounding_loss(B, A, B.to(dtype), A.to(dtype)) / float((B @ A).square().sum())
+def test_the_loss_by_rounding_is_that_of_the_products(dtype, scale):
+    B, A = cut(scale)
+    norm = float((B.double() @ A.double()).square().sum())
+    found = rounding_loss(B, A, B.to(dtype), A.to(dtype)) / norm
     assert found == pytest.approx(lost(B, A, dtype), rel=1e-5)
 
 

@@ -1,6 +1,7 @@
 """An adapter as input: spectra of PEFT's own merge, and a name for all that is no plain LoRA."""
 
 import dataclasses
+import json
 import math
 import warnings
 
@@ -113,6 +114,25 @@ def test_a_pickle_is_read_only_when_it_is_said(tmp_path):
     assert all(map(torch.equal, before["S"], after["S"]))
 
 
+def test_a_pickle_beside_safetensors_is_not_read_even_then(tmp_path):
+    folder = planted(tmp_path / "lora", "plain")
+    before, file = open_lora(folder).spectra(), tmp_path / "lora" / "adapter_model.safetensors"
+    zeros = {name: torch.zeros_like(W) for name, W in load_file(file).items()}
+    torch.save(zeros, tmp_path / "lora" / "adapter_model.bin")
+    after = open_lora(folder, allow_pickle=True).spectra()
+    assert all(map(torch.equal, before["S"], after["S"]))
+
+
+def test_a_config_without_rank_and_alpha_has_those_of_peft(tmp_path):
+    folder = write_lora(tmp_path / "lora", target_modules=["q_proj"])
+    before, file = open_lora(folder).spectra(), tmp_path / "lora" / "adapter_config.json"
+    config = json.loads(file.read_text())
+    assert (config.pop("r"), config.pop("lora_alpha")) == (8, 8)
+    file.write_text(json.dumps(config))
+    after = open_lora(folder).spectra()
+    assert {*after["scale"]} == {*before["scale"]} == {1.0} and {*after["lora_rank"]} == {8}
+
+
 def test_an_adapter_of_the_hub_is_fetched_without_the_model_beside_it(tmp_path, monkeypatch):
     folder, asked = planted(tmp_path / "lora", "plain"), []
 
@@ -192,6 +212,13 @@ def test_nan_and_inf_name_file_and_tensor(tmp_path, value):
     refuse(folder, f"lora/adapter_model.safetensors: {QB} holds NaN or infinite")
 
 
+@pytest.mark.parametrize("scale", [1e22, 1e-30])
+def test_an_update_out_of_the_range_of_float32_is_refused(tmp_path, scale):
+    folder = planted(tmp_path / "lora", "plain")
+    edit_lora(folder, lambda t: [t[name].mul_(scale) for name in (QA, QB)])
+    refuse(folder, f"{Q}: the update is out of the range of float32", "lower its alpha")
+
+
 @pytest.mark.parametrize(
     ("config", "problem"),
     [
@@ -204,6 +231,12 @@ def test_a_rank_that_the_config_contradicts_is_refused(tmp_path, config, problem
     """PEFT could not load it either, and the scale would be wrong."""
     edit_lora(planted(tmp_path / "lora", "plain"), **config)
     refuse(str(tmp_path / "lora"), problem, "correct r or rank_pattern")
+
+
+def test_factors_of_two_ranks_are_refused(tmp_path):
+    folder = planted(tmp_path / "lora", "plain")
+    edit_lora(folder, lambda t: t.update({QB: torch.ones(32, 6)}))
+    refuse(folder, "q_proj has factors of rank 4 and 6, adapter_config.json says 4")
 
 
 def test_factors_without_each_other_are_refused(tmp_path):

@@ -96,9 +96,12 @@ def test_the_adapted_model_computes_the_logits_of_the_cut(tmp_path, name):
 
 def test_the_base_the_task_and_more_are_carried_over(tmp_path):
     folder = write_lora(tmp_path / "lora", r=4, task_type="CAUSAL_LM", target_modules=["q_proj"])
-    edit_lora(folder, base_model_name_or_path="someone/model", revision="v2")
+    mapping = {"base_model_class": "LlamaForCausalLM", "parent_library": "transformers"}
+    more = {"revision": "v2", "auto_mapping": mapping}
+    edit_lora(folder, base_model_name_or_path="someone/model", **more)
     shrink_adapter(folder, str(tmp_path / "out"), rank=2)
     config = config_of(tmp_path / "out")
+    assert config["auto_mapping"] == mapping
     assert config["task_type"] == "CAUSAL_LM" and config["revision"] == "v2"
     assert config["base_model_name_or_path"] == "someone/model"
     PeftModel.from_pretrained(build("llama"), tmp_path / "out")
@@ -113,6 +116,15 @@ def test_a_budget_is_spent_where_it_keeps_most(tmp_path):
     with pytest.raises(ValueError, match="budget=3"):
         shrink_adapter(folder, str(tmp_path / "none"), budget=3)
     assert not (tmp_path / "none").exists()
+
+
+def test_matrices_that_a_budget_leaves_out_are_not_chosen(tmp_path):
+    folder = planted(tmp_path / "lora", "plain")
+    report = shrink_adapter(folder, str(tmp_path / "out"), budget=80).set_index("name")
+    assert report["part"].value_counts().to_dict() == {"not_chosen": 5, "lora": 1}
+    written = {name.partition(".lora_")[0] for name in factors_of(tmp_path / "out")}
+    (chosen,) = report.index[report["part"] == "lora"]
+    assert written == {f"base_model.model.{chosen.removesuffix('.weight')}"}
 
 
 def test_at_its_own_rank_it_is_the_same_adapter_in_the_portable_form(tmp_path):
