@@ -7,15 +7,17 @@ from sacrebleu import sentence_chrf
 from deltarank.runtime import at_profile
 from deltarank.study import floors
 from deltarank.study.configs import RunConfig
-from deltarank.study.floors import copied, copy_score, skill_gain, skill_kept
+from deltarank.study.floors import copied, copy_score, has_floor, skill_gain, skill_kept
 from deltarank.study.profiles import PROFILES, profile
 from deltarank.study.runs import Result
 from deltarank.study.tasks import load_split
 
 
 def result(loss, score, config=None):
+    """A run that loses ten times as much on the rows that choose, and scores half as much."""
     test = {"loss_nats": loss, "score": score}
-    return Result(config, {"evaluation": {"test": test}})
+    valid = {"loss_nats": 10 * loss, "score": score / 2}
+    return Result(config, {"evaluation": {"test": test, "valid": valid}})
 
 
 @pytest.fixture
@@ -53,8 +55,9 @@ def test_what_a_copy_scores_is_no_skill(without_skill):
 
 def test_the_gain_of_a_run_is_read_from_the_floor(without_skill):
     run = result(1.5, 28.0, profile().config("facts"))
-    assert skill_gain(run) == 0.5
+    assert skill_gain(run) == skill_gain(run, split="valid") == 0.5
     assert skill_gain(run, by="score") == pytest.approx(0.1)
+    assert skill_gain(run, by="score", split="valid") == pytest.approx(0.1)
 
 
 @pytest.mark.parametrize("task", ["pirate", "kjv", "sorbian"])
@@ -86,6 +89,12 @@ def test_only_a_rewriting_can_be_copied():
 def test_a_task_without_lora_has_no_floor(without_skill):
     kept = skill_kept(pd.Series([1.0, 2.0]), result(1.0, 50.0, profile().config("shuffled")))
     assert kept.isna().all()
+
+
+def test_a_task_that_is_forecast_has_a_floor():
+    with at_profile("paper"):
+        forecast = {*profile().forecast_tasks}
+        assert forecast - {*profile().lora_tasks} and all(map(has_floor, forecast))
 
 
 def test_whether_a_task_has_a_floor_is_said_by_the_profile_of_the_run(monkeypatch):

@@ -8,13 +8,17 @@ import torch
 from small_runs import small, with_spectra
 
 from deltarank.study import gains
+from deltarank.study.configs import GROWTH_ROWS
 from deltarank.study.gains import (
     at_gain,
     at_loss,
     bracket_text,
+    captured_energy,
     epoch_rows,
     first_epoch_kbit,
     gain,
+    gain_kept,
+    growth_loss,
     learned_kbit,
     needed_bracket,
     needed_rank,
@@ -73,15 +77,21 @@ def test_needed_bracket(kept, bracket, text):
 
 
 def a_run(losses, ranks):
-    """A full run whose notes at steps 1, 2, 4 have these losses and one matrix of these r90."""
+    """A full run whose notes at steps 1, 2, 4 have these losses and r90, and one odd matrix."""
     notes = [
-        {"step": step, "loss_nats": loss, "energy_8": [1 / rank], "r90": [rank]}
+        {
+            "step": step,
+            "loss_nats": loss,
+            "energy_8": [1 / rank, 1 / rank, 1.0],
+            "r90": [rank, rank, 1],
+        }
         for step, loss, rank in zip((1, 2, 4), losses, ranks, strict=True)
     ]
     config = PROFILES["smoke"].config("facts", steps=8)
     valid = {"row_nats": [1.0, 3.0], "row_tokens": [2, 2]}  # 1 nat a token at the end
     record = {"growth": notes, "evaluation": {"valid": valid}}
-    return with_spectra(Result(config, record), {"W": torch.ones(40)})
+    spectra = {"W": torch.ones(40), "V": torch.ones(40), "odd": torch.ones(1)}
+    return with_spectra(Result(config, record), spectra)
 
 
 @pytest.mark.parametrize(
@@ -112,20 +122,36 @@ def test_a_loss_that_a_run_never_comes_down_to_is_refused(store):
         at_loss(run, 0.9)
 
 
-@pytest.mark.parametrize(("steps", "seen"), [(2, 2), (6, 4)])  # four batches are an epoch
-def test_the_code_length_is_the_loss_of_rows_not_seen_before(small_task, steps, seen):
-    config = small(steps=steps, batch_size=1)
+def test_the_loss_on_the_way_is_that_of_the_tokens_of_the_first_rows():
+    nats = [2.0] * GROWTH_ROWS + [1000.0]
+    tokens = [4] + [1] * GROWTH_ROWS
+    valid = {"row_nats": nats, "row_tokens": tokens}
+    result = Result(profile().config("facts"), {"evaluation": {"valid": valid}})
+    assert growth_loss(result) == pytest.approx(2 * GROWTH_ROWS / (3 + GROWTH_ROWS))
+
+
+def tokens_a_row(rows):
+    """The mean number of answer tokens, which are bytes."""
+    return sum(len(row["answer"] + "\n") for row in rows) / len(rows)
+
+
+@pytest.mark.parametrize(
+    ("steps", "batch_size", "seen"),
+    [(2, 1, 2), (6, 1, 4), (4, 2, 4), (5, 3, 3)],  # four rows are an epoch, whole batches
+)
+def test_the_code_length_is_the_loss_of_rows_not_seen_before(small_task, steps, batch_size, seen):
+    config = small(steps=steps, batch_size=batch_size)
     losses = [math.log(2), math.log(4), *[math.log(2)] * (steps - 2)]
-    bits = {2: 1 + 2, 4: 1 + 2 + 1 + 1}[seen]
-    tokens = sum(len(row["answer"] + "\n") for row in small_task[:4]) / 4  # bytes are tokens
+    bits = batch_size * sum([1, 2, 1, 1][: seen // batch_size]) * tokens_a_row(small_task[:4])
     result = Result(config, {"train_loss_nats": losses})
-    found = first_epoch_kbit(result)
-    assert epoch_rows(result) == seen and found == pytest.approx(bits * tokens / 1000)
+    assert epoch_rows(result) == seen
+    assert first_epoch_kbit(result) == pytest.approx(bits / 1000)
 
 
-def test_learned_bits_leave_out_what_the_trained_model_still_loses(small_task):
-    config = small(steps=2, batch_size=1)
-    tokens = sum(len(row["answer"] + "\n") for row in small_task[:4]) / 4
+@pytest.mark.parametrize("batch_size", [1, 2])
+def test_learned_bits_leave_out_what_the_trained_model_still_loses(small_task, batch_size):
+    config = small(steps=2, batch_size=batch_size)
+    tokens = batch_size * tokens_a_row(small_task[:4])  # of a batch
     record: dict = {"train_loss_nats": [math.log(8), math.log(2)]}
     for left, bits in ((0.0, 3 + 1), (math.log(2), 3 + 1 - 2)):
         record["evaluation"] = {"test": {"loss_nats": left}}
@@ -133,14 +159,36 @@ def test_learned_bits_leave_out_what_the_trained_model_still_loses(small_task):
         assert found == pytest.approx(bits * tokens / 1000)
 
 
-def test_rows_that_were_not_seen_teach_as_the_last_did(small_task):
-    """Two of four rows are seen, of 3 bits and 1 a token; where none is left others teach 1."""
-    config = small(steps=2, batch_size=1)
-    tokens = sum(len(row["answer"] + "\n") for row in small_task[:4]) / 4
+@pytest.mark.parametrize("batch_size", [1, 2])
+def test_rows_that_were_not_seen_teach_as_the_last_did(small_task, batch_size):
+    """Two batches are seen, of 3 bits and 1 a token; where none is left other rows teach 1."""
+    config = small(steps=2, batch_size=batch_size)
+    tokens, seen = tokens_a_row(small_task[:4]), 2 * batch_size
     record: dict = {"train_loss_nats": [math.log(8), math.log(2)]}
     for left, more in ((0.0, 1), (math.log(2), 0), (math.log(4), 0)):
         record["evaluation"] = {"test": {"loss_nats": left}}
         result = Result(config, record)
-        for rows, unseen in ((2, 0), (4, 2)):
+        for rows, unseen in ((seen - 1, 0), (seen, 0), (seen + 2, 2)):
             expected = learned_kbit(result) + unseen * more * tokens / 1000
             assert taught_kbit(result, rows) == pytest.approx(expected)
+
+
+def test_the_last_that_others_teach_as_are_a_quarter_of_the_first_epoch(write_task, small_task):
+    """Of eight rows two, of 3 bits and 1 a token; the later steps see the first of them again."""
+    write_task([{"split": split} | row for split in ("train", "test") for row in small_task])
+    losses = [5, 5, 5, 5, 5, 5, 3, 1, 0, 0]
+    record = {"train_loss_nats": [math.log(2) * bits for bits in losses]}
+    record["evaluation"] = {"test": {"loss_nats": 0.0}}
+    result = Result(small(steps=10, batch_size=1), record)
+    expected = learned_kbit(result) + 2 * tokens_a_row(small_task) / 1000
+    assert taught_kbit(result, 9) == pytest.approx(expected)
+
+
+def test_ranks_of_matrices_are_taken_by_their_names(store):
+    spectra = {"first": torch.ones(4), "second": torch.ones(1)}
+    result = with_spectra(Result(profile().config("facts"), {}), spectra)
+    assert captured_energy(result, {"second": 1, "first": 2}) == pytest.approx(3 / 5)
+
+
+def test_where_nothing_was_gained_no_share_of_it_is_kept():
+    assert math.isnan(gain_kept(1.0, base=2.0, full=2.0))
