@@ -1,5 +1,7 @@
 """The law: its two ends, its inverse, a fit that finds what was planted, and its interval."""
 
+import math
+
 import numpy as np
 import pandas as pd
 import pytest
@@ -25,6 +27,19 @@ def test_a_planted_law_is_found(capacity, sharpness):
     assert found.capacity == pytest.approx(capacity, rel=1e-3)
     assert found.sharpness == pytest.approx(sharpness, rel=1e-2)
     assert found.share(np.array([found.load(0.9)]))[0] == pytest.approx(0.9)
+
+
+def test_no_law_beside_the_one_that_is_found_is_closer_to_the_points():
+    shares, loads = np.array([1.0, 0.9, 0.8, 0.5, 0.4, 0.1, 0.02]), LOADS.to_numpy()
+    found = fit_law(LOADS, pd.Series(shares))
+
+    def away(capacity, sharpness):
+        """The sum of the squared errors in the share."""
+        law = Law(capacity * found.capacity, sharpness * found.sharpness)
+        return ((law.share(loads) - shares) ** 2).sum()
+
+    for by in (0.98, 1.02):
+        assert away(1, 1) < away(by, 1) and away(1, 1) < away(1, by)
 
 
 def test_two_points_are_no_law():
@@ -59,6 +74,16 @@ def test_the_interval_is_over_groups_and_holds_what_was_planted(monkeypatch):
     one = points[points["size"] == 1.5]
     same = capacity_interval(one["load"], share[one.index], one["size"])
     assert same == pytest.approx((1.5, 1.5), rel=1e-3), "one group has no spread"
+
+
+def test_the_interval_holds_95_percent_of_the_draws(monkeypatch):
+    """Of a mean in a capacity's place it is the normal one: 1.96 standard errors to both sides."""
+    monkeypatch.setattr(law, "fit_law", lambda load, share: Law(load.mean(), 1.0))
+    loads = pd.Series(np.random.default_rng(0).normal(size=400))
+    ends = capacity_interval(loads, loads, pd.Series(range(400)))
+    error, mean = loads.std() / math.sqrt(400), loads.mean()
+    expected = (mean - 1.96 * error, mean + 1.96 * error)
+    assert ends == pytest.approx(expected, abs=0.2 * error)
 
 
 def test_a_table_has_a_line_a_set_of_runs(monkeypatch):

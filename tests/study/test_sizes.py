@@ -114,14 +114,23 @@ def test_a_size_takes_its_own_best_rate(losses):
 
 
 @pytest.mark.parametrize(
-    ("share", "ranks"), [(0.5, [1]), (0.9, [1, 4]), (0.99, [1, 4, 8]), (2, [1, 4, 8])]
+    ("asked", "ranks"),
+    [
+        ({"share": 0.5}, [1]),
+        ({"share": 0.5, "by": "score"}, [1, 4]),
+        ({"share": 0.95}, [1, 4]),  # as much is enough
+        ({"share": 0.99}, [1, 4, 8]),
+        ({"share": 2}, [1, 4, 8]),
+    ],
+    ids=str,
 )
-def test_lora_by_skill_ends_at_the_first_rank_that_is_enough(monkeypatch, share, ranks):
+def test_lora_by_skill_ends_at_the_first_rank_that_is_enough(monkeypatch, asked, ranks):
     gains = {("loss", 1): 0.6, ("loss", 4): 0.95, ("loss", 8): 0.99}
+    gains |= {("score", 1): 0.4, ("score", 4): 0.6}
     monkeypatch.setattr(sizes, "run", lambda config: Result(config, {}))
     monkeypatch.setattr(sizes, "skill_gain", lambda r, by: gains[by, r.config.rank])
     monkeypatch.setattr(sizes, "tuned", profile().config)
-    found = lora_by_skill(profile().config("facts", seed=1), share)
+    found = lora_by_skill(profile().config("facts", seed=1), **asked)
     assert [run.config.rank for run in found] == ranks
     assert {(run.config.task, run.config.seed) for run in found} == {("facts", 1)}
 
@@ -175,6 +184,13 @@ def test_the_needed_size_lies_between_two_that_were_tried(monkeypatch, gains, br
     monkeypatch.setattr(sizes, "skill_gain", lambda r, by: by_size[trained_parameters(r.config)])
     assert needed_size("facts", 0.95) == bracket
     assert asked == [0] * 7
+
+
+def test_the_gains_of_sizes_are_those_of_their_losses_or_scores(monkeypatch):
+    monkeypatch.setattr(sizes, "tried_runs", lambda task, shares: {8: None})
+    monkeypatch.setattr(sizes, "skill_gain", lambda r, by: {"loss": 0.9, "score": 0.1}[by])
+    assert sizes.size_gains("facts").to_dict() == {8: 0.9}
+    assert sizes.size_gains("facts", by="score").to_dict() == {8: 0.1}
 
 
 @pytest.mark.parametrize(
