@@ -82,6 +82,12 @@ def test_a_record_says_what_was_measured(store, monkeypatch):
     assert record["identity"] == json.loads(json.dumps(config.identity))
 
 
+def test_of_the_shuffled_codes_nothing_is_learned(store, monkeypatch):
+    monkeypatch.setattr(code_runs, "load_model", sure_model)
+    result = code_run(small_codes(codes=4, steps=60, rank=8, layers=(0, 1)))
+    assert result.last("learned_bits") > 0 > result.record["shuffled"]["learned_bits"]
+
+
 def test_what_is_stored_is_not_trained_again(store, monkeypatch):
     config = small_codes(steps=2)
     first = code_run(config)
@@ -125,6 +131,17 @@ def test_the_steps_until_a_share_are_read_off_between_notes():
     assert result.steps_until(0.5) == pytest.approx(10)
     assert result.steps_until(1) == 20
     assert math.isnan(result_of(small_codes(), bits=-2.0).steps_until(0.9))
+
+
+def test_a_step_passes_over_a_batch_or_over_all_codes_where_they_are_fewer():
+    assert result_of(small_codes(codes=8, batch_size=4)).passes.tolist() == [0, 5, 10]
+    assert result_of(small_codes(codes=2, batch_size=4)).passes.tolist() == [0, 10, 20]
+
+
+def test_what_was_forgotten_again_does_not_count_at_the_end():
+    result = result_of(small_codes())
+    result.record["curve"]["recall"] = [0, 0.75, 0.5]
+    assert result.last("recall") == 0.5
 
 
 def test_another_size_or_seed_is_another_entry(store):

@@ -86,6 +86,11 @@ def test_cuts_are_stored(config, monkeypatch):
     assert cut(config, [1, 0])["loss_nats"].tolist() == first["loss_nats"].tolist()[::-1]
 
 
+def test_stored_cuts_ascend(config):
+    cut(config, [8, 1, 16, 0, 2])
+    assert stored_cuts(config)["rank"].tolist() == [0, 1, 2, 8, 16]
+
+
 def test_head_and_tail_of_a_cut_meet_at_the_ends(config):
     config = dataclasses.replace(config, lr=1e-2, dtype="float32")
     head, tail = (cut(config, [0, 32], part=part)["loss_nats"] for part in ("head", "tail"))
@@ -140,10 +145,11 @@ def test_scores_of_a_pair_are_those_of_the_run(tiny_pair):
     assert one == pytest.approx(cut(config, [1])["loss_nats"][0], rel=1e-3)
 
 
-def test_a_tuned_model_that_does_no_better_is_warned_of(tiny_pair):
-    base, tuned, _ = tiny_pair
+@pytest.mark.parametrize("side", [0, 1])
+def test_a_tuned_model_that_does_no_better_is_warned_of(tiny_pair, side):
+    """The base in its place, against itself and against the tuned model."""
     with pytest.warns(UserWarning, match='does no better on facts than .*name its "end"'):
-        score_pair(tuned, base, "facts", [1])
+        score_pair(tiny_pair[side], tiny_pair[0], "facts", [1])
 
 
 def test_both_models_of_a_pair_are_let_go_before_the_cuts(tiny_pair, monkeypatch):
@@ -189,6 +195,18 @@ def test_a_pair_is_scored_at_ranks_of_its_matrices_too(tiny_pair):
     assert other == pytest.approx(cut(config, [1])["loss_nats"][0])
     assert end == pytest.approx(stored(config).loss())
     assert abs(by_matrix - other) > 1e-5
+
+
+def test_a_matrix_without_a_rank_is_cut_to_nothing(tiny_pair):
+    base, tuned, config = tiny_pair
+    first, *others = stored(config).matrices
+    some = dict.fromkeys(others, 2)
+    cuts_by_matrix = (
+        score_pair(base, tuned, "facts", [2], by_matrix=ranks, eval_rows=4)
+        for ranks in (some, some | {first: 0}, some | {first: 2})
+    )
+    left_out, zero, two = (table["loss_nats"][2] for table in cuts_by_matrix)
+    assert left_out == zero != two
 
 
 def test_ranks_of_matrices_that_the_model_names_otherwise_are_left_out_with_a_warning(tiny_pair):
