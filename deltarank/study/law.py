@@ -83,14 +83,14 @@ def capacity_interval(load: pd.Series, share: pd.Series, groups: pd.Series) -> t
     return float(low), float(high)
 
 
-def law_table(runs: Mapping[str, pd.DataFrame], share: float) -> pd.DataFrame:
-    """The law of some sets of runs, which have a load and a share each; a line a set.
+def law_table(points: Mapping[str, pd.DataFrame], share: float) -> pd.DataFrame:
+    """The law of some sets of points, which have a load and a share each; a line a set.
 
-    Columns: C, the capacity, with its capacity_interval over the runs, low and high; s, the
+    Columns: C, the capacity, with its capacity_interval over the points, low and high; s, the
     sharpness; "95 % kept up to", the load of which `share` is kept, by its name in %.
     """
     lines = {}
-    for name, table in runs.items():
+    for name, table in points.items():
         law = fit_law(table["load"], table["share"])
         each = pd.Series(range(len(table)), table.index)
         low, high = capacity_interval(table["load"], table["share"], each)
