@@ -1,11 +1,14 @@
 """The project's own files: one list of what it needs, notebooks that can be read and moved."""
 
 import ast
+import collections
+import dis
 import json
 import re
 import statistics
 import sys
 import tomllib
+import types
 
 import yaml
 
@@ -173,6 +176,34 @@ def test_a_cell_of_code_has_at_most_25_lines():
 def test_no_four_cells_of_code_follow_each_other_without_a_word():
     kinds = {n: "".join(c["cell_type"][0] for c in book["cells"]) for n, book in NOTEBOOKS.items()}
     assert [name for name, cells in kinds.items() if "cccc" in cells] == []
+
+
+def names_of(code):
+    """The names that compiled code takes from elsewhere, and those that it binds."""
+    taken, bound = set(), set()
+    for step in dis.get_instructions(code):
+        if step.opname == "STORE_NAME":
+            bound.add(step.argval)
+        elif step.opname in ("LOAD_NAME", "LOAD_GLOBAL"):
+            taken |= {step.argval} - bound
+        elif isinstance(step.argval, types.CodeType):  # of a function, a comprehension
+            taken |= names_of(step.argval)[0] - bound
+    return taken, bound
+
+
+def unclear_names(cells):
+    """The names that a cell takes and two cells bind: what it finds hangs on the order."""
+    found = [names_of(compile("\n".join(lines), "cell", "exec")) for lines in cells]
+    writers = collections.Counter(name for _, bound in found for name in bound)
+    return {name for taken, _ in found for name in taken if writers[name] > 1}
+
+
+def test_cells_can_be_changed_and_run_again_in_any_order():
+    for again in ("x = 2 * x", "x = [x for _ in x]", "def f():\n    return x\nx = 2"):
+        assert unclear_names([["x = 1"], again.split("\n")]) == {"x"}
+    assert unclear_names([["x = 1", "y = 2 * x"], ["x = 2", "print(x, y)"]]) == set()
+    found = {name: unclear_names(code_of(notebook)) for name, notebook in NOTEBOOKS.items()}
+    assert {name: names for name, names in found.items() if names} == {}
 
 
 def uneven_rows(text):
