@@ -122,7 +122,7 @@ class CodeGrid:
     lrs: tuple[float, ...] = (1e-4, 3e-4, 1e-3, 3e-3, 1e-2)
     full_lrs: tuple[float, ...] = (1e-5, 3e-5, 1e-4, 3e-4, 1e-3)
     seed_size: Size = ((14,), (), 1)  # that has all seeds ...
-    seed_loads: tuple[float, ...] = (0.2, 1.0, 2.0)  # ... at these loads
+    seed_loads: tuple[float, ...] = (0.2, 1.0, 2.0, 5.0)  # ... at these loads
     longer_loads: tuple[float, ...] = (2.0, 5.0)  # at which it is trained once more ...
     longer: int = 4  # ... for so many times the steps
 
