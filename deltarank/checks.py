@@ -17,6 +17,11 @@ def require(condition: bool, message: str) -> None:
         raise ValueError(message)
 
 
+def require_share(share: float) -> None:
+    """Raise ValueError for a share that is not above 0 and at most 1."""
+    require(0 < share <= 1, f"share={share}: must be above 0 and at most 1, such as 0.9")
+
+
 def require_rows(file: str, fields: str) -> None:
     """Raise ValueError for what is no file of JSON lines, with these fields in each."""
     path, cure = Path(file).expanduser(), f"give a .jsonl file with {fields} in each line"

@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from deltarank.checks import all_finite, require
+from deltarank.checks import all_finite, require, require_share
 from deltarank.gram import add_gram, max_abs, root_spectrum
 
 ZERO = 1e-7  # of sigma_1: what is less is rounding
@@ -75,12 +75,14 @@ def common_energy(spectra: Iterable[Tensor], ranks: int | Iterable[int]) -> floa
     """E of several matrices together: what their cuts keep of the sum of sigma^2.
 
     ranks: to which they are cut, one for all or one a matrix, in their order.
+    Raises ValueError for a rank below 0.
 
     >>> common_energy([torch.tensor([2.0, 1.0]), torch.tensor([1.0])], 1)
     0.8333333333333334
     """
     squares = [S.double().square() for S in spectra]
-    each = ranks if isinstance(ranks, Iterable) else [ranks] * len(squares)
+    each = [*ranks] if isinstance(ranks, Iterable) else [ranks] * len(squares)
+    require(min(each, default=0) >= 0, f"ranks={ranks}: must be 0 or more")
     kept = sum(s[:r].sum() for s, r in zip(squares, each, strict=True))
     return float(kept / sum(s.sum() for s in squares))
 
@@ -93,7 +95,7 @@ def energy_rank(S: Tensor, share: float) -> int:
     >>> energy_rank(torch.tensor([2.0, 1.0, 1.0]), 0.8)
     2
     """
-    require(0 < share <= 1, f"share={share}: must be above 0 and at most 1, such as 0.9")
+    require_share(share)
     E = energy(S)
     return int((min(share, float(E[-1])) > E).sum()) + 1 if E[-1] > 0 else 0
 

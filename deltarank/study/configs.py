@@ -104,7 +104,11 @@ class RunConfig:
             "generate_rows": (self.generate_rows >= 0, "must be 0 or more"),
             "weight_decay": (0 <= self.weight_decay < math.inf, "must be 0 or more"),
         }
-        for field, (holds, cure) in (rules | self._adapter_rules()).items():
+        rules |= self._adapter_rules()
+        for field in (f.name for f in dataclasses.fields(self) if f.type == "int"):
+            if not float(getattr(self, field)).is_integer():
+                rules[field] = (False, "must be a whole number")
+        for field, (holds, cure) in rules.items():
             require(holds, f"{field}={getattr(self, field)!r}: {cure}")
 
     def _adapter_rules(self) -> dict[str, tuple[bool, str]]:

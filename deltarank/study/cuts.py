@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 
 import pandas as pd
 import torch
@@ -36,7 +36,8 @@ def cut(config: RunConfig, ranks: Sequence[int], *, part: str = "head") -> pd.Da
     whole update's.  Parameters outside the matrices keep their full update, so that r = 0 is what
     they do alone.
     Returns one line a rank: rank, loss_nats, score, row_nats, row_score; each is stored.  Raises
-    ValueError for an unknown part, and as `updates` does.
+    ValueError for an unknown part and for a rank that no matrix has, before a run is trained for
+    it, and as `updates` does.
     """
     parts = (*CUT_PARTS, *LENGTH_PARTS)
     require(part in parts, f"part={part!r} is unknown; choose one of {', '.join(parts)}")
@@ -46,7 +47,8 @@ def cut(config: RunConfig, ranks: Sequence[int], *, part: str = "head") -> pd.Da
     # Random directions are drawn for each rank alone, whatever other ranks are asked for.
     groups = [[r] for r in missing] if part == "rotated" else [missing] if missing else []
     for group in groups:
-        cuts = _evaluate_cuts(config, updates(config), group, part, f"cuts of {stem}")
+        dW = functools.partial(updates, config)
+        cuts = _evaluate_cuts(config, dW, group, part, f"cuts of {stem}")
         for r, evaluation in zip(group, cuts, strict=True):
             record = {"run": config.key, "part": part, "rank": r, "device": device_name()}
             save_entry(folders[r], record | {"test": evaluation})
@@ -66,7 +68,8 @@ def cut_by_matrix(config: RunConfig, ranks: dict[str, int]) -> dict:
     """Evaluation of a full run whose matrices are cut to ranks of their own, {matrix: rank}."""
 
     def compute() -> tuple[dict, None]:
-        found = next(_evaluate_cuts(config, updates(config), [ranks], "head", "cut by matrix"))
+        dW = functools.partial(updates, config)
+        found = next(_evaluate_cuts(config, dW, [ranks], "head", "cut by matrix"))
         record = {"run": config.key, "ranks": ranks, "device": device_name()}
         return record | {"test": found}, None
 
@@ -76,19 +79,22 @@ def cut_by_matrix(config: RunConfig, ranks: dict[str, int]) -> dict:
 
 def _evaluate_cuts(
     config: RunConfig,
-    dW: dict[str, Tensor],
+    update: Callable[[], dict[str, Tensor]],
     ranks: Sequence[int | dict[str, int]],
     part: str,
     label: str,
 ) -> Iterator[dict]:
-    """Yield, rank by rank, the test split's evaluation of config's model with the cut dW added."""
+    """Yield, rank by rank, the test split's evaluation of config's model with the cut dW added.
+
+    update(): dW; asked for when the ranks are known to be such as the matrices have.
+    """
     model = load_model(config.model)
     names = matrices(model)
     limit = max(min(weight.shape) for weight in names.values())
     by_matrix = [r if isinstance(r, dict) else dict.fromkeys(names, r) for r in ranks]
     given = sorted({k for each in by_matrix for k in each.values()})
     require(given[0] >= 0 and given[-1] <= limit, f"ranks={given}: must be 0 to {limit}")
-    generator = torch.Generator().manual_seed(0)
+    dW, generator = update(), torch.Generator().manual_seed(0)
     most = {name: max(each.get(name, 0) for each in by_matrix) for name in names if name in dW}
     factors = {n: _cut_factors(dW[n], r, part, generator) for n, r in most.items()}
 
@@ -163,7 +169,7 @@ def score_pair(
     if not ends["tuned"]["loss_nats"] < ends["base"]["loss_nats"]:
         cure = 'do answers end as it ends them? A row may name its "end"'
         warnings.warn(f"{tuned} does no better on {task} than {base}: {cure}", stacklevel=2)
-    cuts = _evaluate_cuts(config, dW, wanted, "head", "score cuts")
+    cuts = _evaluate_cuts(config, lambda: dW, wanted, "head", "score cuts")
     found: list[tuple] = [("base", 0, ends["base"])]
     found += [(*name, scored) for name, scored in zip(names, cuts, strict=True)]
     found += [("tuned", None, ends["tuned"])]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pandas as pd
 
+from deltarank.checks import require
 from deltarank.runtime import at_profile
 from deltarank.study.gains import Measured, gain_kept
 from deltarank.study.plan import floor_configs
@@ -61,14 +62,14 @@ def skill_kept(value: Measured, full: Result, *, by: str = "loss", split: str = 
     """How far `value`, a loss or score or a series of them, goes from the floor to a full run.
 
     The floor is the best of floors(task): the lowest loss or the highest score without the skill.
-    NaN for a task that has none in the full run's profile (has_floor).
+    NaN for a task that has none in the full run's profile (has_floor).  by: "loss" or "score".
     """
     with at_profile(full.config.profile):
         if not has_floor(full.config.task):
             return value * float("nan")
         without = floors(full.config.task, split)
     floor = without["loss_nats"].min() if by == "loss" else without["score"].max()
-    return gain_kept(value, floor, getattr(full, by)(split))
+    return gain_kept(value, floor, _measured(full, by, split))
 
 
 def skill_gain(result: Result, *, by: str = "loss", split: str = "test") -> float:
@@ -77,4 +78,10 @@ def skill_gain(result: Result, *, by: str = "loss", split: str = "test") -> floa
     The full fine-tune is that of full_of.
     """
     full = run(full_of(result.config))
-    return skill_kept(getattr(result, by)(split), full, by=by, split=split)
+    return skill_kept(_measured(result, by, split), full, by=by, split=split)
+
+
+def _measured(result: Result, by: str, split: str) -> float:
+    """The loss or the score of a run on a split; ValueError for what is neither."""
+    require(by in ("loss", "score"), f"by={by!r} is unknown; choose loss or score")
+    return getattr(result, by)(split)

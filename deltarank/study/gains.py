@@ -10,7 +10,7 @@ from typing import TypeVar
 import numpy as np
 import pandas as pd
 
-from deltarank.checks import require
+from deltarank.checks import require, require_share
 from deltarank.spectra import common_energy, rank_measures
 from deltarank.study.configs import GROWTH_ROWS, RunConfig
 from deltarank.study.models import load_tokenizer
@@ -60,11 +60,13 @@ def needed_rank(kept: pd.Series, share: float) -> float:
 def needed_bracket(kept: pd.Series, share: float) -> tuple[float, float]:
     """The ranks between which needed_rank lies: the last that falls short, and the one after it.
 
-    The first is 0 where no rank falls short, the second inf where the last one does.
+    The first is 0 where no rank falls short, the second inf where the last one does.  Raises
+    ValueError for a share that is not above 0 and at most 1.
 
     >>> needed_bracket(pd.Series({1: 0.2, 8: 0.9, 64: 1.0}), 0.95)
     (8.0, 64.0)
     """
+    require_share(share)
     low = max(kept.index[~(kept >= share)], default=0)
     return float(low), float(min(kept.index[kept.index > low], default=math.inf))
 
@@ -93,8 +95,9 @@ def at_gain(result: Result, base: Result, share: float) -> dict[str, float]:
     """Where a full run had first regained `share` of its fall in loss, as at_loss has it.
 
     A share that the first note exceeds gives that note.  The runs must have scored as many rows
-    (eval_rows).
+    (eval_rows).  Raises ValueError for a share that is not above 0 and at most 1.
     """
+    require_share(share)
     start, end = map(growth_loss, (base, result))
     return at_loss(result, end + (1 - share) * (start - end))
 

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from deltarank.gram import leading_factors
-from deltarank.store import cached
+from deltarank.store import cached, load_entry
 from deltarank.study.configs import RunConfig
 from deltarank.study.profiles import entry_folder
 from deltarank.study.runs import run, updates
@@ -19,6 +19,8 @@ OVERLAP_RANKS = (1, 2, 3, 4, 6, 8, 12, 16, 24, 32, 48, 64, 96, 128)
 
 def overlaps(first: RunConfig, second: RunConfig) -> pd.DataFrame:
     """subspace_overlap of two runs' updates, one line a matrix of both and rank; stored.
+
+    The two may be given in either order.
 
     A LoRA has no more directions than its rank; beyond, all it has are compared with the r of the
     other run: the share of them that lies in its r leading ones.
@@ -34,7 +36,9 @@ def overlaps(first: RunConfig, second: RunConfig) -> pd.DataFrame:
         }
         return {"runs": [first.key, second.key]}, found
 
-    folder = entry_folder(first, "overlaps", f"{first.key}--{second.key}")
+    orders = ((first, second), (second, first))
+    folders = [entry_folder(a, "overlaps", f"{a.key}--{b.key}") for a, b in orders]
+    folder = next((known for known in folders if load_entry(known)), folders[0])
     rows, shape_of = [], run(first).shape
     for name, both in cached(folder, compute)[1].items():
         m, n = shape_of(name)

@@ -7,6 +7,7 @@ import itertools
 
 import pandas as pd
 
+from deltarank.checks import require_share
 from deltarank.runtime import at_profile
 from deltarank.study.configs import RunConfig
 from deltarank.study.cuts import cut
@@ -177,7 +178,9 @@ def cut_until(config: RunConfig, share: float) -> pd.DataFrame:
     """cut at the profile's ranks, and on at twice the last until `share` of the loss gain is kept.
 
     The last rank is the first of these that keeps it, or the last doubling that some matrix has.
+    Raises ValueError for a share that is not above 0 and at most 1.
     """
+    require_share(share)
     base, full = run(base_of(config)), run(config)
     ranks = [*profile(config.profile).cut_ranks]
     while True:
@@ -194,7 +197,9 @@ def lora_until(full: RunConfig, share: float) -> list[Result]:
     From the lowest of the profile's ranks to the highest, each by `tuned`.  The gain is that in
     held-out loss; the share has to be reached on the rows of "valid" and of "test" alike, so that
     luck with some rows ends no ladder.  The last run is the first that reaches it, or the largest.
+    Raises ValueError for a share that is not above 0 and at most 1.
     """
+    require_share(share)
     sizes = profile(full.profile)
     ends = run(base_of(full)), run(full)
     rank, reached, found = min(sizes.lora_ranks), False, []

@@ -49,12 +49,19 @@ class Result:
 
     def loss(self, split: str = "test") -> float:
         """Answer loss in nats a token; NaN for a diverged run."""
-        return self.record["evaluation"].get(split, {}).get("loss_nats", float("nan"))
+        return self._scored(split).get("loss_nats", float("nan"))
 
     def score(self, split: str = "test") -> float:
         """Metric, 0 to 100; NaN for a diverged run."""
-        score = self.record["evaluation"].get(split, {}).get("score")
+        score = self._scored(split).get("score")
         return float("nan") if score is None else score
+
+    def _scored(self, split: str) -> dict:
+        """What was measured on a split, nothing of a diverged run; ValueError for an unknown."""
+        evaluation = self.record["evaluation"]
+        told = f"split={split!r} is unknown; choose one of {', '.join(evaluation)}"
+        require(split in evaluation or not evaluation, told)
+        return evaluation.get(split, {})
 
     def shape(self, name: str) -> tuple[int, int]:
         """Shape of a matrix."""

@@ -138,8 +138,10 @@ def tuned(task: str, method: str = "full", *, rank: int = 0, **changes) -> RunCo
     """The configuration at the task's best learning rate; runs what of lr_search is not stored.
 
     A LoRA has best_alpha.  One whose rank is none of the profile's takes a rate between theirs, by
-    lr_between.  Raises ValueError for a LoRA without a rank, and for a rank of full fine-tuning.
+    lr_between.  Raises ValueError for another method, for a LoRA without a rank, and for a rank of
+    full fine-tuning.
     """
+    require(method in ("full", "lora"), f"method={method!r} is unknown; choose full or lora")
     fits = (method == "lora") == (rank > 0)
     require(fits, f"{method} at rank={rank}: a LoRA needs a rank, full fine-tuning none")
     searched = profile().lora_ranks if method == "lora" else (0,)

@@ -40,6 +40,8 @@ LORA_PLUS = LORA | {"method": "loraplus", "knob": 16.0}
         ("rank", {"method": "base", "lr": 0.0, "steps": 0, "rank": 4}),
         ("rank", {**LORA, "rank": 0}),
         ("rank", {**LORA, "rank": -1}),
+        ("rank", {**LORA, "rank": 8.5}),
+        ("seed", {"seed": 0.5}),
         ("alpha", {"alpha": 8.0}),
         ("alpha", {"method": "base", "lr": 0.0, "steps": 0, "alpha": 8.0}),
         ("rslora", {"rslora": True}),

@@ -109,9 +109,12 @@ def test_parts_of_a_cut_are_stored_apart(config):
 
 
 @pytest.mark.parametrize("rank", [-1, 33])
-def test_a_cut_refuses_a_rank_that_a_matrix_cannot_have(config, rank):
-    with pytest.raises(ValueError, match="rank"):
+def test_a_cut_refuses_a_rank_that_a_matrix_cannot_have_before_it_trains(config, monkeypatch, rank):
+    monkeypatch.setattr(cuts, "updates", lambda config: pytest.fail("trained"))
+    with pytest.raises(ValueError, match="ranks=.*must be 0 to 32"):
         cut(config, [1, rank])
+    with pytest.raises(ValueError, match="ranks=.*must be 0 to 32"):
+        cut_by_matrix(config, {"a": 1, "b": rank})
 
 
 @pytest.mark.parametrize("part", CUT_PARTS)

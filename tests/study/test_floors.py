@@ -58,6 +58,9 @@ def test_the_gain_of_a_run_is_read_from_the_floor(without_skill):
     assert skill_gain(run) == skill_gain(run, split="valid") == 0.5
     assert skill_gain(run, by="score") == pytest.approx(0.1)
     assert skill_gain(run, by="score", split="valid") == pytest.approx(0.1)
+    for by in ("nats", "spectra"):
+        with pytest.raises(ValueError, match=f"by='{by}'.*loss or score"):
+            skill_gain(run, by=by)
 
 
 @pytest.mark.parametrize("task", ["pirate", "kjv", "sorbian"])

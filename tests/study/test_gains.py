@@ -24,6 +24,7 @@ from deltarank.study.gains import (
     needed_rank,
     taught_kbit,
 )
+from deltarank.study.plan import cut_until, lora_until
 from deltarank.study.profiles import PROFILES, profile
 from deltarank.study.runs import Result
 
@@ -188,6 +189,27 @@ def test_ranks_of_matrices_are_taken_by_their_names(store):
     spectra = {"first": torch.ones(4), "second": torch.ones(1)}
     result = with_spectra(Result(profile().config("facts"), {}), spectra)
     assert captured_energy(result, {"second": 1, "first": 2}) == pytest.approx(3 / 5)
+
+
+def test_a_negative_rank_keeps_no_energy(store):
+    result = with_spectra(Result(profile().config("facts"), {}), {"first": torch.ones(4)})
+    for ranks in (-3, {"first": -3}):
+        with pytest.raises(ValueError, match="must be 0 or more"):
+            captured_energy(result, ranks)
+
+
+@pytest.mark.parametrize("share", [0.0, 1.1, 95, math.nan])
+def test_a_share_outside_0_to_1_is_refused(store, share):
+    config, ran = PROFILES["smoke"].config("facts"), a_run([7.0, 5.0, 3.0], [10, 20, 30])
+    asked = [
+        lambda: needed_bracket(pd.Series({1: 1.0}), share),
+        lambda: at_gain(ran, ran, share),
+        lambda: cut_until(config, share),
+        lambda: lora_until(config, share),
+    ]
+    for ask in asked:
+        with pytest.raises(ValueError, match="share=.*at most 1, such as 0.9"):
+            ask()
 
 
 def test_where_nothing_was_gained_no_share_of_it_is_kept():

@@ -1,5 +1,7 @@
 """Directions that two updates share, against subspace_overlap and planted ones."""
 
+from types import SimpleNamespace
+
 import pandas as pd
 import pytest
 import torch
@@ -8,6 +10,7 @@ from matrices import gaussian, planted
 from deltarank.spectra import subspace_overlap
 from deltarank.study import overlaps
 from deltarank.study.overlaps import OVERLAP_RANKS
+from deltarank.study.profiles import profile
 
 
 def overlap_by_rank(A, B):
@@ -44,6 +47,19 @@ def test_two_updates_share_what_was_planted_and_the_rest_by_chance(shared):
     for overlap, size in zip(at_16.tolist(), shape, strict=True):
         chance = 16 / size
         assert 16 * (overlap - chance) / (1 - chance) == pytest.approx(shared, abs=1.0)
+
+
+def test_stored_overlaps_are_found_in_either_order(store, monkeypatch):
+    first, second = (profile().config("facts", seed=seed) for seed in (0, 1))
+    vectors = {"W": overlaps._leading_vectors(gaussian(40, 30), 30)}
+    asked = []
+    monkeypatch.setattr(overlaps, "_leading_subspaces", lambda run: asked.append(run) or vectors)
+    monkeypatch.setattr(
+        overlaps, "run", lambda config: SimpleNamespace(shape=lambda name: (40, 30))
+    )
+    found = overlaps.overlaps(first, second)
+    pd.testing.assert_frame_equal(overlaps.overlaps(second, first), found)
+    assert asked == [first, second]
 
 
 def test_what_two_runs_have_in_common_is_the_mean_over_matrices_and_sides(monkeypatch):

@@ -68,7 +68,7 @@ def test_a_run_that_diverged_ends_no_ladder(ladder):
 
 
 @pytest.mark.parametrize(
-    ("share", "ranks"), [(0.5, [1]), (0.9, [1, 2, 4]), (0.96, [1, 2, 4, 8]), (1.1, [1, 2, 4, 8])]
+    ("share", "ranks"), [(0.5, [1]), (0.9, [1, 2, 4]), (0.96, [1, 2, 4, 8]), (1.0, [1, 2, 4, 8])]
 )
 def test_lora_doubles_its_rank_until_it_reaches_the_share(ladder, share, ranks):
     found = lora_until(profile().config("sentiment", seed=1), share)

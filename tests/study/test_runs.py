@@ -53,6 +53,13 @@ def test_a_repetition_leaves_the_update_in_the_cache_as_it_was(config, there):
     assert file.read_bytes() == b"that of the stored run" if there else not file.exists()
 
 
+def test_a_split_that_was_not_scored_is_refused_by_name(config):
+    result = run(config)
+    for measured in (result.loss, result.score):
+        with pytest.raises(ValueError, match="split='tset'.*valid, test"):
+            measured("tset")
+
+
 def test_a_run_that_is_not_stored_is_none(config):
     assert stored(config) is None
 

@@ -115,3 +115,8 @@ def test_the_full_run_beside_a_run_has_its_seed_and_the_best_rate_in_its_profile
 def test_a_rank_that_a_method_does_not_take_is_refused_before_any_run(method, rank):
     with pytest.raises(ValueError, match="a LoRA needs a rank, full fine-tuning none"):
         tuned("facts", method, rank=rank)
+
+
+def test_a_method_that_is_not_searched_is_refused_by_name():
+    with pytest.raises(ValueError, match="method='LoRA'.*full or lora"):
+        tuned("facts", "LoRA", rank=8)
