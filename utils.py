@@ -63,7 +63,13 @@ from deltarank.study.heals import heal_configs, heals_table
 from deltarank.study.law import fit_law, law_table
 from deltarank.study.loads import capacity_table, code_configs, curves_table, longer_configs
 from deltarank.study.models import load_model, load_tokenizer, matrices
-from deltarank.study.overlaps import OVERLAP_RANKS, mean_overlap, overlaps
+from deltarank.study.overlaps import (
+    OVERLAP_RANKS,
+    mean_overlap,
+    overlaps,
+    overlaps_of_seeds,
+    overlaps_of_tasks,
+)
 from deltarank.study.pairs import PAIR_TIMES, PLANTED_RANKS, FolderPair, RunPair
 from deltarank.study.plan import (
     SCALES,

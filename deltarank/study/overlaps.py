@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import functools
+import itertools
+from collections.abc import Sequence
 
 import pandas as pd
 import torch
@@ -11,8 +13,9 @@ from torch import Tensor
 from deltarank.gram import leading_factors
 from deltarank.store import cached, load_entry
 from deltarank.study.configs import RunConfig
-from deltarank.study.profiles import entry_folder
+from deltarank.study.profiles import entry_folder, profile
 from deltarank.study.runs import run, updates
+from deltarank.study.search import coarsely_tuned
 
 OVERLAP_RANKS = (1, 2, 3, 4, 6, 8, 12, 16, 24, 32, 48, 64, 96, 128)
 
@@ -54,6 +57,27 @@ def mean_overlap(first: RunConfig, second: RunConfig) -> pd.Series:
     The mean of `overlaps` over matrices and both sides.
     """
     return overlaps(first, second).groupby("rank")[["left", "right"]].mean().mean(axis=1)
+
+
+def overlaps_of_seeds(tasks: Sequence[str]) -> pd.DataFrame:
+    """mean_overlap of every two seeds of a task at the lora_ranks, a line (task, seed, seed).
+
+    The full runs are coarsely_tuned: all seeds of a task have one rate.
+    """
+    pairs = itertools.product(tasks, itertools.combinations(profile().seeds, 2))
+    found = {
+        (task, *seeds): mean_overlap(*(coarsely_tuned(task, seed=seed) for seed in seeds))
+        for task, seeds in pairs
+    }
+    return pd.DataFrame(found, profile().lora_ranks).T
+
+
+def overlaps_of_tasks(tasks: Sequence[str]) -> pd.DataFrame:
+    """mean_overlap of every two tasks at the lora_ranks, a line (task, other) in both orders."""
+    found = {}
+    for pair in itertools.combinations(tasks, 2):
+        found[pair] = found[pair[::-1]] = mean_overlap(*map(coarsely_tuned, pair))
+    return pd.DataFrame(found, profile().lora_ranks).T
 
 
 def _overlaps(A: tuple[Tensor, Tensor], B: tuple[Tensor, Tensor]) -> Tensor:

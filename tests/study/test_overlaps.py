@@ -71,3 +71,27 @@ def test_what_two_runs_have_in_common_is_the_mean_over_matrices_and_sides(monkey
     }
     monkeypatch.setattr(overlaps, "overlaps", lambda *runs: pd.DataFrame(found))
     assert overlaps.mean_overlap("one", "other").to_dict() == pytest.approx({1: 0.2, 2: 0.5})
+
+
+def test_overlaps_of_pairs_stand_by_task_and_seed(monkeypatch):
+    """Two runs have in common, of 100 tasks and seeds, what tells the pair from all others."""
+    monkeypatch.setattr(overlaps, "coarsely_tuned", lambda task, seed=0: (len(task), seed))
+    found = {1: lambda a, b: 10 * a[0] + a[1], 2: lambda a, b: 10 * b[0] + b[1]}
+
+    def mean_overlap(a, b):
+        return pd.Series({rank: told(a, b) for rank, told in found.items()} | {3: 0.0})
+
+    monkeypatch.setattr(overlaps, "mean_overlap", mean_overlap)
+    sizes = SimpleNamespace(seeds=(0, 1, 2), lora_ranks=(1, 2))
+    monkeypatch.setattr(overlaps, "profile", lambda: sizes)
+    of_seeds = overlaps.overlaps_of_seeds(["kjv", "json"])
+    assert of_seeds.loc["kjv"].to_dict("index") == {
+        (0, 1): {1: 30, 2: 31},
+        (0, 2): {1: 30, 2: 32},
+        (1, 2): {1: 31, 2: 32},
+    }
+    assert of_seeds[1]["json"].tolist() == [40, 40, 41] and [*of_seeds] == [1, 2]
+    of_tasks = overlaps.overlaps_of_tasks(["kjv", "json", "dates"]).to_dict("index")
+    assert len(of_tasks) == 6
+    for pair, both in {("kjv", "json"): {1: 30, 2: 40}, ("kjv", "dates"): {1: 30, 2: 50}}.items():
+        assert of_tasks[pair] == of_tasks[pair[::-1]] == both
