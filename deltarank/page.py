@@ -8,6 +8,7 @@ import json
 import math
 import platform
 import pprint
+import re
 import shlex
 import textwrap
 from pathlib import Path
@@ -121,7 +122,8 @@ def _labels(table: pd.DataFrame) -> list[str]:
         tails = (end[-k:] for k in range(1, len(end) + 1))
         alone = (tail for tail in tails if sum(r[-len(tail) :] == tail for r in rivals) == 1)
         told = [word for word in stack if word not in common]
-        return ".".join([*told, *next(alone, end)]).removesuffix("_proj")
+        # "c" alone would be no name for the c_proj of GPT-2
+        return re.sub(r"(?<!\bc)_proj$", "", ".".join([*told, *next(alone, end)]))
 
     found = {place: label(*place) for place in known}
     return [found[place] for place in places]

@@ -209,6 +209,10 @@ T5 = ("SelfAttention.q", "EncDecAttention.q", "DenseReluDense.wi")
         ),
         (["h.{}.mlp.fc", "h.{}.attn.0.fc"], ["mlp.fc", "0.fc"]),
         (["model.layers.{}.mlp.up_proj", "lm_head"], ["up", "lm_head"]),
+        (
+            [f"h.{{}}.{end}" for end in ("attn.c_attn", "attn.c_proj", "mlp.c_proj", "mlp.c_fc")],
+            ["c_attn", "attn.c_proj", "mlp.c_proj", "c_fc"],
+        ),
     ],
 )
 def test_modules_are_named_by_the_shortest_end_that_tells_them_apart(ends, labels):
