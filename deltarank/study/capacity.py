@@ -55,18 +55,18 @@ class CodeResult:
         """learned_bits, recall or digits_right at the end; NaN for a diverged run."""
         return float(self.curve(name)[-1]) if self.status == "finished" else float("nan")
 
-    def steps_until(self, share: float) -> float:
-        """The step at which `share` of what is learned at the end was learned first.
+    def passes_until(self, share: float) -> float:
+        """The passes over all codes after which `share` of what is learned at the end was learned.
 
         Read off linearly between two notes; NaN where nothing was learned.
         """
-        steps, bits = self.curve("step"), self.curve("learned_bits")
+        bits = self.curve("learned_bits")
         wanted = share * self.last("learned_bits")
         if not wanted > 0:
             return float("nan")
         after = int(np.argmax(bits >= wanted))
         part = slice(max(after - 1, 0), after + 1)
-        return float(np.interp(wanted, bits[part], steps[part]))
+        return float(np.interp(wanted, bits[part], self.passes[part]))
 
 
 def code_folder(config: CodeRun) -> Path:

@@ -103,8 +103,8 @@ class CodeGrid:
 
     What is trained: no modules are all linear ones, rank 0 all parameters of the layers.  The loads
     are bits of codes a trained parameter, as far as codes are not more than `most`, or those that a
-    size has of its own; `steps` are at most.  A size takes the best of these rates; rank 0 has its
-    own.
+    size has of its own; `steps` are at most.  A size takes the best of these rates or of its own;
+    rank 0 has others.
     """
 
     sizes: tuple[Size, ...] = (
@@ -115,12 +115,13 @@ class CodeGrid:
         ((14,), (), 0),
     )
     digits: int = 6
-    loads: tuple[float, ...] = (0.05, 0.2, 0.5, 1.0, 2.0, 5.0)
+    loads: tuple[float, ...] = (0.05, 0.2, 0.5, 1.0, 2.0, 5.0, 20.0)
     own_loads: tuple[tuple[Size, tuple[float, ...]], ...] = ((((14,), (), 0), (0.001, 0.01)),)
     most: int = 5300
     steps: int = 4000
     lrs: tuple[float, ...] = (1e-4, 3e-4, 1e-3, 3e-3, 1e-2)
     full_lrs: tuple[float, ...] = (1e-5, 3e-5, 1e-4, 3e-4, 1e-3)
+    own_lrs: tuple[tuple[Size, tuple[float, ...]], ...] = ()
     seed_size: Size = ((14,), (), 1)  # that has all seeds ...
     seed_loads: tuple[float, ...] = (0.2, 1.0, 2.0, 5.0)  # ... at these loads
     longer_loads: tuple[float, ...] = (2.0, 5.0)  # at which it is trained once more ...

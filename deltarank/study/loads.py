@@ -62,7 +62,8 @@ def best_code_lr(size: Size) -> float:
     At one load, with the first seed, each rate with all the steps, as what is measured has.
     """
     sizes, load = profile(), min(loads_of(size), key=lambda load: abs(load - RATE_LOAD))
-    rates = sorted(sizes.codes.lrs if size[-1] else sizes.codes.full_lrs)
+    usual = sizes.codes.lrs if size[-1] else sizes.codes.full_lrs
+    rates = sorted(dict(sizes.codes.own_lrs).get(size, usual))
 
     def tried(lrs: list[float]) -> list[CodeResult]:
         return code_sweep([sized_codes(size, load, lr=lr, seed=sizes.seeds[0]) for lr in lrs])
@@ -113,7 +114,7 @@ def capacity_table(configs: Sequence[CodeRun]) -> pd.DataFrame:
     Columns: trained ("rank 1 on 1 layer"), parameters, codes, seed, lr, status; load: bits
     that the codes hold, a trained parameter; learned: bits learned, a trained parameter, and share
     of the codes' bits; recall: share of codes with every digit right; steps, and passes over all
-    codes; plateau: whether they ended at one; steps_90: until 90 % of what is learned at all.  NaN
+    codes; plateau: whether they ended at one; passes_90: until 90 % of what is learned at all.  NaN
     where a run diverged.
     """
     return pd.DataFrame(_line(result) for result in code_sweep(configs))
@@ -157,7 +158,7 @@ def _line(result: CodeResult) -> dict[str, Any]:
         "steps": int(result.curve("step")[-1]),
         "passes": float(result.passes[-1]),
         "plateau": result.record["plateau"] is not None,
-        "steps_90": result.steps_until(0.9),
+        "passes_90": result.passes_until(0.9),
     }
 
 

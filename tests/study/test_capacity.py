@@ -115,7 +115,7 @@ def test_a_run_that_diverges_is_stored_as_diverged(store, monkeypatch):
     monkeypatch.setattr(code_runs, "load_model", sure_model)
     result = code_run(small_codes(lr=1e30, steps=20))
     assert result.status == "diverged" and math.isnan(result.last("learned_bits"))
-    assert math.isnan(result.steps_until(0.9)) and result.record["shuffled"] == {}
+    assert math.isnan(result.passes_until(0.9)) and result.record["shuffled"] == {}
 
 
 def test_a_diverged_run_is_told_from_one_that_learned(store, monkeypatch):
@@ -125,12 +125,12 @@ def test_a_diverged_run_is_told_from_one_that_learned(store, monkeypatch):
     assert record["status"] == "diverged" and record["curve"]["step"] == [0]
 
 
-def test_the_steps_until_a_share_are_read_off_between_notes():
-    result = result_of(small_codes())
-    assert result.steps_until(0.9) == pytest.approx(18)
-    assert result.steps_until(0.5) == pytest.approx(10)
-    assert result.steps_until(1) == 20
-    assert math.isnan(result_of(small_codes(), bits=-2.0).steps_until(0.9))
+def test_the_passes_until_a_share_are_read_off_between_notes():
+    result = result_of(small_codes())  # whose steps take half of the codes
+    assert result.passes_until(0.9) == pytest.approx(9)
+    assert result.passes_until(0.5) == pytest.approx(5)
+    assert result.passes_until(1) == 10
+    assert math.isnan(result_of(small_codes(), bits=-2.0).passes_until(0.9))
 
 
 def test_a_step_passes_over_a_batch_or_over_all_codes_where_they_are_fewer():

@@ -69,6 +69,13 @@ def test_a_size_takes_the_rate_at_which_it_learns_most(graded, monkeypatch):
         best_code_lr(ONE_LAYER)
 
 
+def test_a_size_with_rates_of_its_own_takes_the_best_of_these(graded, monkeypatch):
+    smoke = PROFILES["smoke"]
+    codes = dataclasses.replace(smoke.codes, own_lrs=((ONE_LAYER, (2e-3,)),))
+    monkeypatch.setitem(PROFILES, "smoke", dataclasses.replace(smoke, codes=codes))
+    assert best_code_lr(ONE_LAYER) == 2e-3 and [c.lr for c in graded] == [2e-3]
+
+
 def test_the_search_for_a_rate_goes_on_from_an_edge(graded, monkeypatch):
     smoke = PROFILES["smoke"]
     codes = dataclasses.replace(smoke.codes, lrs=(1e-2, 3e-2, 1e-1, 3e-1))
@@ -126,7 +133,7 @@ def test_the_table_has_a_line_a_run(graded):
         "steps": 20,
         "passes": 10.0,  # half of the codes in each step
         "plateau": False,
-        "steps_90": pytest.approx(18),
+        "passes_90": pytest.approx(9),
     }
 
 
@@ -145,7 +152,7 @@ def test_a_run_that_diverged_has_a_line_without_numbers(monkeypatch, store):
     monkeypatch.setattr(loads, "code_sweep", lambda c: [result_of(x, status="diverged") for x in c])
     line = capacity_table([config]).iloc[0]
     assert line["status"] == "diverged" and line["load"] == config.bits / 2048
-    assert line[["learned", "share", "recall", "steps_90"]].isna().all()
+    assert line[["learned", "share", "recall", "passes_90"]].isna().all()
 
 
 def test_what_is_trained_is_told_in_words():
