@@ -112,16 +112,20 @@ class CodeGrid:
         ((14,), (), 1),
         ((14,), (), 4),
         ((14, 15, 16, 17), (), 1),
+        ((14, 15, 16, 17), (), 8),
         ((14,), (), 0),
     )
     digits: int = 6
     loads: tuple[float, ...] = (0.05, 0.2, 0.5, 1.0, 2.0, 5.0, 20.0)
-    own_loads: tuple[tuple[Size, tuple[float, ...]], ...] = ((((14,), (), 0), (0.001, 0.01)),)
+    own_loads: tuple[tuple[Size, tuple[float, ...]], ...] = (
+        (((14,), (), 0), (0.001, 0.01)),
+        (((14, 15, 16, 17), (), 8), (0.05, 0.2)),
+    )
     most: int = 5300
     steps: int = 4000
     lrs: tuple[float, ...] = (1e-4, 3e-4, 1e-3, 3e-3, 1e-2)
     full_lrs: tuple[float, ...] = (1e-5, 3e-5, 1e-4, 3e-4, 1e-3)
-    own_lrs: tuple[tuple[Size, tuple[float, ...]], ...] = ()
+    own_lrs: tuple[tuple[Size, tuple[float, ...]], ...] = ((((14, 15, 16, 17), (), 8), (1e-3,)),)
     seed_size: Size = ((14,), (), 1)  # that has all seeds ...
     seed_loads: tuple[float, ...] = (0.2, 1.0, 2.0, 5.0)  # ... at these loads
     longer_loads: tuple[float, ...] = (2.0, 5.0)  # at which it is trained once more ...
