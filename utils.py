@@ -25,7 +25,7 @@ from deltarank.study.codes import draw_codes
 from deltarank.study.configs import RunConfig
 from deltarank.study.cuts import CUT_PARTS, LENGTH_PARTS, cut, stored_cuts
 from deltarank.study.directions import directions
-from deltarank.study.diversity import long_mix
+from deltarank.study.diversity import long_mix, mix_runs, nested_mixes, part_gains
 from deltarank.study.figures import (
     VENUE_WIDTHS,
     figure_width,

@@ -12,6 +12,7 @@ from deltarank.study import (
     capacity,
     cuts,
     directions,
+    diversity,
     heals,
     loads,
     overlaps,
@@ -183,6 +184,7 @@ def ask_for_controls():
     long_mix = [profile().config("production", "base"), *plan.production_configs()]
     long_mix += plan.production_configs(twice=True)
     runs.sweep([*plan.warmup_configs(), *permuted, *again, *long_mix])
+    diversity.mix_runs(diversity.nested_mixes()[0, 1])
 
 
 def ask_for_ladders():
