@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from deltarank.gram import leading_factors
-from deltarank.store import cached, load_entry
+from deltarank.store import cached
 from deltarank.study.configs import RunConfig
 from deltarank.study.profiles import entry_folder, profile
 from deltarank.study.runs import run, updates
@@ -41,7 +41,7 @@ def overlaps(first: RunConfig, second: RunConfig) -> pd.DataFrame:
 
     orders = ((first, second), (second, first))
     folders = [entry_folder(a, "overlaps", f"{a.key}--{b.key}") for a, b in orders]
-    folder = next((known for known in folders if load_entry(known)), folders[0])
+    folder = next((known for known in folders if known.exists()), folders[0])
     rows, shape_of = [], run(first).shape
     for name, both in cached(folder, compute)[1].items():
         m, n = shape_of(name)

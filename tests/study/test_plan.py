@@ -67,6 +67,14 @@ def test_a_run_that_diverged_ends_no_ladder(ladder):
     assert [run.status for run in found] == ["finished", "diverged", "finished"]
 
 
+@pytest.mark.parametrize("until", [cut_until, lora_until])
+def test_a_share_outside_0_to_1_is_refused_before_any_run(monkeypatch, until):
+    monkeypatch.setattr(plan, "run", lambda config: pytest.fail("ran"))
+    for share in (0.0, 1.1, 95):
+        with pytest.raises(ValueError, match="share=.*at most 1, such as 0.9"):
+            until(profile().config("sentiment"), share)
+
+
 @pytest.mark.parametrize(
     ("share", "ranks"), [(0.5, [1]), (0.9, [1, 2, 4]), (0.96, [1, 2, 4, 8]), (1.0, [1, 2, 4, 8])]
 )
