@@ -8,7 +8,7 @@ import pandas as pd
 
 from deltarank.study.configs import RunConfig
 from deltarank.study.floors import floors
-from deltarank.study.gains import gain_kept, needed_bracket
+from deltarank.study.gains import gain_kept, needed_bracket, needed_rank
 from deltarank.study.plan import production_configs
 from deltarank.study.profiles import profile
 from deltarank.study.runs import Result, sweep
@@ -63,18 +63,41 @@ def mix_runs(task: str) -> list[Result]:
     return _best_runs(mix_configs(task))
 
 
+def part_losses(task: str) -> pd.DataFrame:
+    """The loss of each part's test rows, in nats a token, by each size trained on the mix.
+
+    One line a number of trained parameters, ascending, full fine-tuning's last; one column a part.
+    """
+    runs = mix_runs(task)
+    losses = {trained_parameters(run.config): by_part(run)["loss_nats"] for run in runs}
+    return pd.DataFrame(losses).T.sort_index()
+
+
 def part_gains(task: str) -> pd.DataFrame:
     """The share of each part's loss gain that an adapter trained on the mix has.
 
-    One line a number of trained parameters, one column a part.  A gain is that of the test rows of
-    the part, from the floor of the part as a task of its own to full fine-tuning of the mix.
+    As part_losses, without full fine-tuning: a gain is from the floor of the part as a task of its
+    own to full fine-tuning of the mix.
     """
-    full, *adapters = mix_runs(task)
-    best = by_part(full)["loss_nats"]
-    losses = pd.DataFrame(
-        {trained_parameters(run.config): by_part(run)["loss_nats"] for run in adapters}
-    ).T
-    return losses.apply(lambda nats: gain_kept(nats, _floor(str(nats.name)), best[nats.name]))
+    losses = part_losses(task)
+    best = losses.iloc[-1]
+    return losses.iloc[:-1].apply(
+        lambda nats: gain_kept(nats, _floor(str(nats.name)), best[nats.name])
+    )
+
+
+def exchange(alone: pd.Series, mixed: pd.Series, size: int) -> float:
+    """How many times the parameters of `size` a part needs in a mix to lose what it loses alone.
+
+    alone, mixed: the losses of one part by ascending number of trained parameters.  Read off as
+    needed_rank is: linearly in the loss over the log of the parameters; inf where no size of the
+    mix loses as little, and at most that of its smallest where all do.  1 is a part that the others
+    do not touch.  Raises KeyError for a size that was not trained alone.
+
+    >>> exchange(pd.Series({4: 3.0}), pd.Series({4: 3.5, 16: 2.5}), 4)
+    2.0
+    """
+    return needed_rank(1 + alone[size] - mixed, 1) / size
 
 
 def _floor(part: str) -> float:

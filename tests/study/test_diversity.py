@@ -8,12 +8,14 @@ import pytest
 
 from deltarank.study import diversity
 from deltarank.study.diversity import (
+    exchange,
     long_mix,
     mix_configs,
     mix_runs,
     needed_by_part,
     nested_mixes,
     part_gains,
+    part_losses,
 )
 from deltarank.study.models import TINY
 from deltarank.study.plan import production_configs
@@ -125,6 +127,22 @@ def test_a_part_needs_what_keeps_the_share_of_its_own_gain(measured):
         "json": [0, one_layer], "facts": [one_layer, rank_1],
     }  # fmt: skip
     assert needed_by_part(MIX, 0.99).loc["facts"].tolist() == [rank_8, math.inf]
+
+
+def test_the_losses_of_a_part_end_with_those_of_full_fine_tuning(measured):
+    losses = part_losses(MIX)
+    sizes = [trained_parameters(group[0]) for group in mix_configs(MIX)]
+    assert losses.index.tolist() == [*sizes[1:], sizes[0]]
+    assert losses["facts"].tolist() == [3.5, 2.1, 2.1, 2.0]
+
+
+def test_an_exchange_counts_the_parameters_of_an_equal_loss():
+    alone, apart = pd.Series({1: 3.0, 8: 2.0}), pd.Series({1: 3.4, 8: 2.6, 64: 1.8})
+    assert exchange(alone, apart, 1) == pytest.approx(8**0.5)
+    assert exchange(alone, apart, 8) == pytest.approx(8**0.75)
+    assert exchange(alone, alone, 8) == exchange(alone, alone, 1) == 1
+    assert exchange(alone, alone + 2, 8) == math.inf
+    assert exchange(alone, alone - 2, 8) == 1 / 8, "at most: the smallest size loses less"
 
 
 def test_parts_stand_in_one_order():
