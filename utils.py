@@ -25,9 +25,8 @@ from deltarank.study.codes import draw_codes
 from deltarank.study.configs import RunConfig
 from deltarank.study.cuts import CUT_PARTS, LENGTH_PARTS, cut, stored_cuts
 from deltarank.study.directions import directions
-from deltarank.study.diversity import long_mix, mix_runs, nested_mixes, part_gains
+from deltarank.study.diversity import exchange_table, higher_configs, long_mix, mix_runs, part_gains
 from deltarank.study.figures import (
-    VENUE_WIDTHS,
     figure_width,
     label_lines,
     label_points,
@@ -108,6 +107,8 @@ from deltarank.study.tables import (
     finer_table,
     joint_agreement,
     keep_table,
+    parts_by_rank,
+    regained,
     runs_table,
     scaling_table,
     score_intervals,

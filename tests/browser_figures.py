@@ -9,13 +9,14 @@ import pytest
 from matplotlib.colors import to_rgb
 
 import utils
+from deltarank.study.figures import VENUE_WIDTHS
 
 with warnings.catch_warnings():
     warnings.simplefilter("ignore")  # of optional parts that are not installed
     import colour
 
 FOLDERS = {  # the committed figures, and those of every venue that `make figures` built
-    venue: utils.build_folder() / "figures" / venue for venue in utils.VENUE_WIDTHS
+    venue: utils.build_folder() / "figures" / venue for venue in VENUE_WIDTHS
 } | {"default": utils.ROOT / "figures"}
 FIGURES = [
     pytest.param(venue, path, id=f"{venue}-{path.stem}")
@@ -50,7 +51,7 @@ def test_text_and_lines_are_large_enough_and_fonts_embedded(venue, path):
 def test_a_figure_fits_the_page(venue, path):
     box = re.search(rb"/MediaBox \[ ?0 0 ([\d.]+) ([\d.]+)", path.read_bytes())
     width, height = (float(side) / 72 for side in box.groups())
-    assert width <= utils.VENUE_WIDTHS[venue] + 0.01 and height <= 4.5
+    assert width <= VENUE_WIDTHS[venue] + 0.01 and height <= 4.5
 
 
 def as_seen(color, blindness):

@@ -15,18 +15,19 @@ from deltarank.study.runs import Result, sweep
 from deltarank.study.search import best_lr
 from deltarank.study.sizes import sparse, trained_parameters
 from deltarank.study.tables import by_part
-from deltarank.study.tasks import PARTS, mix_of
+from deltarank.study.tasks import PARTS, mix_of, mix_parts
 
 
 def nested_mixes() -> dict[tuple[int, int], str]:
-    """The mixes of the profile's orders and counts of parts, {(order, count): task}.
+    """The profile's mixes of fewer than all parts, {(order, number of parts): task}.
 
-    An order is drawn at random, and a mix of few parts is within that of more.  All parts make the
-    same mix in every order: the long mix.
+    An order is drawn at random, and a mix of few parts is within that of more.
     """
-    grid = profile().mixes
-    orders = {order: random.Random(order).sample(PARTS, len(PARTS)) for order in grid.orders}
-    return {(o, n): mix_of(parts[:n]) for o, parts in orders.items() for n in grid.counts}
+    return {
+        (order, count): mix_of(random.Random(order).sample(PARTS, len(PARTS))[:count])
+        for order, counts in profile().mixes.nested
+        for count in counts
+    }
 
 
 def long_mix(*, twice: bool = False) -> dict[int, Result]:
@@ -47,15 +48,26 @@ def _best_runs(groups: list[list[RunConfig]]) -> list[Result]:
 def mix_configs(task: str) -> list[list[RunConfig]]:
     """What is trained on a mix, with the first seed: of each size a run at each of its rates.
 
-    Full fine-tuning comes first, then adapters by ascending number of trained parameters.
+    Full fine-tuning comes first, then adapters by ascending number of trained parameters; all parts
+    together have none below rank 1.
     """
     grid = profile().mixes
     sizes: list[tuple[dict, tuple[float, ...]]] = [
         ({"method": "lora" if rank else "full", "rank": rank}, lrs) for rank, lrs in grid.lrs
     ]
-    sizes += [(sparse("spread", count), lrs) for count, lrs in grid.sparse]
+    if task != mix_of(PARTS):
+        sizes += [(sparse("spread", count), lrs) for count, lrs in grid.sparse]
     trained = [[profile().config(task, lr=lr, **size) for lr in lrs] for size, lrs in sizes]
     return sorted(trained, key=lambda c: (c[0].adapter, trained_parameters(c[0])))
+
+
+def higher_configs() -> list[RunConfig]:
+    """The first of nested_mixes at a rate above those of mix_configs; rank 0 is full."""
+    task = next(iter(nested_mixes().values()))
+    return [
+        profile().config(task, "lora" if rank else "full", rank=rank, lr=lr)
+        for rank, lr in profile().mixes.higher_lrs
+    ]
 
 
 def mix_runs(task: str) -> list[Result]:
@@ -98,6 +110,29 @@ def exchange(alone: pd.Series, mixed: pd.Series, size: int) -> float:
     2.0
     """
     return needed_rank(1 + alone[size] - mixed, 1) / size
+
+
+def exchange_table() -> pd.DataFrame:
+    """The losses of the parts that nested_mixes have alone, and what rank 1 exchanges for in mixes.
+
+    One line a part, a number of parts (ascending; all in as many steps a part) and their mix.
+    Columns: loss_nats by number of trained parameters as part_losses has it (NaN where a mix lacks
+    a size), and exchange, of rank 1 on all layers.
+    """
+    mixes = [*nested_mixes().values(), mix_of(PARTS)]
+    each = {(len(mix_parts(mix)), mix): part_losses(mix).T for mix in mixes}
+    losses = pd.concat(each, names=["parts", "mix", "part"]).sort_index(axis=1)
+    losses = losses.reorder_levels(["part", "parts", "mix"])
+    alone = losses.xs(1, level="parts").droplevel("mix")
+    losses = losses.loc[[*alone.index]].sort_index()
+    adapters = losses.iloc[:, :-1]  # the last column is full fine-tuning's
+    beside = alone.reindex(losses.index.get_level_values("part"))
+    rank_1 = int(adapters.columns[-2])
+    losses["exchange"] = [
+        exchange(one, mixed.dropna(), rank_1)
+        for (_, one), (_, mixed) in zip(beside.iterrows(), adapters.iterrows(), strict=True)
+    ]
+    return losses
 
 
 def _floor(part: str) -> float:

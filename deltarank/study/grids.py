@@ -67,8 +67,10 @@ class MixGrid:
     )
     # Numbers of layers, evenly spaced, with a LoRA of rank 1, each at these rates.
     sparse: tuple[tuple[int, tuple[float, ...]], ...] = ((1, (1e-3, 3e-3)), (3, (1e-3, 3e-3)))
-    orders: tuple[int, ...] = (0, 1, 2)  # in which parts are added at random
-    counts: tuple[int, ...] = (1, 2, 4, 8)  # of parts of a mix
+    # ... and those above them that the first of the nested mixes is tried at.
+    higher_lrs: tuple[tuple[int, float], ...] = ((0, 3e-4), (1, 3e-3), (8, 3e-3))
+    # Orders in which parts are added at random, each with the numbers of parts that are mixed.
+    nested: tuple[tuple[int, tuple[int, ...]], ...] = ((0, (1, 2)),)
 
     def sizes(self, parts: int) -> dict[str, int]:
         """The fields of RunConfig that a mix of so many parts has; none of what is no mix."""

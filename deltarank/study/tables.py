@@ -80,6 +80,20 @@ def by_part(result: Result) -> pd.DataFrame:
     )
 
 
+def parts_by_rank(runs: dict[int, Result], what: str) -> pd.DataFrame:
+    """A column of by_part, one line a part, by the ranks of runs of one mix."""
+    return pd.DataFrame({rank: by_part(result)[what] for rank, result in runs.items()})
+
+
+def regained(runs: dict[int, Result], start: pd.Series, what: str = "loss_nats") -> pd.DataFrame:
+    """How far each rank goes in a column of by_part from `start` to full fine-tuning, rank 0.
+
+    One line a part, one column an adapter's rank.
+    """
+    found = parts_by_rank(runs, what)
+    return found.drop(columns=0).sub(start, axis=0).div(found[0] - start, axis=0)
+
+
 def _rows(result: Result) -> pd.DataFrame:
     """nats, tokens, score (NaN where a row has none) and part of the test rows of a mix."""
     scored, rows = result.record["evaluation"]["test"], load_split(result.config.task, "test")

@@ -9,6 +9,8 @@ import pytest
 from deltarank.study import diversity
 from deltarank.study.diversity import (
     exchange,
+    exchange_table,
+    higher_configs,
     long_mix,
     mix_configs,
     mix_runs,
@@ -17,7 +19,6 @@ from deltarank.study.diversity import (
     part_gains,
     part_losses,
 )
-from deltarank.study.models import TINY
 from deltarank.study.plan import production_configs
 from deltarank.study.profiles import PROFILES, profile
 from deltarank.study.runs import Result
@@ -28,13 +29,15 @@ MIX = "production+json+facts"
 
 
 def test_a_mix_of_few_parts_is_within_that_of_more(monkeypatch):
-    monkeypatch.setenv("PROFILE", "paper")
-    mixes, grid = nested_mixes(), PROFILES["paper"].mixes
-    for order in grid.orders:
-        parts = [set(mix_parts(mixes[order, count])) for count in grid.counts]
-        assert [len(found) for found in parts] == [1, 2, 4, 8]
+    counts = (1, 2, 4, 8)
+    grid = dataclasses.replace(profile().mixes, nested=((0, counts), (1, counts), (2, counts[:1])))
+    monkeypatch.setitem(PROFILES, "smoke", dataclasses.replace(profile(), mixes=grid))
+    mixes = nested_mixes()
+    for order in (0, 1):
+        parts = [set(mix_parts(mixes[order, count])) for count in counts]
+        assert [len(found) for found in parts] == [*counts]
         assert parts == sorted(parts, key=len) and parts[0] < parts[1] < parts[2] < parts[3]
-    assert len(set(mixes.values())) == 3 * 3 + 1, "three orders, and all parts in one mix"
+    assert len(set(mixes.values())) == 2 * 3 + 1 + 1, "all parts are one mix in both orders"
 
 
 def test_a_mix_has_the_rows_of_its_parts_and_no_others():
@@ -45,16 +48,14 @@ def test_a_mix_has_the_rows_of_its_parts_and_no_others():
 
 
 def test_the_mix_of_all_parts_is_trained_as_the_long_mix_is(monkeypatch):
-    paper = PROFILES["paper"]
-    grid = dataclasses.replace(paper.mixes, sparse=())  # the tiny model has two layers
-    monkeypatch.setitem(
-        PROFILES, "smoke", dataclasses.replace(paper, name="smoke", model=TINY, mixes=grid)
-    )
-    assert {c for group in mix_configs("production") for c in group} == set(production_configs())
-    steps = {
-        len(mix_parts(task)): mix_configs(task)[0][0].steps for task in nested_mixes().values()
-    }
-    assert steps == {1: 60, 2: 120, 4: 240, 8: 480}
+    assert mix_configs("production") == [
+        [c for c in production_configs() if (c.method, c.rank) == size]
+        for size in (("full", 0), ("lora", 1), ("lora", 8))
+    ]
+    monkeypatch.setenv("PROFILE", "paper")
+    steps = {count: profile().config(task).steps for (_, count), task in nested_mixes().items()}
+    assert steps == {1: 60, 2: 120}
+    assert profile().config("production").steps == 480
 
 
 def test_the_long_mix_twice_as_long_has_the_rows_of_whole_tasks(monkeypatch):
@@ -111,6 +112,14 @@ def test_a_size_takes_the_rate_of_the_lowest_held_out_loss(measured):
     assert [run.config.lr for run in mix_runs(MIX)] == [1e-3, 1e-2, 1e-3, 1e-3]
 
 
+def test_higher_rates_lie_above_those_of_the_mix():
+    grid = PROFILES["paper"].mixes
+    assert [lr > max(dict(grid.lrs)[rank]) for rank, lr in grid.higher_lrs] == [True] * 3
+    higher = [(c.task, c.method, c.rank, c.lr) for c in higher_configs()]
+    alone = nested_mixes()[0, 1]
+    assert higher == [(alone, "full", 0, 3e-4), (alone, "lora", 1, 3e-3), (alone, "lora", 8, 3e-3)]
+
+
 def test_a_size_that_diverged_at_every_rate_is_named(monkeypatch):
     diverged = {"status": "diverged", "evaluation": {}}
     monkeypatch.setattr(diversity, "sweep", lambda configs: [Result(c, diverged) for c in configs])
@@ -134,6 +143,33 @@ def test_the_losses_of_a_part_end_with_those_of_full_fine_tuning(measured):
     sizes = [trained_parameters(group[0]) for group in mix_configs(MIX)]
     assert losses.index.tolist() == [*sizes[1:], sizes[0]]
     assert losses["facts"].tolist() == [3.5, 2.1, 2.1, 2.0]
+
+
+def test_exchanges_are_of_the_parts_that_are_alone_in_a_mix(monkeypatch):
+    mixes = {(0, 1): "production+json", (0, 2): MIX, (1, 1): "production+code"}
+    monkeypatch.setattr(diversity, "nested_mixes", lambda: mixes)
+
+    def losses(mix):
+        nats = {"production+json": [5.0, 3.0, 2.0, 1.5], MIX: [5.0, 3.5, 2.5, 1.5]}
+        whole = [3.5, 1.5, 1.0] if mix == "production" else None
+        sizes = [4, 8, 64, 999][-len(whole or "four") :]
+        return pd.DataFrame({part: nats.get(mix, whole or [4.0] * 4) for part in PARTS}, sizes)[
+            [*mix_parts(mix)]
+        ]
+
+    monkeypatch.setattr(diversity, "part_losses", losses)
+    table = exchange_table()
+    assert [*table.index] == [
+        ("code", 1, "production+code"), ("code", 8, "production"), ("json", 1, "production+json"),
+        ("json", 2, MIX), ("json", 8, "production"),
+    ]  # fmt: skip
+    assert [*table.columns] == [4, 8, 64, 999, "exchange"]
+    assert table[4].isna().tolist() == [False, True, False, False, True]
+    json = [1, pytest.approx(8**0.5), pytest.approx(8**0.25)]
+    assert table.loc["json", "exchange"].tolist() == json
+    assert table.loc["code", "exchange"].tolist() == [0.5, 1], (
+        "at most: the smallest size is enough"
+    )
 
 
 def test_an_exchange_counts_the_parameters_of_an_equal_loss():

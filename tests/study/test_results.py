@@ -184,7 +184,8 @@ def ask_for_controls():
     long_mix = [profile().config("production", "base"), *plan.production_configs()]
     long_mix += plan.production_configs(twice=True)
     runs.sweep([*plan.warmup_configs(), *permuted, *again, *long_mix])
-    diversity.mix_runs(diversity.nested_mixes()[0, 1])
+    diversity.exchange_table()
+    runs.sweep(diversity.higher_configs())
 
 
 def ask_for_ladders():

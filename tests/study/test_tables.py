@@ -19,6 +19,7 @@ from deltarank.study.tables import (
     costs_table,
     cut_gains,
     joint_agreement,
+    regained,
     scaling_table,
     score_intervals,
     spearman,
@@ -145,6 +146,15 @@ def test_a_mix_is_scored_part_by_part():
         assert line["loss_nats"] == pytest.approx(sum(nats[i] for i in mine) / (2 * len(mine)))
         scored = [scores[i] for i in mine if scores[i] is not None]
         assert line["score"] == pytest.approx(sum(scored) / len(scored))
+
+
+def test_each_rank_regains_a_share_of_what_full_fine_tuning_does_of_a_part(monkeypatch):
+    scores = {0: {"a": 100.0, "b": 60.0}, 1: {"a": 55.0, "b": 10.0}, 8: {"a": 91.0, "b": 70.0}}
+    monkeypatch.setattr(tables, "by_part", lambda rank: pd.DataFrame({"score": scores[rank]}))
+    start = pd.Series({"a": 10.0, "b": 20.0})
+    found = regained({rank: rank for rank in scores}, start, "score")
+    assert [*found.columns] == [1, 8], "full fine-tuning has all of its own gain"
+    assert found.loc["a"].tolist() == [0.5, 0.9] and found.loc["b"].tolist() == [-0.25, 1.25]
 
 
 def test_the_share_of_a_score_has_an_interval_over_rows_that_both_runs_share():
