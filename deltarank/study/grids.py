@@ -70,7 +70,7 @@ class MixGrid:
     # ... and those above them that the first of the nested mixes is tried at.
     higher_lrs: tuple[tuple[int, float], ...] = ((0, 3e-4), (1, 3e-3), (8, 3e-3))
     # Orders in which parts are added at random, each with the numbers of parts that are mixed.
-    nested: tuple[tuple[int, tuple[int, ...]], ...] = ((0, (1, 2)),)
+    nested: tuple[tuple[int, tuple[int, ...]], ...] = ((0, (1, 2)), (2, (1,)))
 
     def sizes(self, parts: int) -> dict[str, int]:
         """The fields of RunConfig that a mix of so many parts has; none of what is no mix."""
