@@ -127,7 +127,7 @@ def exchange_table() -> pd.DataFrame:
     losses = losses.loc[[*alone.index]].sort_index()
     adapters = losses.iloc[:, :-1]  # the last column is full fine-tuning's
     beside = alone.reindex(losses.index.get_level_values("part"))
-    rank_1 = int(adapters.columns[-2])
+    rank_1 = int(adapters.columns[-2])  # of which rank 8 is the last
     losses["exchange"] = [
         exchange(one, mixed.dropna(), rank_1)
         for (_, one), (_, mixed) in zip(beside.iterrows(), adapters.iterrows(), strict=True)
