@@ -12,6 +12,7 @@ LAST := notebooks/00_read_the_report.ipynb
 NOTEBOOKS := $(sort $(filter-out $(LAST),$(wildcard notebooks/*.ipynb))) $(LAST)
 
 # MODEL=folder, name or hub id: the whole report on that model, in a folder of its own
+$(if $(word 2,$(MODEL)),$(error MODEL=$(MODEL) has a space, where make ends a name: link the folder))
 override MODEL := $(or $(abspath $(wildcard $(MODEL))),$(MODEL))
 FOLDER = $(BUILD)/$(PROFILE)$(if $(MODEL),-$(notdir $(MODEL)))
 LEAVE := --TagRemovePreprocessor.enabled=True \

@@ -681,6 +681,13 @@ def test_make_inspect_wraps_the_command(pair, tmp_path):
     assert (tmp_path / "adapter" / "adapter_model.safetensors").exists()
 
 
+def test_make_refuses_a_model_whose_name_has_a_space():
+    done = subprocess.run(
+        ["make", "-C", ROOT, "-n", "MODEL=a model"], capture_output=True, text=True
+    )
+    assert done.returncode == 2 and "MODEL=a model has a space" in done.stderr
+
+
 @pytest.mark.parametrize("option", ["--html", "--json"])
 def test_a_target_that_cannot_be_written_is_refused_before_any_work(
     pair, tmp_path, capsys, monkeypatch, option

@@ -48,14 +48,14 @@ def _best_runs(groups: list[list[RunConfig]]) -> list[Result]:
 def mix_configs(task: str) -> list[list[RunConfig]]:
     """What is trained on a mix, with the first seed: of each size a run at each of its rates.
 
-    Full fine-tuning comes first, then adapters by ascending number of trained parameters; all parts
-    together have none below rank 1.
+    Full fine-tuning comes first, then adapters by ascending number of trained parameters; a mix of
+    many parts has none below rank 1.
     """
     grid = profile().mixes
     sizes: list[tuple[dict, tuple[float, ...]]] = [
         ({"method": "lora" if rank else "full", "rank": rank}, lrs) for rank, lrs in grid.lrs
     ]
-    if task != mix_of(PARTS):
+    if len(mix_parts(task)) <= grid.sparse_parts:
         sizes += [(sparse("spread", count), lrs) for count, lrs in grid.sparse]
     trained = [[profile().config(task, lr=lr, **size) for lr in lrs] for size, lrs in sizes]
     return sorted(trained, key=lambda c: (c[0].adapter, trained_parameters(c[0])))

@@ -65,10 +65,12 @@ class MixGrid:
         (1, (3e-4,)),
         (8, (3e-4, 1e-3)),
     )
-    # Numbers of layers, evenly spaced, with a LoRA of rank 1, each at these rates.
-    sparse: tuple[tuple[int, tuple[float, ...]], ...] = ((1, (1e-3, 3e-3)), (3, (1e-3, 3e-3)))
     # ... and those above them that the first of the nested mixes is tried at.
     higher_lrs: tuple[tuple[int, float], ...] = ((0, 3e-4), (1, 3e-3), (8, 3e-3))
+    # Numbers of layers, evenly spaced, with a LoRA of rank 1, each at these rates, in mixes of at
+    # most so many parts.
+    sparse: tuple[tuple[int, tuple[float, ...]], ...] = ((1, (1e-3, 3e-3)), (3, (1e-3, 3e-3)))
+    sparse_parts: int = 2
     # Orders in which parts are added at random, each with the numbers of parts that are mixed.
     nested: tuple[tuple[int, tuple[int, ...]], ...] = ((0, (1, 2)), (2, (1,)))
 

@@ -23,7 +23,7 @@ from deltarank.study.plan import production_configs
 from deltarank.study.profiles import PROFILES, profile
 from deltarank.study.runs import Result
 from deltarank.study.sizes import trained_parameters
-from deltarank.study.tasks import PARTS, load_task, mix_parts
+from deltarank.study.tasks import PARTS, load_task, mix_of, mix_parts
 
 MIX = "production+json+facts"
 
@@ -86,6 +86,8 @@ def test_sizes_ascend_after_full_fine_tuning():
     rates = [[config.lr for config in group] for group in groups]
     assert rates == [[1e-3], [1e-2], [1e-3, 1e-2], [1e-3]]
     assert {config.eval_rows for group in groups for config in group} == {8}, "four a part"
+    many = mix_configs(mix_of((*mix_parts(MIX), "kjv")))
+    assert [group[0].layers for group in many] == [()] * 3, "none below rank 1"
 
 
 @pytest.fixture
