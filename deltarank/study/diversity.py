@@ -75,14 +75,23 @@ def mix_runs(task: str) -> list[Result]:
     return _best_runs(mix_configs(task))
 
 
-def part_losses(task: str) -> pd.DataFrame:
+def part_losses(task: str, *, own_rates: bool = False) -> pd.DataFrame:
     """The loss of each part's test rows, in nats a token, by each size trained on the mix.
 
     One line a number of trained parameters, ascending, full fine-tuning's last; one column a part.
+    All parts share the rate of mix_runs; with own_rates each has the one that is best on its rows.
     """
-    runs = mix_runs(task)
-    losses = {trained_parameters(run.config): by_part(run)["loss_nats"] for run in runs}
+    groups, shared = mix_configs(task), mix_runs(task)
+    tried = [sweep(group) for group in groups] if own_rates else [[run] for run in shared]
+    sizes = [trained_parameters(group[0]) for group in groups]
+    losses = dict(zip(sizes, map(_least_losses, tried), strict=True))
     return pd.DataFrame(losses).T.sort_index()
+
+
+def _least_losses(runs: list[Result]) -> pd.Series:
+    """The loss of each part in the run that is best for it, of those that did not diverge."""
+    finished = [by_part(run)["loss_nats"] for run in runs if run.status == "finished"]
+    return pd.DataFrame(finished).min()
 
 
 def part_gains(task: str) -> pd.DataFrame:
@@ -117,22 +126,30 @@ def exchange_table() -> pd.DataFrame:
 
     One line a part, a number of parts (ascending; all in as many steps a part) and their mix.
     Columns: loss_nats by number of trained parameters as part_losses has it (NaN where a mix lacks
-    a size), and exchange, of rank 1 on all layers.
+    a size), exchange, of rank 1 on all layers, and own_rates, the same with each part's best rate.
     """
+    shared, own = _losses_of_solos(own_rates=False), _losses_of_solos(own_rates=True)
+    return shared.assign(exchange=_exchanges(shared), own_rates=_exchanges(own))
+
+
+def _losses_of_solos(*, own_rates: bool) -> pd.DataFrame:
+    """The columns of exchange_table that are losses."""
     mixes = [*nested_mixes().values(), mix_of(PARTS)]
-    each = {(len(mix_parts(mix)), mix): part_losses(mix).T for mix in mixes}
+    each = {(len(mix_parts(mix)), mix): part_losses(mix, own_rates=own_rates).T for mix in mixes}
     losses = pd.concat(each, names=["parts", "mix", "part"]).sort_index(axis=1)
-    losses = losses.reorder_levels(["part", "parts", "mix"])
-    alone = losses.xs(1, level="parts").droplevel("mix")
-    losses = losses.loc[[*alone.index]].sort_index()
+    losses = losses.reorder_levels(["part", "parts", "mix"]).sort_index()
+    return losses.loc[[*losses.xs(1, level="parts").index.unique("part")]]
+
+
+def _exchanges(losses: pd.DataFrame) -> pd.Series:
+    """The exchange of rank 1 in each line of _losses_of_solos."""
     adapters = losses.iloc[:, :-1]  # the last column is full fine-tuning's
-    beside = alone.reindex(losses.index.get_level_values("part"))
+    alone = adapters.xs(1, level="parts").droplevel("mix")
     rank_1 = int(adapters.columns[-2])  # of which rank 8 is the last
-    losses["exchange"] = [
-        exchange(one, mixed.dropna(), rank_1)
-        for (_, one), (_, mixed) in zip(beside.iterrows(), adapters.iterrows(), strict=True)
-    ]
-    return losses
+    beside = alone.reindex(adapters.index.get_level_values("part"))
+    lines = zip(beside.iterrows(), adapters.iterrows(), strict=True)
+    found = [exchange(one, mixed.dropna(), rank_1) for (_, one), (_, mixed) in lines]
+    return pd.Series(found, losses.index)
 
 
 def _floor(part: str) -> float:

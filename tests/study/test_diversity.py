@@ -147,13 +147,28 @@ def test_the_losses_of_a_part_end_with_those_of_full_fine_tuning(measured):
     assert losses["facts"].tolist() == [3.5, 2.1, 2.1, 2.0]
 
 
+def test_a_part_with_its_own_rate_loses_no_more_than_at_the_rate_of_the_mix(monkeypatch):
+    def result(config):
+        valid = {"loss_nats": config.lr}  # the lower rate is the mix's
+        return Result(config, {"status": "finished", "evaluation": {"valid": valid}})
+
+    def by_part(run):
+        return pd.DataFrame({"loss_nats": {"json": run.config.lr, "facts": 1 - run.config.lr}})
+
+    monkeypatch.setattr(diversity, "sweep", lambda configs: [result(c) for c in configs])
+    monkeypatch.setattr(diversity, "by_part", by_part)
+    rank_1 = trained_parameters(mix_configs(MIX)[2][0])  # at rates of 1e-3 and 1e-2
+    assert part_losses(MIX).loc[rank_1].to_dict() == {"json": 1e-3, "facts": 1 - 1e-3}
+    assert part_losses(MIX, own_rates=True).loc[rank_1].to_dict() == {"json": 1e-3, "facts": 0.99}
+
+
 def test_exchanges_are_of_the_parts_that_are_alone_in_a_mix(monkeypatch):
     mixes = {(0, 1): "production+json", (0, 2): MIX, (1, 1): "production+code"}
     monkeypatch.setattr(diversity, "nested_mixes", lambda: mixes)
 
-    def losses(mix):
+    def losses(mix, own_rates):
         nats = {"production+json": [5.0, 3.0, 2.0, 1.5], MIX: [5.0, 3.5, 2.5, 1.5]}
-        whole = [3.5, 1.5, 1.0] if mix == "production" else None
+        whole = [3.0 if own_rates else 3.5, 1.5, 1.0] if mix == "production" else None
         sizes = [4, 8, 64, 999][-len(whole or "four") :]
         return pd.DataFrame({part: nats.get(mix, whole or [4.0] * 4) for part in PARTS}, sizes)[
             [*mix_parts(mix)]
@@ -165,10 +180,11 @@ def test_exchanges_are_of_the_parts_that_are_alone_in_a_mix(monkeypatch):
         ("code", 1, "production+code"), ("code", 8, "production"), ("json", 1, "production+json"),
         ("json", 2, MIX), ("json", 8, "production"),
     ]  # fmt: skip
-    assert [*table.columns] == [4, 8, 64, 999, "exchange"]
+    assert [*table.columns] == [4, 8, 64, 999, "exchange", "own_rates"]
     assert table[4].isna().tolist() == [False, True, False, False, True]
     json = [1, pytest.approx(8**0.5), pytest.approx(8**0.25)]
     assert table.loc["json", "exchange"].tolist() == json
+    assert table.loc["json", "own_rates"].tolist() == [*json[:2], 1]
     assert table.loc["code", "exchange"].tolist() == [0.5, 1], (
         "at most: the smallest size is enough"
     )
