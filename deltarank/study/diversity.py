@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+import math
 import random
 
 import pandas as pd
@@ -126,10 +128,17 @@ def exchange_table() -> pd.DataFrame:
 
     One line a part, a number of parts (ascending; all in as many steps a part) and their mix.
     Columns: loss_nats by number of trained parameters as part_losses has it (NaN where a mix lacks
-    a size), exchange, of rank 1 on all layers, and own_rates, the same with each part's best rate.
+    a size), exchange, of rank 1 on all layers, own_rates, the same with each part's best rate, and
+    second_seed, the same with another seed where the profile has one.
     """
     shared, own = _losses_of_solos(own_rates=False), _losses_of_solos(own_rates=True)
-    return shared.assign(exchange=_exchanges(shared), own_rates=_exchanges(own))
+    found = shared.assign(exchange=_exchanges(shared), own_rates=_exchanges(own))
+    found["second_seed"] = math.nan
+    mixes = nested_mixes()
+    for order, count in profile().mixes.again:
+        (part,), mix = mix_parts(mixes[order, 1]), mixes[order, count]
+        found.loc[(part, count, mix), "second_seed"] = exchange_again(part, mix)
+    return found
 
 
 def _losses_of_solos(*, own_rates: bool) -> pd.DataFrame:
@@ -150,6 +159,23 @@ def _exchanges(losses: pd.DataFrame) -> pd.Series:
     lines = zip(beside.iterrows(), adapters.iterrows(), strict=True)
     found = [exchange(one, mixed.dropna(), rank_1) for (_, one), (_, mixed) in lines]
     return pd.Series(found, losses.index)
+
+
+def exchange_again(part: str, mix: str) -> float:
+    """The exchange of rank 1 in a part of a mix with the second seed, at the rates of the first.
+
+    Read off between rank 1 and rank 8 on all layers, the last two sizes of mix_configs.
+    """
+    alone, mixed = (_losses_again(part, task) for task in (mix_of([part]), mix))
+    return exchange(alone, mixed, alone.index[0])
+
+
+def _losses_again(part: str, task: str) -> pd.Series:
+    """The loss of a part of a mix by the numbers of trained parameters of rank 1 and rank 8."""
+    seed = profile().seeds[1]
+    again = [dataclasses.replace(run.config, seed=seed) for run in mix_runs(task)[-2:]]
+    losses = [by_part(run)["loss_nats"][part] for run in sweep(again)]
+    return pd.Series(losses, [*map(trained_parameters, again)])
 
 
 def _floor(part: str) -> float:

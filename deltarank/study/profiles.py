@@ -177,6 +177,7 @@ PROFILES = {
             twice_lrs=((0, (1e-3,)), (1, (1e-3, 1e-2)), (8, (1e-3,))),
             sparse=((1, (1e-2,)),),
             nested=((0, (1, 2)), (1, (1,))),
+            again=((0, 2),),
         ),
         warmup_lrs=(("facts", (1e-4, 1e-3, 1e-2)),),
         embedding_tasks=("facts",),

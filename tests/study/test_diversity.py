@@ -9,6 +9,7 @@ import pytest
 from deltarank.study import diversity
 from deltarank.study.diversity import (
     exchange,
+    exchange_again,
     exchange_table,
     higher_configs,
     long_mix,
@@ -54,7 +55,7 @@ def test_the_mix_of_all_parts_is_trained_as_the_long_mix_is(monkeypatch):
     ]
     monkeypatch.setenv("PROFILE", "paper")
     steps = {count: profile().config(task).steps for (_, count), task in nested_mixes().items()}
-    assert steps == {1: 60, 2: 120}
+    assert steps == {1: 60, 2: 120, 4: 240}
     assert profile().config("production").steps == 480
 
 
@@ -175,19 +176,39 @@ def test_exchanges_are_of_the_parts_that_are_alone_in_a_mix(monkeypatch):
         ]
 
     monkeypatch.setattr(diversity, "part_losses", losses)
+    monkeypatch.setattr(diversity, "exchange_again", lambda *asked: {("json", MIX): 1.5}[asked])
     table = exchange_table()
     assert [*table.index] == [
         ("code", 1, "production+code"), ("code", 8, "production"), ("json", 1, "production+json"),
         ("json", 2, MIX), ("json", 8, "production"),
     ]  # fmt: skip
-    assert [*table.columns] == [4, 8, 64, 999, "exchange", "own_rates"]
+    assert [*table.columns] == [4, 8, 64, 999, "exchange", "own_rates", "second_seed"]
     assert table[4].isna().tolist() == [False, True, False, False, True]
     json = [1, pytest.approx(8**0.5), pytest.approx(8**0.25)]
     assert table.loc["json", "exchange"].tolist() == json
     assert table.loc["json", "own_rates"].tolist() == [*json[:2], 1]
+    assert table["second_seed"].dropna().to_dict() == {("json", 2, MIX): 1.5}
     assert table.loc["code", "exchange"].tolist() == [0.5, 1], (
         "at most: the smallest size is enough"
     )
+
+
+def test_another_seed_has_the_rates_of_the_first(monkeypatch):
+    def result(config):
+        valid = {"loss_nats": config.lr if config.seed == 0 else -config.lr}
+        return Result(config, {"status": "finished", "evaluation": {"valid": valid}})
+
+    def by_part(run):
+        assert (run.config.seed, run.config.lr) == (1, 1e-3), "of seed 0 the lower rate is best"
+        alone, mixed = {1: 3.0, 8: 2.0}, {1: 3.5, 8: 2.5}
+        nats = (alone if run.config.task == "production+json" else mixed)[run.config.rank]
+        return pd.DataFrame({"loss_nats": {"json": nats, "facts": 9.0}})
+
+    monkeypatch.setattr(diversity, "sweep", lambda configs: [result(c) for c in configs])
+    monkeypatch.setattr(diversity, "by_part", by_part)
+    parameters = [trained_parameters(group[0]) for group in mix_configs(MIX)[-2:]]
+    found = exchange_again("json", MIX)
+    assert found == pytest.approx((parameters[1] / parameters[0]) ** 0.5)
 
 
 def test_an_exchange_counts_the_parameters_of_an_equal_loss():
