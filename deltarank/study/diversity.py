@@ -10,7 +10,7 @@ import pandas as pd
 
 from deltarank.study.configs import RunConfig
 from deltarank.study.floors import floors
-from deltarank.study.gains import gain_kept, needed_bracket, needed_rank
+from deltarank.study.gains import gain_kept, needed_rank
 from deltarank.study.plan import production_configs
 from deltarank.study.profiles import profile
 from deltarank.study.runs import Result, sweep
@@ -25,11 +25,9 @@ def nested_mixes() -> dict[tuple[int, int], str]:
 
     An order is drawn at random, and a mix of few parts is within that of more.
     """
-    return {
-        (order, count): mix_of(random.Random(order).sample(PARTS, len(PARTS))[:count])
-        for order, counts in profile().mixes.nested
-        for count in counts
-    }
+    grid = profile().mixes
+    drawn = {order: random.Random(order).sample(PARTS, len(PARTS)) for order in grid.orders}
+    return {(order, n): mix_of(parts[:n]) for order, parts in drawn.items() for n in grid.counts}
 
 
 def long_mix(*, twice: bool = False) -> dict[int, Result]:
@@ -181,13 +179,3 @@ def _losses_again(part: str, task: str) -> pd.Series:
 def _floor(part: str) -> float:
     """The lowest loss on test rows without the skill of a part, as a task of its own."""
     return floors(part)["loss_nats"].min()
-
-
-def needed_by_part(task: str, share: float) -> pd.DataFrame:
-    """The numbers of trained parameters between which the needed size of each part lies.
-
-    Columns above and enough: see sizes.needed_size; one line a part.
-    """
-    gains = part_gains(task)
-    found = {part: needed_bracket(gains[part], share) for part in gains}
-    return pd.DataFrame(found, index=["above", "enough"]).T

@@ -71,10 +71,10 @@ class MixGrid:
     # most so many parts.
     sparse: tuple[tuple[int, tuple[float, ...]], ...] = ((1, (1e-3, 3e-3)), (3, (1e-3, 3e-3)))
     sparse_parts: int = 2
-    # Orders in which parts are added at random, each with the numbers of parts that are mixed.
-    nested: tuple[tuple[int, tuple[int, ...]], ...] = ((0, (1, 2, 4)), (1, (1,)), (2, (1,)))
+    orders: tuple[int, ...] = (0, 1, 2)  # in which parts are added at random ...
+    counts: tuple[int, ...] = (1, 2, 4)  # ... to mixes of so many parts
     # Mixes, order and number of parts, that have a second seed, as the first part alone has.
-    again: tuple[tuple[int, int], ...] = ((0, 4),)
+    again: tuple[tuple[int, int], ...] = ((0, 4), (1, 4))
 
     def sizes(self, parts: int) -> dict[str, int]:
         """The fields of RunConfig that a mix of so many parts has; none of what is no mix."""

@@ -15,7 +15,6 @@ from deltarank.study.diversity import (
     long_mix,
     mix_configs,
     mix_runs,
-    needed_by_part,
     nested_mixes,
     part_gains,
     part_losses,
@@ -31,14 +30,14 @@ MIX = "production+json+facts"
 
 def test_a_mix_of_few_parts_is_within_that_of_more(monkeypatch):
     counts = (1, 2, 4, 8)
-    grid = dataclasses.replace(profile().mixes, nested=((0, counts), (1, counts), (2, counts[:1])))
+    grid = dataclasses.replace(profile().mixes, orders=(0, 1), counts=counts)
     monkeypatch.setitem(PROFILES, "smoke", dataclasses.replace(profile(), mixes=grid))
     mixes = nested_mixes()
     for order in (0, 1):
         parts = [set(mix_parts(mixes[order, count])) for count in counts]
         assert [len(found) for found in parts] == [*counts]
         assert parts == sorted(parts, key=len) and parts[0] < parts[1] < parts[2] < parts[3]
-    assert len(set(mixes.values())) == 2 * 3 + 1 + 1, "all parts are one mix in both orders"
+    assert len(set(mixes.values())) == 2 * 3 + 1, "all parts are one mix in both orders"
 
 
 def test_a_mix_has_the_rows_of_its_parts_and_no_others():
@@ -130,15 +129,12 @@ def test_a_size_that_diverged_at_every_rate_is_named(monkeypatch):
         mix_runs(MIX)
 
 
-def test_a_part_needs_what_keeps_the_share_of_its_own_gain(measured):
+def test_the_gain_of_a_part_is_from_its_own_floor(measured):
     one_layer, rank_1, rank_8 = (trained_parameters(c[0]) for c in mix_configs(MIX)[1:])
     gains = part_gains(MIX)
     assert gains.loc[one_layer].to_dict() == {"json": 1.0, "facts": 0.25}
     assert gains.loc[rank_1].to_dict() == {"json": 1.0, "facts": pytest.approx(0.95)}
-    assert needed_by_part(MIX, 0.9).T.to_dict("list") == {
-        "json": [0, one_layer], "facts": [one_layer, rank_1],
-    }  # fmt: skip
-    assert needed_by_part(MIX, 0.99).loc["facts"].tolist() == [rank_8, math.inf]
+    assert gains.index.tolist() == [one_layer, rank_1, rank_8]
 
 
 def test_the_losses_of_a_part_end_with_those_of_full_fine_tuning(measured):
