@@ -23,6 +23,7 @@ from deltarank.study import (
 from deltarank.study.capacity import code_folder
 from deltarank.study.code_runs import CodeRun
 from deltarank.study.configs import RunConfig
+from deltarank.study.floors import floors
 from deltarank.study.profiles import PROFILES, entry_folder, profile
 from deltarank.study.rivals import paid, read_of
 from deltarank.study.sizes import (
@@ -32,6 +33,7 @@ from deltarank.study.sizes import (
     place_table,
     size_gains,
 )
+from deltarank.study.tables import by_part
 
 EXAMPLES = runpy.run_path(str(ROOT / "notebooks/site/inspect_examples.py"))["EXAMPLES"]
 STORE = PROFILES["paper"].store
@@ -237,6 +239,17 @@ def asked(monkeypatch):
     for module in (store, runs, cuts):
         monkeypatch.setattr(module, "load_entry", noted)
     return folders
+
+
+def test_full_fine_tuning_learns_every_part_of_every_mix(monkeypatch, no_training):
+    """As notebook 2 has it: by 20 points or by 0.5 nats beyond the floor; no facts by heart."""
+    monkeypatch.setenv("PROFILE", "paper")
+    for mix in diversity.nested_mixes().values():
+        for part, found in by_part(diversity.mix_runs(mix)[0]).iterrows():
+            floor = floors(part)
+            nats, score = floor["loss_nats"].min(), floor["score"].max()
+            assert nats - found["loss_nats"] >= 0.5 or found["score"] - score >= 20, (mix, part)
+            assert part != "facts" or found["score"] < 25
 
 
 def test_the_paper_is_rendered_without_training(monkeypatch, no_training, records, asked):
