@@ -103,7 +103,7 @@ def at_gain(result: Result, base: Result, share: float) -> dict[str, float]:
 
 
 def at_loss(result: Result, nats: float) -> dict[str, float]:
-    """Where the loss of a full run had first fallen to `nats`: step, energy_8, r90, loss_nats.
+    """Where the loss of a full run had first fallen to `nats`: step, loss_nats, rank_measures.
 
     From its notes on the way, with the loss of GROWTH_ROWS rows of "valid", linearly between the
     last that lies above and the first that does not; medians over the matrices.  Raises ValueError
@@ -112,12 +112,7 @@ def at_loss(result: Result, nats: float) -> dict[str, float]:
     last: dict = {"step": result.config.steps, "loss_nats": growth_loss(result)}
     last |= pd.DataFrame(rank_measures(S) for S in result.spectra.values()).to_dict("list")
     notes = [
-        {
-            "loss_nats": note["loss_nats"],
-            "step": note["step"],
-            "energy_8": float(np.median(note["energy_8"])),
-            "r90": float(np.median(note["r90"])),
-        }
+        {name: float(np.median(values)) for name, values in note.items()}
         for note in [*result.record["growth"], last]
     ]
     low = [i for i, note in enumerate(notes) if note["loss_nats"] <= nats]

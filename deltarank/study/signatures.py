@@ -2,59 +2,111 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
+import time
 
 import pandas as pd
+from torch import Tensor, nn
 
-from deltarank.study.configs import RunConfig
-from deltarank.study.gains import at_loss, growth_loss
-from deltarank.study.profiles import profile
+from deltarank.spectra import rank_measures, singular_values
+from deltarank.store import cached
+from deltarank.study.configs import OWN_OPTIMIZERS, RunConfig
+from deltarank.study.floors import skill_gain
+from deltarank.study.gains import at_loss, ends, gain_kept, growth_loss
+from deltarank.study.gradients import gradient_spectra
+from deltarank.study.measuring import provenance
+from deltarank.study.models import matrices
+from deltarank.study.optimizers import own_optimizer
+from deltarank.study.profiles import entry_folder, profile
 from deltarank.study.runs import run
-from deltarank.study.search import at_best_rate, best_alpha
+from deltarank.study.search import at_best_rate, best_alpha, coarse_search
+from deltarank.study.training import prepare
 
 ADAMW = "adamw_torch_fused"  # the report's
 
 
-def optimizer_configs(task: str) -> dict[str, RunConfig]:
-    """Full fine-tuning of a task by each optimizer at its best rate, first seed; AdamW first."""
-    others = {name: at_best_rate(task, optimizer=name) for name in profile().optimizers.names}
-    return {ADAMW: at_best_rate(task)} | others
+def optimizer_configs(task: str, **changes) -> dict[str, RunConfig]:
+    """Full fine-tuning of a task by each optimizer at its best rate, first seed; AdamW first.
+
+    changes: other fields of RunConfig, such as seed=.
+    """
+    names = (ADAMW, *profile().optimizers.names)
+    best = {name: at_best_rate(task, **_other(name)) for name in names}
+    return {name: dataclasses.replace(config, **changes) for name, config in best.items()}
 
 
-def lora_by_optimizer(task: str) -> dict[str, RunConfig]:
+def lora_configs(task: str) -> dict[str, RunConfig]:
     """LoRA of the profile's rank by AdamW and by Muon, each at its best rate, first seed."""
     lora = functools.partial(
         at_best_rate, task, "lora", rank=profile().optimizers.rank, alpha=best_alpha(task)
     )
-    return {ADAMW: lora(), "muon": lora(optimizer="muon")}
+    return {name: lora(**_other(name)) for name in (ADAMW, "muon")}
 
 
-def at_equal_loss(task: str) -> pd.DataFrame:
+def _other(name: str) -> dict[str, str]:
+    """What a recipe says of an optimizer that is not the report's."""
+    return {} if name == ADAMW else {"optimizer": name}
+
+
+def tried_table() -> pd.DataFrame:
+    """What full fine-tuning by each optimizer comes to, a line (task, optimizer), first seed.
+
+    Columns: lr, the best; tried and diverged, numbers of rates; loss_nats and score on test rows;
+    skill, the share of the skill gain of the report's own full fine-tune.
+    """
+    lines = {}
+    for task in profile().optimizers.tasks:
+        for name, config in optimizer_configs(task).items():
+            tried, result = coarse_search(task, **_other(name)), run(config)
+            diverged = sum(trial.status == "diverged" for trial in tried)
+            line = {"lr": config.lr, "tried": len(tried), "diverged": diverged}
+            line |= {"loss_nats": result.loss(), "score": result.score()}
+            lines[task, name] = line | {"skill": skill_gain(result)}
+    return pd.DataFrame(lines).T.rename_axis(["task", "optimizer"])
+
+
+def at_equal_loss(task: str, **changes) -> pd.DataFrame:
     """The updates of a task's optimizers where each first comes down to the worst's last loss.
 
-    One line an optimizer, without those that diverged: step, energy_8, r90 and loss_nats there, by
-    at_loss; lr; ended: its last loss on all of the rows that choose.
+    One line an optimizer, without those that diverged: what at_loss says there, medians over the
+    matrices; gained, the share of what AdamW gains in loss by its end, on the same rows, that all
+    have there.
     """
-    runs = {name: run(config) for name, config in optimizer_configs(task).items()}
-    ended = {name: result for name, result in runs.items() if result.status == "finished"}
-    shared = max(growth_loss(result) for result in ended.values())
-    lines = {
-        name: at_loss(result, shared) | {"lr": result.config.lr, "ended": result.loss("valid")}
-        for name, result in ended.items()
-    }
-    return pd.DataFrame(lines).T
+    runs = {name: run(config) for name, config in optimizer_configs(task, **changes).items()}
+    finished = {name: result for name, result in runs.items() if result.status == "finished"}
+    shared = max(growth_loss(result) for result in finished.values())
+    start, end = growth_loss(ends(runs[ADAMW].config)[0]), growth_loss(runs[ADAMW])
+    gained = {"gained": gain_kept(shared, start, end)}
+    return pd.DataFrame({n: at_loss(result, shared) | gained for n, result in finished.items()}).T
 
 
-def variance_shares(table: pd.DataFrame) -> dict[str, float]:
-    """Of the variance of a table (rows, columns) the shares of rows, of columns, of neither.
+def first_steps(base: RunConfig) -> tuple[dict[str, list[float]], Tensor]:
+    """r90 of the first step of each of OWN_OPTIMIZERS, one value a matrix, and a gradient; stored.
 
-    Two-way analysis of variance with one value a cell: sums of squares of the means of rows and of
-    columns about the whole mean, over that of all values.
-
-    >>> shares = variance_shares(pd.DataFrame([[0.0, 1.0], [2.0, 3.0]]))
-    >>> {name: round(share, 3) for name, share in shares.items()}
-    {'rows': 0.8, 'columns': 0.2, 'neither': 0.0}
+    Of the gradient of first_gradients, by the optimizers that train; the gradient (m, n) given is
+    the first matrix's of the fewest entries, to show computations on.
     """
-    values = table.to_numpy(float)
-    rows, columns = (float(values.mean(axis).var() / values.var()) for axis in (1, 0))
-    return {"rows": rows, "columns": columns, "neither": 1 - (rows + columns)}
+
+    def compute() -> tuple[dict, dict[str, Tensor]]:
+        started, model = time.perf_counter(), prepare(base)
+        gradient_spectra(model, base)
+        gradients = [W.grad for W in matrices(model).values() if W.grad is not None]
+        found = {name: _step_ranks(base, name, gradients) for name in OWN_OPTIMIZERS}
+        record = {"run": base.key, "r90": found}
+        record |= provenance(time.perf_counter() - started)
+        return record, {"gradient": min(gradients, key=lambda G: G.numel())}
+
+    folder = entry_folder(base, "gradients", f"{base.key}-steps")
+    record, tensors = cached(folder, compute)
+    return record["r90"], tensors["gradient"]
+
+
+def _step_ranks(base: RunConfig, optimizer: str, gradients: list[Tensor]) -> list[float]:
+    """r90 of what the first step of an optimizer makes of each gradient (m, n)."""
+    steps = nn.ParameterList(G.new_zeros(G.shape) for G in gradients)
+    for step, G in zip(steps, gradients, strict=True):
+        step.grad = G.clone()
+    config = dataclasses.replace(base, method="full", steps=1, lr=1.0, optimizer=optimizer)
+    own_optimizer(config, steps).step()
+    return [rank_measures(singular_values(step.detach()))["r90"] for step in steps]

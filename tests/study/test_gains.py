@@ -84,6 +84,8 @@ def a_run(losses, ranks):
             "loss_nats": loss,
             "energy_8": [1 / rank, 1 / rank, 1.0],
             "r90": [rank, rank, 1],
+            "entropy_rank": [2 * rank, 2 * rank, 1.0],
+            "stable_rank": [1.0, 1.0, 1.0],
         }
         for step, loss, rank in zip((1, 2, 4), losses, ranks, strict=True)
     ]
@@ -118,6 +120,7 @@ def test_a_loss_that_a_run_never_comes_down_to_is_refused(store):
     run = a_run([7.0, 5.0, 3.0], [10, 20, 30])
     assert at_loss(run, 1.0)["step"] == 8 and at_loss(run, 4.0)["step"] == 3
     assert at_loss(run, 6.0)["energy_8"] == pytest.approx(0.075)  # half way from 1/10 to 1/20
+    assert at_loss(run, 6.0)["entropy_rank"] == pytest.approx(30)
     with pytest.raises(ValueError, match=r"never comes down to 0\.9 nats"):
         at_loss(run, 0.9)
 

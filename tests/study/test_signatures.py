@@ -1,18 +1,20 @@
-"""Signatures: each optimizer at its best rate, compared at equal loss; shares of a variance."""
+"""Signatures: each optimizer at its best rate, compared at equal loss; their first steps."""
 
-import numpy as np
-import pandas as pd
 import pytest
+import torch
 
 from deltarank.study.gains import growth_loss
+from deltarank.study.gradients import first_gradients
+from deltarank.study.models import load_model, matrices
 from deltarank.study.profiles import profile
 from deltarank.study.runs import run
 from deltarank.study.signatures import (
     ADAMW,
     at_equal_loss,
-    lora_by_optimizer,
+    first_steps,
+    lora_configs,
     optimizer_configs,
-    variance_shares,
+    tried_table,
 )
 
 
@@ -37,7 +39,7 @@ def test_each_optimizer_takes_its_best_rate_of_its_own_grid(tried):
 
 
 def test_the_factors_of_a_lora_are_trained_by_muon_too(tried):
-    found = lora_by_optimizer("facts")
+    found = lora_configs("facts")
     assert {name: (c.optimizer, c.rank, c.lr) for name, c in found.items()} == {
         ADAMW: (ADAMW, 4, 1e-2),
         "muon": ("muon", 4, 1e-2),
@@ -50,16 +52,29 @@ def test_updates_are_compared_where_each_comes_down_to_the_worst_last_loss(store
     assert set(table.index) <= set(runs) and len(table) >= 3
     shared = max(growth_loss(runs[name]) for name in table.index)
     worst = table["step"] == profile().steps
+    assert table["gained"].nunique() == 1 and table["gained"].max() <= 1
     assert (table["loss_nats"] <= shared + 1e-9).all()  # less where the first note has less
     assert table.loc[worst, "loss_nats"].max() == pytest.approx(shared)
 
 
-def test_a_variance_is_split_among_rows_columns_and_neither():
-    rng = np.random.default_rng(0)
-    a, b, e = rng.normal(size=(4, 1)), rng.normal(size=(1, 5)), rng.normal(size=(4, 5))
-    e -= e.mean(0) + e.mean(1, keepdims=True) - e.mean()
-    shares = variance_shares(pd.DataFrame(a + b + e))
-    parts = {"rows": a - a.mean(), "columns": b - b.mean(), "neither": e}
-    sums = {name: np.broadcast_to(part, (4, 5)).var() for name, part in parts.items()}
-    expected = {name: part / sum(sums.values()) for name, part in sums.items()}
-    assert shares == pytest.approx(expected)
+def test_other_seeds_and_answers_take_the_rates_of_the_first(tried):
+    found = optimizer_configs("facts", seed=1, permuted=True)
+    assert {config.lr for config in found.values()} == {1e-3, 1.0}
+    assert all(config.seed == 1 and config.permuted for config in found.values())
+
+
+def test_what_was_tried_is_told_of_each_optimizer(store):
+    table = tried_table()
+    assert [*table.index] == [("facts", name) for name in optimizer_configs("facts")]
+    assert (table["tried"] == 2).all()
+    assert table.loc[("facts", ADAMW), "loss_nats"] == run(optimizer_configs("facts")[ADAMW]).loss()
+
+
+def test_a_first_step_of_descent_has_the_ranks_of_the_gradient_and_muons_is_flat(store):
+    base = profile().config("facts", "base")
+    ranks, G = first_steps(base)
+    gradient = first_gradients(base)
+    assert ranks["sgd_momentum"] == pytest.approx(gradient["r90"], abs=1)
+    assert min(torch.tensor(ranks["muon"]) - torch.tensor(ranks["sgd_momentum"])) > 0
+    shapes = {tuple(W.shape) for W in matrices(load_model(base.model)).values()}
+    assert tuple(G.shape) in shapes and G.numel() == min(m * n for m, n in shapes)
