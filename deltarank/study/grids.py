@@ -145,7 +145,7 @@ class OptimizerGrid:
     Full fine-tuning by each of `names`, and LoRA of a rank on some tasks by Muon.
     """
 
-    tasks: tuple[str, ...] = ("facts", "sorbian", "kjv", "arithmetic")
+    tasks: tuple[str, ...] = ("facts", "sorbian", "kjv")
     names: tuple[str, ...] = ("muon", "sign", "sgd_momentum")
     lora_tasks: tuple[str, ...] = ("facts", "sorbian")
     rank: int = 8

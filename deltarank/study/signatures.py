@@ -6,6 +6,7 @@ import dataclasses
 import functools
 import time
 
+import numpy as np
 import pandas as pd
 from torch import Tensor, nn
 
@@ -53,7 +54,8 @@ def tried_table() -> pd.DataFrame:
     """What full fine-tuning by each optimizer comes to, a line (task, optimizer), first seed.
 
     Columns: lr, the best; tried and diverged, numbers of rates; loss_nats and score on test rows;
-    skill, the share of the skill gain of the report's own full fine-tune.
+    skill, the share of the skill gain of the report's own full fine-tune; half_least and half_most,
+    over the rates that finished, the median r90 of the update half-way, at the last note on it.
     """
     lines = {}
     for task in profile().optimizers.tasks:
@@ -62,7 +64,10 @@ def tried_table() -> pd.DataFrame:
             diverged = sum(trial.status == "diverged" for trial in tried)
             line = {"lr": config.lr, "tried": len(tried), "diverged": diverged}
             line |= {"loss_nats": result.loss(), "score": result.score()}
-            lines[task, name] = line | {"skill": skill_gain(result)}
+            notes = [trial.record["growth"][-1] for trial in tried if trial.status == "finished"]
+            half = [float(np.median(note["r90"])) for note in notes]
+            line |= {"skill": skill_gain(result), "half_least": min(half), "half_most": max(half)}
+            lines[task, name] = line
     return pd.DataFrame(lines).T.rename_axis(["task", "optimizer"])
 
 

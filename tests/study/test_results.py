@@ -19,6 +19,7 @@ from deltarank.study import (
     plan,
     runs,
     search,
+    signatures,
 )
 from deltarank.study.capacity import code_folder
 from deltarank.study.code_runs import CodeRun
@@ -205,6 +206,16 @@ def ask_for_ladders():
     runs.sweep([config for configs in plan.entities_configs().values() for config in configs])
 
 
+def ask_for_signatures():
+    """Ask for the runs, spectra and first steps of other optimizers."""
+    signatures.tried_table()
+    for task in profile().optimizers.tasks:
+        signatures.at_equal_loss(task)
+        signatures.first_steps(profile().config(task, "base"))
+    for task in profile().optimizers.lora_tasks:
+        runs.sweep([*signatures.lora_configs(task).values()])
+
+
 def ask_for_spectra():
     """Ask for the spectra that notebooks show, and of the gallery's examples."""
     sizes = profile()
@@ -269,6 +280,7 @@ def test_the_paper_is_rendered_without_training(monkeypatch, no_training, record
             cuts.cut(config, profile().control_ranks, part=part)
     ask_for_controls()
     ask_for_ladders()
+    ask_for_signatures()
     ask_for_spectra()
     heals.heals_table(heals.heal_configs())
     loads.capacity_table([*loads.code_configs(), *loads.longer_configs()])
@@ -286,4 +298,4 @@ def test_the_paper_is_rendered_without_training(monkeypatch, no_training, record
     by_matrix = [
         folder for folder in others if records[folder].get("config", {}).get("rank_pattern")
     ]
-    assert others == by_matrix, "no notebook reads these"  # notebook 11 has ranks by matrix
+    assert others == by_matrix, "no notebook reads these"  # notebook 12 has ranks by matrix

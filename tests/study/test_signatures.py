@@ -67,6 +67,7 @@ def test_what_was_tried_is_told_of_each_optimizer(store):
     table = tried_table()
     assert [*table.index] == [("facts", name) for name in optimizer_configs("facts")]
     assert (table["tried"] == 2).all()
+    assert (table["half_least"] <= table["half_most"]).all() and table["half_least"].min() >= 1
     assert table.loc[("facts", ADAMW), "loss_nats"] == run(optimizer_configs("facts")[ADAMW]).loss()
 
 
