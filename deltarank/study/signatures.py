@@ -27,14 +27,10 @@ from deltarank.study.training import prepare
 ADAMW = "adamw_torch_fused"  # the report's
 
 
-def optimizer_configs(task: str, **changes) -> dict[str, RunConfig]:
-    """Full fine-tuning of a task by each optimizer at its best rate, first seed; AdamW first.
-
-    changes: other fields of RunConfig, such as seed=.
-    """
+def optimizer_configs(task: str) -> dict[str, RunConfig]:
+    """Full fine-tuning of a task by each optimizer at its best rate, first seed; AdamW first."""
     names = (ADAMW, *profile().optimizers.names)
-    best = {name: at_best_rate(task, **_other(name)) for name in names}
-    return {name: dataclasses.replace(config, **changes) for name, config in best.items()}
+    return {name: at_best_rate(task, **_other(name)) for name in names}
 
 
 def lora_configs(task: str) -> dict[str, RunConfig]:
@@ -71,14 +67,14 @@ def tried_table() -> pd.DataFrame:
     return pd.DataFrame(lines).T.rename_axis(["task", "optimizer"])
 
 
-def at_equal_loss(task: str, **changes) -> pd.DataFrame:
+def at_equal_loss(task: str) -> pd.DataFrame:
     """The updates of a task's optimizers where each first comes down to the worst's last loss.
 
     One line an optimizer, without those that diverged: what at_loss says there, medians over the
     matrices; gained, the share of what AdamW gains in loss by its end, on the same rows, that all
     have there.
     """
-    runs = {name: run(config) for name, config in optimizer_configs(task, **changes).items()}
+    runs = {name: run(config) for name, config in optimizer_configs(task).items()}
     finished = {name: result for name, result in runs.items() if result.status == "finished"}
     shared = max(growth_loss(result) for result in finished.values())
     start, end = growth_loss(ends(runs[ADAMW].config)[0]), growth_loss(runs[ADAMW])
@@ -115,3 +111,18 @@ def _step_ranks(base: RunConfig, optimizer: str, gradients: list[Tensor]) -> lis
     config = dataclasses.replace(base, method="full", steps=1, lr=1.0, optimizer=optimizer)
     own_optimizer(config, steps).step()
     return [rank_measures(singular_values(step.detach()))["r90"] for step in steps]
+
+
+def variance_shares(table: pd.DataFrame) -> dict[str, float]:
+    """Of the variance of a table (rows, columns) the shares of rows, of columns, of neither.
+
+    Two-way analysis of variance with one value a cell: sums of squares of the means of rows and of
+    columns about the whole mean, over that of all values.
+
+    >>> shares = variance_shares(pd.DataFrame([[0.0, 1.0], [2.0, 3.0]]))
+    >>> {name: round(share, 3) for name, share in shares.items()}
+    {'rows': 0.8, 'columns': 0.2, 'neither': 0.0}
+    """
+    values = table.to_numpy(float)
+    rows, columns = (float(values.mean(axis).var() / values.var()) for axis in (1, 0))
+    return {"rows": rows, "columns": columns, "neither": 1 - (rows + columns)}
