@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import itertools
 import time
+from collections.abc import Sequence
 
 import numpy as np
 import pandas as pd
@@ -13,24 +15,37 @@ from torch import Tensor, nn
 from deltarank.spectra import rank_measures, singular_values
 from deltarank.store import cached
 from deltarank.study.configs import OWN_OPTIMIZERS, RunConfig
+from deltarank.study.contest import APART
+from deltarank.study.cuts import cut
 from deltarank.study.floors import skill_gain
-from deltarank.study.gains import at_loss, ends, gain_kept, growth_loss
+from deltarank.study.gains import at_loss, gain_kept, growth_loss
 from deltarank.study.gradients import gradient_spectra
 from deltarank.study.measuring import provenance
 from deltarank.study.models import matrices
 from deltarank.study.optimizers import own_optimizer
-from deltarank.study.profiles import entry_folder, profile
-from deltarank.study.runs import run
+from deltarank.study.overlaps import mean_overlap
+from deltarank.study.profiles import base_of, entry_folder, profile
+from deltarank.study.runs import Result, run
 from deltarank.study.search import at_best_rate, best_alpha, coarse_search
+from deltarank.study.tables import cut_gains
 from deltarank.study.training import prepare
 
 ADAMW = "adamw_torch_fused"  # the report's
 
 
-def optimizer_configs(task: str) -> dict[str, RunConfig]:
-    """Full fine-tuning of a task by each optimizer at its best rate, first seed; AdamW first."""
+def optimizer_configs(task: str, **changes) -> dict[str, RunConfig]:
+    """Full fine-tuning of a task by each optimizer at its best rate, first seed; AdamW first.
+
+    changes: of fields of all of them.
+    """
     names = (ADAMW, *profile().optimizers.names)
-    return {name: at_best_rate(task, **_other(name)) for name in names}
+    found = {name: at_best_rate(task, **_other(name)) for name in names}
+    return {name: dataclasses.replace(config, **changes) for name, config in found.items()}
+
+
+def second_seed() -> int:
+    """The seed of each optimizer's second run, APART from the first."""
+    return profile().seeds[0] + APART
 
 
 def lora_configs(task: str) -> dict[str, RunConfig]:
@@ -67,19 +82,68 @@ def tried_table() -> pd.DataFrame:
     return pd.DataFrame(lines).T.rename_axis(["task", "optimizer"])
 
 
-def at_equal_loss(task: str) -> pd.DataFrame:
+def at_equal_loss(task: str, *, seed: int) -> pd.DataFrame:
     """The updates of a task's optimizers where each first comes down to the worst's last loss.
 
     One line an optimizer, without those that diverged: what at_loss says there, medians over the
     matrices; gained, the share of what AdamW gains in loss by its end, on the same rows, that all
     have there.
     """
-    runs = {name: run(config) for name, config in optimizer_configs(task).items()}
+    runs = {name: run(config) for name, config in optimizer_configs(task, seed=seed).items()}
     finished = {name: result for name, result in runs.items() if result.status == "finished"}
     shared = max(growth_loss(result) for result in finished.values())
-    start, end = growth_loss(ends(runs[ADAMW].config)[0]), growth_loss(runs[ADAMW])
+    start, end = growth_loss(run(base_of(runs[ADAMW].config))), growth_loss(runs[ADAMW])
     gained = {"gained": gain_kept(shared, start, end)}
     return pd.DataFrame({n: at_loss(result, shared) | gained for n, result in finished.items()}).T
+
+
+def without_skill(task: str) -> pd.DataFrame:
+    """r90 of the updates of right and of permuted answers, a line an optimizer, second seed.
+
+    Columns: right, permuted: medians over the matrices at the end of training; loss_nats of the
+    latter on test rows.
+    """
+    lines = {}
+    for name, config in optimizer_configs(task, seed=second_seed()).items():
+        right, permuted = run(config), run(dataclasses.replace(config, permuted=True))
+        line = {"right": _median_r90(right), "permuted": _median_r90(permuted)}
+        lines[name] = line | {"loss_nats": permuted.loss()}
+    return pd.DataFrame(lines).T
+
+
+def _median_r90(result: Result) -> float:
+    """The median of r90 over the matrices of a run at its end."""
+    return float(np.median([rank_measures(S)["r90"] for S in result.spectra.values()]))
+
+
+def cuts_table(ranks: Sequence[int]) -> pd.DataFrame:
+    """What cuts to these ranks keep of the updates of second seeds, a line (task, optimizer, rank).
+
+    Columns of cut_gains, among them kept_loss, the share of the run's own gain.
+    """
+    runs = {t: optimizer_configs(t, seed=second_seed()) for t in profile().optimizers.tasks}
+    cuts = {
+        (task, name): cut_gains(config, cut(config, ranks)).drop(columns="task").set_index("rank")
+        for task, by_name in runs.items()
+        for name, config in by_name.items()
+    }
+    return pd.concat(cuts, names=["task", "optimizer"])
+
+
+def shared_directions(task: str) -> pd.DataFrame:
+    """mean_overlap of the updates of every two optimizers, a line (optimizer, other), by rank.
+
+    Of one seed, the second; of an optimizer with itself those of its first and second seed, of
+    AdamW the report's own two.
+    """
+    second = optimizer_configs(task, seed=second_seed())
+    seeds: dict[str, Sequence[int]] = dict.fromkeys(second, (profile().seeds[0], second_seed()))
+    seeds[ADAMW] = profile().seeds[:2]
+    pairs = {pair: [second[name] for name in pair] for pair in itertools.combinations(second, 2)}
+    for name, both in seeds.items():
+        pairs[name, name] = [dataclasses.replace(second[name], seed=seed) for seed in both]
+    found = {pair: mean_overlap(*configs) for pair, configs in pairs.items()}
+    return pd.DataFrame(found).T.rename_axis(["optimizer", "other"])
 
 
 def first_steps(base: RunConfig) -> tuple[dict[str, list[float]], Tensor]:

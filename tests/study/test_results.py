@@ -207,10 +207,14 @@ def ask_for_ladders():
 
 
 def ask_for_signatures():
-    """Ask for the runs, spectra and first steps of other optimizers."""
+    """Ask for the runs, spectra, cuts, overlaps and first steps of other optimizers."""
     signatures.tried_table()
+    signatures.cuts_table(profile().cut_ranks)
+    signatures.without_skill("facts")
     for task in profile().optimizers.tasks:
-        signatures.at_equal_loss(task)
+        for seed in (profile().seeds[0], signatures.second_seed()):
+            signatures.at_equal_loss(task, seed=seed)
+        signatures.shared_directions(task)
         signatures.first_steps(profile().config(task, "base"))
     for task in profile().optimizers.lora_tasks:
         runs.sweep([*signatures.lora_configs(task).values()])

@@ -1,23 +1,31 @@
 """Signatures: each optimizer at its best rate, compared at equal loss; first steps, a variance."""
 
+import dataclasses
+
 import numpy as np
 import pandas as pd
 import pytest
 import torch
 
+from deltarank.spectra import rank_measures
 from deltarank.study.gains import growth_loss
 from deltarank.study.gradients import first_gradients
 from deltarank.study.models import load_model, matrices
+from deltarank.study.overlaps import mean_overlap
 from deltarank.study.profiles import profile
 from deltarank.study.runs import run
 from deltarank.study.signatures import (
     ADAMW,
     at_equal_loss,
+    cuts_table,
     first_steps,
     lora_configs,
     optimizer_configs,
+    second_seed,
+    shared_directions,
     tried_table,
     variance_shares,
+    without_skill,
 )
 
 
@@ -50,14 +58,43 @@ def test_the_factors_of_a_lora_are_trained_by_muon_too(tried):
 
 
 def test_updates_are_compared_where_each_comes_down_to_the_worst_last_loss(store):
-    table = at_equal_loss("facts")
-    runs = {name: run(config) for name, config in optimizer_configs("facts").items()}
+    seed = second_seed()
+    table = at_equal_loss("facts", seed=seed)
+    runs = {name: run(config) for name, config in optimizer_configs("facts", seed=seed).items()}
+    assert {result.config.seed for result in runs.values()} == {100}
     assert set(table.index) <= set(runs) and len(table) >= 3
     shared = max(growth_loss(runs[name]) for name in table.index)
     worst = table["step"] == profile().steps
     assert table["gained"].nunique() == 1 and table["gained"].max() <= 1
     assert (table["loss_nats"] <= shared + 1e-9).all()  # less where the first note has less
     assert table.loc[worst, "loss_nats"].max() == pytest.approx(shared)
+
+
+def test_second_runs_are_cut_compared_and_set_against_permuted_answers(store):
+    configs, full = (
+        optimizer_configs("facts", seed=second_seed()),
+        max(min(W.shape) for W in matrices(load_model(profile().model)).values()),
+    )
+    cuts = cuts_table([0, 1, full])
+    assert [*cuts.loc["facts"].index.unique("optimizer")] == [*configs]
+    whole = cuts.xs(full, level="rank")
+    assert whole["kept_loss"].to_numpy() == pytest.approx(1, abs=1e-3)
+    assert (whole["energy"] == 1).all() and cuts["seed"].unique() == [100]
+
+    shared = shared_directions("facts")
+    assert len(shared) == 4 * 3 / 2 + 4
+    muon = configs["muon"]
+    first = dataclasses.replace(muon, seed=profile().seeds[0])
+    assert shared.loc[("muon", "muon")].equals(mean_overlap(first, muon).rename(("muon", "muon")))
+    at = dataclasses.replace(configs[ADAMW], seed=0), dataclasses.replace(configs[ADAMW], seed=1)
+    assert shared.loc[(ADAMW, ADAMW), 1] == mean_overlap(*at)[1]
+    assert shared.loc[(ADAMW, "sign"), 1] == mean_overlap(configs[ADAMW], configs["sign"])[1]
+
+    table = without_skill("facts")
+    wrong = run(dataclasses.replace(muon, permuted=True))
+    assert table.loc["muon", "loss_nats"] == wrong.loss() != run(muon).loss()
+    ranks = [rank_measures(S)["r90"] for S in wrong.spectra.values()]
+    assert table.loc["muon", "permuted"] == np.median(ranks)
 
 
 def test_what_was_tried_is_told_of_each_optimizer(store):
