@@ -2,8 +2,9 @@
 
 A training step, the spectra of one model, checkpoint pairs, a plan, and the whole quick report.
 Timings need an otherwise idle machine; nothing is asserted.  `make bench ONLY=pairs` runs one part
-(spectra, training, planted, pairs with planted, variants, plan, report).  With RECORD=yes what was
-measured of pairs, variants, plan and report is stored for the notebooks and the README.
+(spectra, training, planted, pairs with planted, variants, optimizers, plan, report).  With
+RECORD=yes what was measured of pairs, variants, optimizers, plan and report is stored for the
+notebooks and the README.
 """
 
 import dataclasses
@@ -18,7 +19,7 @@ import pandas as pd
 import torch
 from bench_pairs import bench_pairs
 from bench_planted import bench_planted
-from bench_variants import bench_variants
+from bench_variants import bench_optimizers, bench_variants
 from timing import PLAN_TIMES, REPORT_TIMES, machine, record, timed
 from training_steps import Stamps, our_step, peak_memory
 
@@ -143,6 +144,7 @@ PARTS = {
     "planted": [bench_planted],
     "pairs": [bench_planted, bench_pairs],
     "variants": [bench_variants],
+    "optimizers": [bench_optimizers],
     "plan": [bench_plan],
     "report": [bench_report],
 }

@@ -1,4 +1,4 @@
-"""Time and memory of a training step of each method of the trials, each in a fresh process."""
+"""Time and memory of a training step of each method and optimizer, each in a fresh process."""
 
 import multiprocessing
 from concurrent.futures import ProcessPoolExecutor
@@ -7,7 +7,9 @@ import pandas as pd
 from timing import VARIANT_TIMES, record
 from training_steps import our_step
 
+from deltarank.study.configs import OWN_OPTIMIZERS
 from deltarank.study.profiles import PROFILES
+from deltarank.study.signatures import ADAMW, STEP_TIMES
 from deltarank.study.sizes import trained_parameters
 from deltarank.study.trials import METHODS
 
@@ -26,6 +28,17 @@ def bench_variants() -> None:
             rows.append(row | {"seconds": round(seconds, 3), "GB": round(memory, 2)})
             print("  {method}, size {size}: {seconds:.2f} s, {GB:.1f} GB".format(**rows[-1]))
     record(pd.DataFrame(rows), VARIANT_TIMES)
+
+
+def bench_optimizers() -> None:
+    """Print seconds a step and peak GB of full fine-tuning by each optimizer."""
+    rows = []
+    for name in (ADAMW, *OWN_OPTIMIZERS):
+        config = PROFILES["paper"].config(TASK, optimizer=name, lr=1e-5, steps=STEPS)
+        seconds, memory = in_fresh_process(our_step, config)
+        rows.append({"optimizer": name, "seconds": round(seconds, 3), "GB": round(memory, 2)})
+        print("  {optimizer}: {seconds:.2f} s, {GB:.1f} GB".format(**rows[-1]))
+    record(pd.DataFrame(rows), STEP_TIMES)
 
 
 def in_fresh_process(function, *arguments):

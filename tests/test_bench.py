@@ -21,7 +21,9 @@ from bench_planted import planted_at_rank, what_modeldelta_says, what_we_say
 from safetensors.torch import load_file
 
 from deltarank.cli import main
+from deltarank.study.configs import OWN_OPTIMIZERS
 from deltarank.study.profiles import profile
+from deltarank.study.signatures import ADAMW
 from deltarank.study.trials import METHODS
 
 TINY_LLAMA = Size(
@@ -216,6 +218,22 @@ def test_every_method_and_size_has_a_line(tmp_path, monkeypatch):
         ("VeRA", 1),
     ]
     assert set(found["seconds"]) == {0.5} and (found["parameters"] > 0).all()
+
+
+def test_every_optimizer_has_a_line(tmp_path, monkeypatch):
+    monkeypatch.setattr(bench_variants, "PROFILES", {"paper": profile()})
+    monkeypatch.setattr(bench_variants, "STEP_TIMES", tmp_path / "times.csv")
+    asked = []
+
+    def timed(step, config):
+        asked.append(config.optimizer)
+        return 0.5, 1.25
+
+    monkeypatch.setattr(bench_variants, "in_fresh_process", timed)
+    monkeypatch.setenv("RECORD", "yes")
+    bench_variants.bench_optimizers()
+    found = pd.read_csv(tmp_path / "times.csv")
+    assert [*found["optimizer"]] == asked == [ADAMW, *OWN_OPTIMIZERS]
 
 
 def test_a_plan_is_timed_without_a_cache_and_quoted_from_it(tmp_path, monkeypatch, capsys):

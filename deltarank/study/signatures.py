@@ -12,6 +12,7 @@ import numpy as np
 import pandas as pd
 from torch import Tensor, nn
 
+from deltarank.runtime import ROOT
 from deltarank.spectra import rank_measures, singular_values
 from deltarank.store import cached
 from deltarank.study.configs import OWN_OPTIMIZERS, RunConfig
@@ -31,6 +32,7 @@ from deltarank.study.tables import cut_gains
 from deltarank.study.training import prepare
 
 ADAMW = "adamw_torch_fused"  # the report's
+STEP_TIMES = ROOT / "data" / "bench_optimizers.csv"  # what a step of each optimizer costs
 
 
 def optimizer_configs(task: str, **changes) -> dict[str, RunConfig]:
