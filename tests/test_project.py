@@ -117,6 +117,13 @@ def test_there_are_notebooks_in_the_order_of_their_numbers():
     assert numbers == sorted(set(numbers)) and numbers[:6] == [f"{i:02d}" for i in range(6)]
 
 
+def test_a_notebook_writes_what_bears_its_number():
+    titles = {name: "".join(book["cells"][0]["source"]) for name, book in NOTEBOOKS.items()}
+    written = {name: re.findall(r"`(\d\d)_\*`", title) for name, title in titles.items()}
+    assert sum(map(bool, written.values())) > 10
+    assert {name: found for name, found in written.items() if set(found) - {name[:2]}} == {}
+
+
 def without_images(cell):
     """A cell whose images, which are letters at random, are left out."""
     outputs = [
