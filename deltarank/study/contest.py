@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
+import numpy as np
 import pandas as pd
 
 from deltarank.study.floors import skill_gain
@@ -34,6 +36,34 @@ def trials_table() -> pd.DataFrame:
         for name in contestants(size)
         for trial, result in enumerate(trials(task, name, size), start=1)
     )
+
+
+def tuning_curves(table: pd.DataFrame) -> pd.DataFrame:
+    """How far each method is after k trials, a line (task, size, method, k), from a trials_table.
+
+    so_far: the best gain of the first k, in the order of trying; expected: the mean best of k drawn
+    from all of them (expected_best).
+    """
+    found = {}
+    for key, gains in table.groupby(["task", "size", "method"], sort=False)["gain"]:
+        curve = {"so_far": gains.cummax().to_numpy(), "expected": expected_best([*gains])}
+        found[key] = pd.DataFrame(curve, range(1, len(gains) + 1))
+    return pd.concat(found, names=["task", "size", "method", "k"])
+
+
+def expected_best(values: Sequence[float]) -> np.ndarray:
+    """The mean of the best of k of n values, drawn with replacement, for k = 1 ... n; (n,).
+
+    With the i-th lowest value v_i it is sum_i v_i ((i / n)^k - ((i - 1) / n)^k) (Dodge et al. 2019,
+    arXiv 1909.03004).
+
+    >>> expected_best([0.0, 1.0])
+    array([0.5 , 0.75])
+    """
+    n = len(values)
+    below = np.arange(n + 1) / n  # chances that a draw is no better than the i-th lowest
+    powers = below[:, None] ** np.arange(1, n + 1)  # (n + 1, n)
+    return np.sort(np.asarray(values, float)) @ np.diff(powers, axis=0)
 
 
 def finals_table() -> pd.DataFrame:

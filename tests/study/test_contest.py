@@ -1,12 +1,14 @@
 """The contest: every method as often, each run's skill beside it, and LoRA against itself."""
 
 import dataclasses
+import itertools
 
+import pandas as pd
 import pytest
 
 from deltarank.study import contest
 from deltarank.study.configs import VARIANTS
-from deltarank.study.contest import AGAIN, contestants, finals_table, trials_table
+from deltarank.study.contest import AGAIN, contestants, finals_table, trials_table, tuning_curves
 from deltarank.study.floors import skill_gain
 from deltarank.study.gains import gain
 from deltarank.study.profiles import PROFILES, profile
@@ -35,6 +37,16 @@ def test_a_line_a_trial(two):
     assert (second["lr"], second["knob"]) == (result.config.lr, result.config.alpha)
     assert second["gain"] == max(skill_gain(result, split="valid"), 0)
     assert table[table["method"] == "HiRA"]["knob"].isna().all()
+
+
+def test_a_curve_is_the_best_so_far_and_the_mean_best_of_as_many_draws():
+    gains = [0.5, 0.2, 0.9, 0.4]
+    table = pd.DataFrame({"task": "facts", "size": 1, "method": "LoRA", "gain": gains})
+    curve = tuning_curves(table).loc["facts", 1, "LoRA"]
+    assert [*curve["so_far"]] == [0.5, 0.5, 0.9, 0.9]
+    for k, expected in curve["expected"].items():
+        draws = [max(drawn) for drawn in itertools.product(gains, repeat=k)]
+        assert expected == pytest.approx(sum(draws) / len(draws))
 
 
 def test_a_line_a_seed_at_the_best_setting(two):
