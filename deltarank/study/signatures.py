@@ -17,7 +17,6 @@ from deltarank.spectra import rank_measures, singular_values
 from deltarank.store import cached
 from deltarank.study.configs import OWN_OPTIMIZERS, RunConfig
 from deltarank.study.contest import APART
-from deltarank.study.cuts import cut
 from deltarank.study.floors import skill_gain
 from deltarank.study.gains import at_loss, gain_kept, growth_loss
 from deltarank.study.gradients import gradient_spectra
@@ -25,6 +24,7 @@ from deltarank.study.measuring import provenance
 from deltarank.study.models import matrices
 from deltarank.study.optimizers import own_optimizer
 from deltarank.study.overlaps import mean_overlap
+from deltarank.study.plan import cut_until
 from deltarank.study.profiles import base_of, entry_folder, profile
 from deltarank.study.runs import Result, run
 from deltarank.study.search import at_best_rate, best_alpha, coarse_search
@@ -118,18 +118,18 @@ def _median_r90(result: Result) -> float:
     return float(np.median([rank_measures(S)["r90"] for S in result.spectra.values()]))
 
 
-def cuts_table(ranks: Sequence[int]) -> pd.DataFrame:
-    """What cuts to these ranks keep of the updates of second seeds, a line (task, optimizer, rank).
+def cuts_table(share: float) -> pd.DataFrame:
+    """What cuts keep of the updates of second seeds, a line a rank, optimizer and task.
 
-    Columns of cut_gains, among them kept_loss, the share of the run's own gain.
+    By cut_until, to the rank that keeps `share` of the run's own loss gain.  Columns: optimizer and
+    those of cut_gains, where kept_loss is that gain.
     """
     runs = {t: optimizer_configs(t, seed=second_seed()) for t in profile().optimizers.tasks}
-    cuts = {
-        (task, name): cut_gains(config, cut(config, ranks)).drop(columns="task").set_index("rank")
-        for task, by_name in runs.items()
+    return pd.concat(
+        cut_gains(config, cut_until(config, share)).assign(optimizer=name)
+        for by_name in runs.values()
         for name, config in by_name.items()
-    }
-    return pd.concat(cuts, names=["task", "optimizer"])
+    )
 
 
 def shared_directions(task: str) -> pd.DataFrame:

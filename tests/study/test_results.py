@@ -209,7 +209,7 @@ def ask_for_ladders():
 def ask_for_signatures():
     """Ask for the runs, spectra, cuts, overlaps and first steps of other optimizers."""
     signatures.tried_table()
-    signatures.cuts_table(profile().cut_ranks)
+    signatures.cuts_table(0.95)
     signatures.without_skill("facts")
     for task in profile().optimizers.tasks:
         for seed in (profile().seeds[0], signatures.second_seed()):
