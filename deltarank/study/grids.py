@@ -145,10 +145,16 @@ class OptimizerGrid:
     Full fine-tuning by each of `names`, and LoRA of a rank on some tasks by Muon.
     """
 
-    tasks: tuple[str, ...] = ("facts", "sorbian", "kjv")
+    tasks: tuple[str, ...] = ("facts", "sorbian", "kjv", "arithmetic")
+    once: tuple[str, ...] = ("sorbian", "kjv")  # of these, those whose second seed is to come
     names: tuple[str, ...] = ("muon", "sign", "sgd_momentum")
     lora_tasks: tuple[str, ...] = ("facts", "sorbian")
     rank: int = 8
     lrs: tuple[tuple[str, tuple[float, ...]], ...] = (
-        ("sgd_momentum", (1e-2, 3e-2, 1e-1, 3e-1, 1.0, 3.0, 10.0)),
+        ("sgd_momentum", (1e-3, 3e-3, 1e-2, 3e-2, 1e-1, 3e-1, 1.0, 3.0, 10.0, 30.0, 100.0)),
     )
+
+    @property
+    def again(self) -> tuple[str, ...]:
+        """The tasks that have a second seed of each optimizer."""
+        return tuple(task for task in self.tasks if task not in self.once)

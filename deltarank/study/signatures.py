@@ -124,7 +124,7 @@ def cuts_table(share: float) -> pd.DataFrame:
     By cut_until, to the rank that keeps `share` of the run's own loss gain.  Columns: optimizer and
     those of cut_gains, where kept_loss is that gain.
     """
-    runs = {t: optimizer_configs(t, seed=second_seed()) for t in profile().optimizers.tasks}
+    runs = {t: optimizer_configs(t, seed=second_seed()) for t in profile().optimizers.again}
     return pd.concat(
         cut_gains(config, cut_until(config, share)).assign(optimizer=name)
         for by_name in runs.values()

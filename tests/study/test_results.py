@@ -212,10 +212,11 @@ def ask_for_signatures():
     signatures.cuts_table(0.95)
     signatures.without_skill("facts")
     for task in profile().optimizers.tasks:
-        for seed in (profile().seeds[0], signatures.second_seed()):
-            signatures.at_equal_loss(task, seed=seed)
-        signatures.shared_directions(task)
+        signatures.at_equal_loss(task, seed=profile().seeds[0])
         signatures.first_steps(profile().config(task, "base"))
+    for task in profile().optimizers.again:
+        signatures.at_equal_loss(task, seed=signatures.second_seed())
+        signatures.shared_directions(task)
     for task in profile().optimizers.lora_tasks:
         runs.sweep([*signatures.lora_configs(task).values()])
 
