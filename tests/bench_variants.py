@@ -4,10 +4,11 @@ import multiprocessing
 from concurrent.futures import ProcessPoolExecutor
 
 import pandas as pd
-from timing import VARIANT_TIMES, record
+from timing import record
 from training_steps import our_step
 
 from deltarank.study.configs import OWN_OPTIMIZERS
+from deltarank.study.contest import METHOD_TIMES
 from deltarank.study.profiles import PROFILES
 from deltarank.study.signatures import ADAMW, STEP_TIMES
 from deltarank.study.sizes import trained_parameters
@@ -27,7 +28,7 @@ def bench_variants() -> None:
             row = {"method": name, "size": size, "parameters": trained_parameters(config)}
             rows.append(row | {"seconds": round(seconds, 3), "GB": round(memory, 2)})
             print("  {method}, size {size}: {seconds:.2f} s, {GB:.1f} GB".format(**rows[-1]))
-    record(pd.DataFrame(rows), VARIANT_TIMES)
+    record(pd.DataFrame(rows), METHOD_TIMES)
 
 
 def bench_optimizers() -> None:

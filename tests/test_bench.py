@@ -205,7 +205,7 @@ def test_a_method_is_timed_in_a_process_of_its_own():
 
 def test_every_method_and_size_has_a_line(tmp_path, monkeypatch):
     monkeypatch.setattr(bench_variants, "PROFILES", {"paper": profile()})
-    monkeypatch.setattr(bench_variants, "VARIANT_TIMES", tmp_path / "times.csv")
+    monkeypatch.setattr(bench_variants, "METHOD_TIMES", tmp_path / "times.csv")
     few = {name: METHODS[name] for name in ("LoRA", "VeRA")}
     monkeypatch.setattr(bench_variants, "METHODS", few)
     monkeypatch.setattr(bench_variants, "in_fresh_process", lambda step, config: (0.5, 1.25))

@@ -18,8 +18,7 @@ import torch
 
 from deltarank.runtime import ROOT, cache_folder, commit, device_name
 
-# Written by `RECORD=yes make bench`: time and memory of a step of each method, a plan, a report.
-VARIANT_TIMES = ROOT / "data" / "bench_variants.csv"
+# Written by `RECORD=yes make bench`: time and memory of a plan and of a report.
 PLAN_TIMES = ROOT / "data" / "bench_plan.csv"
 REPORT_TIMES = ROOT / "data" / "bench_report.csv"
 RESERVE = 1e9  # bytes of memory that a program must leave to the machine

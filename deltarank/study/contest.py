@@ -2,20 +2,25 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
 import pandas as pd
 
+from deltarank.runtime import ROOT
+from deltarank.spectra import rank_measures
 from deltarank.study.floors import skill_gain
 from deltarank.study.gains import gain
+from deltarank.study.overlaps import mean_overlap
 from deltarank.study.profiles import profile
 from deltarank.study.runs import Result, run
 from deltarank.study.trials import METHODS, chosen, trials
 
 AGAIN = "LoRA again"  # with other seeds: what two of the same method differ by
 APART = 100  # which these seeds lie from the first: the next seeds would share epochs with them
+METHOD_TIMES = ROOT / "data" / "bench_variants.csv"  # what a step of each method costs, and size
 
 
 def contestants(size: int) -> list[str]:
@@ -84,6 +89,25 @@ def finals_table() -> pd.DataFrame:
                 line |= _line(method, result, "test") | {"loss_gain": gain(result)}
                 lines.append(line | {"score": result.score()})
     return pd.DataFrame(lines)
+
+
+def updates_table() -> pd.DataFrame:
+    """What a method's update is at its best setting, first seed: a line (task, size, method).
+
+    Columns: r90 and stable_rank, medians over the matrices; full and LoRA: the mean_overlap of
+    rank 1 with that method's update, of a method with itself that of two seeds, APART.
+    """
+    lines, seed = {}, profile().seeds[0]
+    for task, size in profile().contests:
+        best = {name: chosen(trials(task, name, size), seed=seed) for name in contestants(size)}
+        for name, config in best.items():
+            ranks = pd.DataFrame(rank_measures(S) for S in run(config).spectra.values()).median()
+            line = dict(ranks[["r90", "stable_rank"]])
+            for other in ("full", "LoRA"):
+                apart = seed + APART * (other == name)
+                line[other] = mean_overlap(config, dataclasses.replace(best[other], seed=apart))[1]
+            lines[task, size, name] = line
+    return pd.DataFrame(lines).T.rename_axis(["task", "size", "method"])
 
 
 def _line(method: str, result: Result, split: str) -> dict[str, Any]:

@@ -3,14 +3,24 @@
 import dataclasses
 import itertools
 
+import numpy as np
 import pandas as pd
 import pytest
 
+from deltarank.spectra import rank_measures
 from deltarank.study import contest
 from deltarank.study.configs import VARIANTS
-from deltarank.study.contest import AGAIN, contestants, finals_table, trials_table, tuning_curves
+from deltarank.study.contest import (
+    AGAIN,
+    contestants,
+    finals_table,
+    trials_table,
+    tuning_curves,
+    updates_table,
+)
 from deltarank.study.floors import skill_gain
 from deltarank.study.gains import gain
+from deltarank.study.overlaps import mean_overlap
 from deltarank.study.profiles import PROFILES, profile
 from deltarank.study.runs import Result, run
 from deltarank.study.trials import METHODS, chosen, trials
@@ -76,3 +86,16 @@ def test_a_run_that_ended_worse_than_without_the_skill_is_worth_as_little(store,
 def test_the_paper_has_six_contests_at_two_sizes():
     paper = PROFILES["paper"].contests
     assert len(paper) == 6 and {size for _, size in paper} == {1, 8}
+
+
+def test_an_update_is_set_beside_those_of_full_fine_tuning_and_of_lora(store, monkeypatch):
+    monkeypatch.setattr(contest, "contestants", lambda size: ["full", "LoRA"])
+    table, seed = updates_table(), profile().seeds[0]
+    full, lora = (chosen(trials("facts", name, 1), seed=seed) for name in ("full", "LoRA"))
+    shared = mean_overlap(full, lora)[1]
+    assert table.loc[("facts", 1, "full"), "LoRA"] == pytest.approx(shared)
+    assert table.loc[("facts", 1, "LoRA"), "full"] == pytest.approx(shared)
+    again = dataclasses.replace(lora, seed=seed + contest.APART)
+    assert table.loc[("facts", 1, "LoRA"), "LoRA"] == mean_overlap(lora, again)[1] < 1
+    ranks = [rank_measures(S)["r90"] for S in run(lora).spectra.values()]
+    assert table.loc[("facts", 1, "LoRA"), "r90"] == np.median(ranks)
