@@ -7,39 +7,50 @@ import pandas as pd
 from timing import record
 from training_steps import our_step
 
-from deltarank.study.configs import OWN_OPTIMIZERS
+from deltarank.study.configs import OWN_OPTIMIZERS, RunConfig
 from deltarank.study.contest import METHOD_TIMES
 from deltarank.study.profiles import PROFILES
 from deltarank.study.signatures import ADAMW, STEP_TIMES
 from deltarank.study.sizes import trained_parameters
 from deltarank.study.trials import METHODS
 
-STEPS = 10  # the first four warm up and compile
+STEPS = 12  # the first four warm up and compile
+ROUNDS = 3  # interleaved: of one round alone a step has been off by a factor of two
 TASK = "facts"
 
 
 def bench_variants() -> None:
-    """Print seconds a step, peak GB and trained parameters by method and size."""
-    rows = []
-    for name, method in METHODS.items():
-        for size, fields in method.fields.items():
-            config = PROFILES["paper"].config(TASK, **fields, lr=method.lr, steps=STEPS)
-            seconds, memory = in_fresh_process(our_step, config)
-            row = {"method": name, "size": size, "parameters": trained_parameters(config)}
-            rows.append(row | {"seconds": round(seconds, 3), "GB": round(memory, 2)})
-            print("  {method}, size {size}: {seconds:.2f} s, {GB:.1f} GB".format(**rows[-1]))
+    """Print seconds a step and peak GB by method, size and round; the trained parameters beside."""
+    configs = {
+        (name, size): PROFILES["paper"].config(TASK, **fields, lr=method.lr, steps=STEPS)
+        for name, method in METHODS.items()
+        for size, fields in method.fields.items()
+    }
+    rows = [
+        {"round": i, "method": name, "size": size, "parameters": trained_parameters(config)}
+        | step_costs(f"{name}, size {size}", config)
+        for i in range(ROUNDS)
+        for (name, size), config in configs.items()
+    ]
     record(pd.DataFrame(rows), METHOD_TIMES)
 
 
 def bench_optimizers() -> None:
-    """Print seconds a step and peak GB of full fine-tuning by each optimizer."""
-    rows = []
-    for name in (ADAMW, *OWN_OPTIMIZERS):
-        config = PROFILES["paper"].config(TASK, optimizer=name, lr=1e-5, steps=STEPS)
-        seconds, memory = in_fresh_process(our_step, config)
-        rows.append({"optimizer": name, "seconds": round(seconds, 3), "GB": round(memory, 2)})
-        print("  {optimizer}: {seconds:.2f} s, {GB:.1f} GB".format(**rows[-1]))
+    """Print seconds a step and peak GB of full fine-tuning by each optimizer and round."""
+    rows = [
+        {"round": i, "optimizer": name}
+        | step_costs(name, PROFILES["paper"].config(TASK, optimizer=name, lr=1e-5, steps=STEPS))
+        for i in range(ROUNDS)
+        for name in (ADAMW, *OWN_OPTIMIZERS)
+    ]
     record(pd.DataFrame(rows), STEP_TIMES)
+
+
+def step_costs(name: str, config: RunConfig) -> dict[str, float]:
+    """Seconds and peak GB of a training step in a process of its own, printed."""
+    seconds, memory = in_fresh_process(our_step, config)
+    print(f"  {name}: {seconds:.2f} s, {memory:.1f} GB")
+    return {"seconds": round(seconds, 3), "GB": round(memory, 2)}
 
 
 def in_fresh_process(function, *arguments):

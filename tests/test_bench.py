@@ -212,11 +212,8 @@ def test_every_method_and_size_has_a_line(tmp_path, monkeypatch):
     monkeypatch.setenv("RECORD", "yes")
     bench_variants.bench_variants()
     found = pd.read_csv(tmp_path / "times.csv")
-    assert [*zip(found["method"], found["size"], strict=True)] == [
-        ("LoRA", 1),
-        ("LoRA", 8),
-        ("VeRA", 1),
-    ]
+    one = [("LoRA", 1), ("LoRA", 8), ("VeRA", 1)]
+    assert [*zip(found["method"], found["size"], strict=True)] == one * bench_variants.ROUNDS
     assert set(found["seconds"]) == {0.5} and (found["parameters"] > 0).all()
 
 
@@ -233,7 +230,8 @@ def test_every_optimizer_has_a_line(tmp_path, monkeypatch):
     monkeypatch.setenv("RECORD", "yes")
     bench_variants.bench_optimizers()
     found = pd.read_csv(tmp_path / "times.csv")
-    assert [*found["optimizer"]] == asked == [ADAMW, *OWN_OPTIMIZERS]
+    assert [*found["optimizer"]] == asked == [ADAMW, *OWN_OPTIMIZERS] * bench_variants.ROUNDS
+    assert [*found["round"].unique()] == [*range(bench_variants.ROUNDS)]
 
 
 def test_a_plan_is_timed_without_a_cache_and_quoted_from_it(tmp_path, monkeypatch, capsys):
