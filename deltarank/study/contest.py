@@ -16,6 +16,7 @@ from deltarank.study.gains import gain
 from deltarank.study.overlaps import mean_overlap
 from deltarank.study.profiles import profile
 from deltarank.study.runs import Result, run
+from deltarank.study.sizes import trained_parameters
 from deltarank.study.trials import METHODS, chosen, trials
 
 AGAIN = "LoRA again"  # with other seeds: what two of the same method differ by
@@ -31,9 +32,10 @@ def contestants(size: int) -> list[str]:
 def trials_table() -> pd.DataFrame:
     """One line a trial of the profile's contests, in the order of trying; runs what is not stored.
 
-    Columns: task, size, method, trial from 1, lr, knob (of the method, if any), status; gain: the
-    share of the skill gain in the loss of the rows that choose ("valid"), 0 where a run diverged or
-    ended above the floor, so that neither is worth more than the other.
+    Columns: task, size, method, trial from 1, parameters (trained ones), lr, knob (of the method,
+    if any), status; gain: the share of the skill gain in the loss of the rows that choose
+    ("valid"), 0 where a run diverged or ended above the floor, so that neither is worth more than
+    the other.
     """
     return pd.DataFrame(
         {"task": task, "size": size, "method": name, "trial": trial} | _line(name, result, "valid")
@@ -76,7 +78,8 @@ def finals_table() -> pd.DataFrame:
 
     Columns: as of trials_table, with seed, on test rows; loss_gain, the share of full fine-tuning's
     by which predictions 27 to 29 judge, and score (both NaN where a run diverged).  LoRA comes once
-    more as AGAIN, at the same setting with as many seeds, APART from the profile's.
+    more as AGAIN, at the same setting with as many seeds, APART from the profile's, and by the
+    same full runs.
     """
     lines, seeds = [], profile().seeds
     for task, size in profile().contests:
@@ -85,6 +88,8 @@ def finals_table() -> pd.DataFrame:
             tried = trials(task, method, size)
             for seed in seeds:
                 result = run(chosen(tried, seed=seed + shift))
+                own = dataclasses.replace(result.config, seed=seed)
+                result = dataclasses.replace(result, config=own)  # and its full run is this seed's
                 line = {"task": task, "size": size, "method": name, "seed": seed + shift}
                 line |= _line(method, result, "test") | {"loss_gain": gain(result)}
                 lines.append(line | {"score": result.score()})
@@ -114,6 +119,7 @@ def _line(method: str, result: Result, split: str) -> dict[str, Any]:
     """What a run of a method was told, and what it has of the skill."""
     knob, finished = METHODS[method].knob, result.status == "finished"
     return {
+        "parameters": trained_parameters(result.config),
         "lr": result.config.lr,
         "knob": float(getattr(result.config, knob)) if knob else float("nan"),
         "status": result.status,

@@ -127,8 +127,11 @@ def adapter_config(config: RunConfig, model: nn.Module) -> PeftConfig:
 
 @contextlib.contextmanager
 def quiet_peft() -> Iterator[None]:
-    """Keep a warning out: PEFT 0.21 uses a name that transformers has renamed."""
-    with warnings.catch_warnings():
+    """Keep two warnings out: PEFT 0.21 uses a name that transformers has renamed.
+
+    And SHiRA makes sparse tensors without a word on whether they are to be checked.
+    """
+    with warnings.catch_warnings(), torch.sparse.check_sparse_tensor_invariants(False):
         warnings.filterwarnings("ignore", ".*is_gradient_checkpointing", FutureWarning)
         yield
 

@@ -10,6 +10,7 @@ from deltarank import store
 from deltarank.runtime import ROOT
 from deltarank.study import (
     capacity,
+    contest,
     cuts,
     directions,
     diversity,
@@ -221,6 +222,13 @@ def ask_for_signatures():
         runs.sweep([*signatures.lora_configs(task).values()])
 
 
+def ask_for_contests():
+    """Ask for the trials of every method, the runs at its best setting, and their updates."""
+    contest.trials_table()
+    contest.finals_table()
+    contest.updates_table()
+
+
 def ask_for_spectra():
     """Ask for the spectra that notebooks show, and of the gallery's examples."""
     sizes = profile()
@@ -286,6 +294,7 @@ def test_the_paper_is_rendered_without_training(monkeypatch, no_training, record
     ask_for_controls()
     ask_for_ladders()
     ask_for_signatures()
+    ask_for_contests()
     ask_for_spectra()
     heals.heals_table(heals.heal_configs())
     loads.capacity_table([*loads.code_configs(), *loads.longer_configs()])
@@ -303,4 +312,4 @@ def test_the_paper_is_rendered_without_training(monkeypatch, no_training, record
     by_matrix = [
         folder for folder in others if records[folder].get("config", {}).get("rank_pattern")
     ]
-    assert others == by_matrix, "no notebook reads these"  # notebook 12 has ranks by matrix
+    assert others == by_matrix, "no notebook reads these"  # notebook 13 has ranks by matrix
