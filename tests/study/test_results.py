@@ -21,6 +21,7 @@ from deltarank.study import (
     runs,
     search,
     signatures,
+    trials,
 )
 from deltarank.study.capacity import code_folder
 from deltarank.study.code_runs import CodeRun
@@ -227,6 +228,9 @@ def ask_for_contests():
     contest.trials_table()
     contest.finals_table()
     contest.updates_table()
+    seed = profile().seeds[0] + contest.APART
+    for task, size in profile().contests:
+        runs.run(trials.chosen(trials.trials(task, "full", size), seed=seed))
 
 
 def ask_for_spectra():
