@@ -129,7 +129,7 @@ def adapter_config(config: RunConfig, model: nn.Module) -> PeftConfig:
 def quiet_peft() -> Iterator[None]:
     """Keep two warnings out: PEFT 0.21 uses a name that transformers has renamed.
 
-    And SHiRA makes sparse tensors without a word on whether they are to be checked.
+    And SHiRA makes sparse tensors; PyTorch, once told whether to check such, warns no more.
     """
     with warnings.catch_warnings(), torch.sparse.check_sparse_tensor_invariants(False):
         warnings.filterwarnings("ignore", ".*is_gradient_checkpointing", FutureWarning)
