@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 import time
+from collections.abc import Iterable
 
 import pandas as pd
 import torch
 from torch import Tensor, nn
 
 from deltarank.checks import require
-from deltarank.spectra import rank_measures
+from deltarank.spectra import rank_measures, singular_values
 from deltarank.study.configs import RunConfig
 from deltarank.study.contest import contestants
 from deltarank.study.evaluation import mean_loss
@@ -19,7 +21,7 @@ from deltarank.study.general import general_loss, kept_by
 from deltarank.study.intruders import intruder_counts
 from deltarank.study.measuring import provenance, tuned_weights
 from deltarank.study.models import load_model, matrices
-from deltarank.study.profiles import base_of, entry_folder, profile
+from deltarank.study.profiles import base_of, entry_folder, middle, profile
 from deltarank.study.runs import run
 from deltarank.study.search import full_of, tuned
 from deltarank.study.tasks import PARTS, load_split
@@ -27,46 +29,71 @@ from deltarank.study.training import prepare, train
 from deltarank.study.trials import chosen, trials
 
 EVERY = 10  # steps from one look at the skill to the next
-ENOUGH = 0.95  # of the skill gain: runs are compared where they first have it, and at their end
+LEVELS = (0.5, 0.95)  # of the skill gain: runs are compared where they first have it, and at end
 OTHER_ROWS = 64  # test rows of each other task
+RATE_FACTORS = (0.1, 0.3, 3.0)  # of the best rate: the same runs with others
 
 
-def forget_configs() -> dict[tuple[str, str], RunConfig]:
-    """The runs whose forgetting is measured, with the first seed: {(task, method): configuration}.
+def forget_configs() -> list[tuple[str, RunConfig]]:
+    """The runs whose forgetting is measured, with the first seed: method and configuration of each.
 
-    Of each task of the profile's contests full fine-tuning and LoRA of its ranks by `tuned`, and
-    the contestants of the smallest size at the setting chosen for them.
+    Of each of the profile's forget_tasks full fine-tuning, the same on permuted answers, which
+    teach no skill, and LoRA of its ranks; of each of its contests the contestants of the smallest
+    size at the setting chosen for them.
     """
-    seed, found = profile().seeds[0], dict[tuple[str, str], RunConfig]()
-    size = min((size for _, size in profile().contests), default=0)
-    for task in dict.fromkeys(task for task, _ in profile().contests):
-        found[task, "full"] = tuned(task)
-        for rank in profile().lora_ranks:
-            found[task, f"LoRA, rank {rank}"] = tuned(task, "lora", rank=rank)
-        for name in contestants(size):
+    found = []
+    for task in profile().forget_tasks:
+        full = tuned(task)
+        found += [("full", full), ("no skill", dataclasses.replace(full, permuted=True))]
+        ranks = profile().lora_ranks
+        found += [(f"LoRA, rank {r}", tuned(task, "lora", rank=r)) for r in ranks]
+        sizes = [size for contest, size in profile().contests if contest == task]
+        for name in contestants(min(sizes)) if sizes else ():
             if name not in ("full", "LoRA"):
-                found[task, name] = chosen(trials(task, name, size), seed=seed)
+                tried = trials(task, name, min(sizes))
+                found.append((name, chosen(tried, seed=profile().seeds[0])))
     return found
 
 
-def forgotten_table() -> pd.DataFrame:
-    """What the runs of forget_configs forget, a line a look: "enough" (if a run has it), "end".
+def repeat_configs() -> list[tuple[str, RunConfig]]:
+    """Full fine-tuning and LoRA of the middle rank of the first task, with the other seeds."""
+    runs = _first_two()
+    return [(n, dataclasses.replace(c, seed=s)) for s in profile().seeds[1:] for n, c in runs]
 
-    Columns: task, method, look, lr, step, skill, relative_size, intruders (PEFT's threshold); r90
-    and stable_rank, medians of the update at the end; prose, code and others: nats a token above
-    the base model's, the last the mean over the other tasks.
+
+def rate_configs() -> list[tuple[str, RunConfig]]:
+    """The same two with the first seed, at the rates above and below the best one."""
+    return [
+        (name, dataclasses.replace(config, lr=float(f"{config.lr * factor:.2g}")))
+        for name, config in _first_two()
+        for factor in RATE_FACTORS
+    ]
+
+
+def _first_two() -> list[tuple[str, RunConfig]]:
+    """Full fine-tuning and LoRA of the middle rank of the first of forget_tasks, first seed."""
+    task, rank = profile().forget_tasks[0], middle(profile().lora_ranks)
+    return [("full", tuned(task)), (f"LoRA, rank {rank}", tuned(task, "lora", rank=rank))]
+
+
+def forgotten_table(configs: Iterable[tuple[str, RunConfig]]) -> pd.DataFrame:
+    """What these runs forget, a line a look: the first at each of LEVELS that a run has, "end".
+
+    Columns: task, method, seed, lr, look, step, skill, relative_size, intruders (PEFT's threshold);
+    r90 and stable_rank: medians over the matrices of the update so far; prose, code and others:
+    nats a token above the base model's, the last the mean over the other tasks.  Of a run that
+    diverged there is no line.
     """
     lines = []
-    for (task, method), config in forget_configs().items():
+    for method, config in configs:
         record, before = forget_run(config), forget_run(base_of(config))["end"]
-        ranks = pd.DataFrame(rank_measures(S) for S in run(config).spectra.values()).median()
-        for look in ("enough", "end"):
-            if found := record[look]:
-                line = {"task": task, "method": method, "look": look, "lr": config.lr}
-                line |= {name: found[name] for name in ("step", "skill", "relative_size")}
-                line |= {"intruders": found["intruders"]["0.5"]}
-                line |= {"r90": ranks["r90"], "stable_rank": ranks["stable_rank"]}
-                lines.append(line | _lost(found, before))
+        looks = record["levels"] | {"end": record["end"]}
+        run_is = {"task": config.task, "method": method, "seed": config.seed, "lr": config.lr}
+        for look, found in looks.items():
+            if found:
+                numbers = {name: found[name] for name in ("step", "skill", "relative_size")}
+                numbers |= {"intruders": found["intruders"]["0.5"]} | found["ranks"]
+                lines.append(run_is | {"look": look} | numbers | _lost(found, before))
     return pd.DataFrame(lines)
 
 
@@ -80,16 +107,17 @@ def _lost(found: dict, before: dict) -> dict[str, float]:
 def forget_run(config: RunConfig) -> dict:
     """What a run forgets: loaded when it is stored, otherwise trained again, measured and stored.
 
-    The record's "enough" is of the first look at which the run has ENOUGH, None where none has;
-    "end" is of its end.  Each has step; skill: share of the skill gain in the loss of "valid";
-    general: nats a token on general text by kind; others: nats a token of the other tasks;
-    relative_size: |dW| / |W0| of all matrices together; intruders, by threshold.
-    Of a base run only "end".  A run that diverges has neither.  Raises ValueError for a task that
+    The record's "levels" are of the first looks at which the run has each of LEVELS, None where
+    none has, "end" of its end.  Each has step; skill: share of the skill gain in the loss of
+    "valid"; general: nats a token on general text by kind; others: nats a token of the other tasks;
+    relative_size: |dW| / |W0| of all matrices together; intruders, by threshold; ranks: r90 and
+    stable_rank, medians over the matrices.
+    Of a base run only "end".  A run that diverges has none.  Raises ValueError for a task that
     is no part of the long mix, and for an entry that was measured on other text or by other rules.
     """
     known = ", ".join(PARTS)
     require(config.task in PARTS, f"{config.task}: forgetting is measured of {known}")
-    rules = {"every": EVERY, "enough": ENOUGH, "other_rows": OTHER_ROWS}
+    rules = {"every": EVERY, "levels": [*LEVELS], "other_rows": OTHER_ROWS}
     folder = entry_folder(config, "forgetting")
     return kept_by(folder, rules, lambda: measure_forgetting(config))
 
@@ -106,24 +134,27 @@ def measure_forgetting(config: RunConfig) -> dict:
         "run": config.key,
         "config": config.recipe,
         "status": "finished" if finished else "diverged",
-        "enough": watch.enough if finished else None,
+        "levels": watch.levels if finished else {},
         "end": watch.look(config.steps) if finished else None,
         "provenance": provenance(time.perf_counter() - started),
     }
 
 
 class _Watch:
-    """Looks at a model on its way, until it has ENOUGH."""
+    """Looks at a model on its way, where it first has each of LEVELS."""
 
     def __init__(self, config: RunConfig, model: nn.Module) -> None:
         self.config, self.model = config, model
-        self.enough: dict | None = None
+        self.levels: dict[str, dict | None] = {f"{level:g}": None for level in LEVELS}
         self.full = run(full_of(config)) if config.steps else None
 
     def __call__(self, step: int) -> None:
         """After a training step."""
-        if self.enough is None and step % EVERY == 0 and (self.skill() or 0) >= ENOUGH:
-            self.enough = self.look(step)
+        missing = [level for level, look in self.levels.items() if look is None]
+        if missing and step % EVERY == 0:
+            skill = self.skill() or 0
+            if reached := [level for level in missing if skill >= float(level)]:
+                self.levels |= dict.fromkeys(reached, self.look(step))
 
     def skill(self) -> float | None:
         """The share of the skill gain, in the loss of the rows that choose; None of a base run."""
@@ -138,23 +169,40 @@ class _Watch:
 
     def look(self, step: int) -> dict:
         """What the model has lost and how far it went, so far."""
-        task, W1 = self.config.task, tuned_weights(self.config, self.model)
+        task, base = self.config.task, self.config.model
+        W1 = tuned_weights(self.config, self.model)
         rows = {t: load_split(t, "test")[:OTHER_ROWS] for t in PARTS if t != task}
         return {
             "step": step,
             "skill": self.skill(),
             "general": general_loss(self.model, self.config),
             "others": {t: mean_loss(self.model, self.config, few) for t, few in rows.items()},
-            "relative_size": relative_size(W1, self.config.model),
-            "intruders": intruder_counts(W1, self.config.model),
+            "relative_size": relative_size(W1, base),
+            "intruders": intruder_counts(W1, base),
+            "ranks": update_ranks(W1, base),
         }
 
 
 def relative_size(W1: dict[str, Tensor], model: str) -> float:
     """|W1 - W0| / |W0| of all matrices of W1 together, Frobenius norms; model: the base."""
-    W0 = {name: W.detach() for name, W in matrices(load_model(model)).items() if name in W1}
+    W0 = _before(W1, model)
     moved, before = (
         torch.stack([part.norm() for part in parts]).norm()
-        for parts in ([W1[name].to(W) - W for name, W in W0.items()], W0.values())
+        for parts in ([W1[name] - W for name, W in W0.items()], W0.values())
     )
     return float(moved / before)
+
+
+def update_ranks(W1: dict[str, Tensor], model: str) -> dict[str, float]:
+    """r90 and stable_rank of the updates W1 - W0, medians over the matrices; model: the base.
+
+    Empty where nothing has moved.
+    """
+    moved = [W1[name] - W for name, W in _before(W1, model).items()]
+    ranks = pd.DataFrame(rank_measures(singular_values(dW)) for dW in moved if dW.any())
+    return {} if ranks.empty else {name: ranks[name].median() for name in ("r90", "stable_rank")}
+
+
+def _before(W1: dict[str, Tensor], model: str) -> dict[str, Tensor]:
+    """W0 of the matrices of W1, on the CPU as they are."""
+    return {n: W.detach().cpu() for n, W in matrices(load_model(model)).items() if n in W1}

@@ -131,7 +131,7 @@ class HeadCrossEntropy(torch.autograd.Function):
         scale: float = 1.0,
         cap: float | None = None,
     ) -> Tensor:
-        """The loss; the gradients are formed along with it."""
+        """The loss; the gradients are formed along with it, where any is asked for."""
         rule = LogitRule(bias, scale, cap)
         slices = list(HeadCrossEntropy.slices(hidden, head, target))
         picked = torch.empty(len(hidden), device=hidden.device)  # logits of the targets
@@ -141,6 +141,9 @@ class HeadCrossEntropy(torch.autograd.Function):
             picked[right[0]] = y[right]
             sums.append(y.logsumexp(-1))
         log_sum = torch.stack(sums).logsumexp(0)  # (n,)
+        loss = (log_sum - picked).mean()
+        if not any(ctx.needs_input_grad):
+            return loss
         dh = torch.zeros_like(hidden, dtype=torch.float32)
         dW = torch.empty_like(head) if ctx.needs_input_grad[1] else None
         db = torch.empty_like(bias) if bias is not None and ctx.needs_input_grad[3] else None
@@ -157,7 +160,7 @@ class HeadCrossEntropy(torch.autograd.Function):
             if dW is not None:
                 dW[ids] = p.T @ hidden
         ctx.save_for_backward(dh.to(hidden.dtype), dW, db)
-        return (log_sum - picked).mean()
+        return loss
 
     @staticmethod
     @torch.autograd.function.once_differentiable

@@ -57,6 +57,7 @@ class Profile:
     # Tasks with the size, that of a LoRA of this rank, at which methods compete on them.
     # To come: Sorbian, King James and arithmetic at size 1, the facts and Sorbian at size 8.
     contests: tuple[tuple[str, int], ...] = (("facts", 1),)
+    forget_tasks: tuple[str, ...] = ("facts", "sorbian", "arithmetic", "kjv")  # see forgetting
     fine_tasks: tuple[str, ...] = ()  # whose rates are searched finer, once those runs are stored
     # Tasks in which a low rank falls short: their LoRAs take the best of these alphas.
     alpha_tasks: tuple[str, ...] = ()
@@ -131,6 +132,7 @@ def middle(values: Sequence[Number]) -> Number:
 WITHOUT: dict[str, Any] = {  # what a profile has that is without the paper's side questions
     "forecast_tasks": (),
     "contests": (),
+    "forget_tasks": (),
     "direction_tasks": (),
     "reading_tasks": (),
     "mixes": MixGrid(lrs=(), twice_lrs=(), sparse=()),
@@ -167,6 +169,7 @@ PROFILES = {
         ),
         trials=3,
         contests=(("facts", 1),),
+        forget_tasks=("facts",),
         mixes=MixGrid(
             steps=2,
             eval_rows=4,

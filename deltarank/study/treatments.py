@@ -1,4 +1,4 @@
-"""Treatments: an update shrunk, cut or rid of its intruders, and what that gives back."""
+"""Treatments: an update shrunk, cut, turned or rid of its intruders, and what that gives back."""
 
 from __future__ import annotations
 
@@ -7,26 +7,36 @@ import time
 from collections.abc import Callable, Iterator
 
 import pandas as pd
+import torch
 from torch import Tensor
 
 from deltarank.checks import require
 from deltarank.factors import balanced
 from deltarank.gram import leading_factors
 from deltarank.study.configs import FACTORED, RunConfig
-from deltarank.study.evaluation import evaluate
+from deltarank.study.evaluation import mean_loss
 from deltarank.study.floors import skill_kept
 from deltarank.study.general import general_loss, kept_by
 from deltarank.study.intruders import TOP
 from deltarank.study.measuring import provenance
 from deltarank.study.models import load_model
-from deltarank.study.profiles import entry_folder
+from deltarank.study.profiles import entry_folder, profile
 from deltarank.study.runs import run, update_setter, updates
-from deltarank.study.search import full_of
+from deltarank.study.search import full_of, tuned
+from deltarank.study.tasks import load_split
 from deltarank.study.training import lora_layers, plant, prepare, quiet_peft
 
 SHRUNK = (0.9, 0.75, 0.5)  # factors of the whole update
 CUT = (64, 16, 8)  # ranks
 MITIGATED = (0.75, 0.5, 0.25)  # what is left of an intruder, PEFT's mitigation_lambda: 0.75
+
+
+def treated_configs() -> list[tuple[str, RunConfig]]:
+    """Of each of the forget_tasks full fine-tuning and LoRA of the highest rank, first seed."""
+    rank, found = max(profile().lora_ranks), []
+    for task in profile().forget_tasks:
+        found += [("full", tuned(task)), (f"LoRA, rank {rank}", tuned(task, "lora", rank=rank))]
+    return found
 
 
 def treated(config: RunConfig) -> pd.DataFrame:
@@ -54,10 +64,10 @@ def treated(config: RunConfig) -> pd.DataFrame:
 def _measured(config: RunConfig) -> Iterator[dict]:
     """Yield the line of each treatment: its name and amount, and the losses."""
     model, dW = load_model(config.model), updates(config)
-    put = update_setter(model, dW)
+    put, rows = update_setter(model, dW), load_split(config.task, "test")[: config.eval_rows]
     for treatment, amount, change in _treatments(config, dW):
         put(change)
-        losses = {"loss_nats": evaluate(model, config, "test")["loss_nats"]}
+        losses = {"loss_nats": mean_loss(model, config, rows)}
         losses |= general_loss(model, config)
         yield {"treatment": treatment, "amount": amount} | losses
 
@@ -66,8 +76,9 @@ Treatment = tuple[str, float, Callable[[str], Tensor]]  # name, amount, a matrix
 
 
 def _treatments(config: RunConfig, dW: dict[str, Tensor]) -> Iterator[Treatment]:
-    """Yield every treatment; none is the update as it is."""
+    """Yield every treatment; none is the update as it is, turned a control of the same spectrum."""
     yield "none", 1.0, lambda name: dW[name]
+    yield "turned", 1.0, lambda name: turned(dW[name], seed=config.seed)
     for factor in SHRUNK:
         yield "shrunk", factor, lambda name, c=factor: c * dW[name]  # type: ignore[misc]
     for r in CUT:
@@ -82,6 +93,17 @@ def _head(dW: Tensor, r: int) -> Tensor:
     """dW (m, n) cut to rank r."""
     B, A, _ = leading_factors(dW, min(r, *dW.shape))
     return B @ A
+
+
+def turned(dW: Tensor, *, seed: int) -> Tensor:
+    """Q dW R with random rotations Q (m, m) and R (n, n): the same spectrum in random directions.
+
+    >>> torch.linalg.svdvals(turned(torch.diag(torch.tensor([2.0, 1.0])), seed=0))
+    tensor([2.0000, 1.0000])
+    """
+    draw = torch.Generator().manual_seed(seed)
+    Q, R = (torch.linalg.qr(torch.randn(n, n, generator=draw)).Q for n in dW.shape)
+    return Q @ dW @ R
 
 
 def without_intruders(config: RunConfig, dW: dict[str, Tensor], left: float) -> dict[str, Tensor]:
