@@ -1,6 +1,7 @@
 """Forgetting: looks at a run on its way, which they do not change."""
 
 import dataclasses
+import itertools
 
 import pytest
 import torch
@@ -8,10 +9,14 @@ import torch
 from deltarank.store import file_sha256
 from deltarank.study import forgetting
 from deltarank.study.forgetting import (
+    RATE_FACTORS,
     forget_configs,
     forget_run,
     forgotten_table,
+    rate_configs,
     relative_size,
+    repeat_configs,
+    update_ranks,
 )
 from deltarank.study.general import GENERAL
 from deltarank.study.measuring import prepared, tuned_weights
@@ -30,16 +35,17 @@ def looks(monkeypatch, store):
     monkeypatch.setattr(forgetting, "OTHER_ROWS", 2)
     monkeypatch.setattr(forgetting, "general_loss", lambda model, config: TEXT)
     monkeypatch.setattr(forgetting, "full_of", lambda c: profile().config(c.task, seed=c.seed))
-    skills = iter([0.5, 0.96, 0.96, 1.0, 1.0, 1.0])
+    skills = iter([0.4, 0.96, 0.96, 1.0, 1.0, 1.0])
     monkeypatch.setattr(forgetting, "skill_kept", lambda loss, full, split: next(skills))
 
 
-def test_a_run_is_looked_at_where_it_first_has_enough_and_at_its_end(looks):
+def test_a_run_is_looked_at_where_it_first_has_each_level_and_at_its_end(looks):
     config = profile().config("facts", steps=6)
     record = forget_run(config)
     assert record["status"] == "finished"
     assert record["rules"]["general_sha256"] == file_sha256(GENERAL)
-    enough, end = record["enough"], record["end"]
+    enough, end = record["levels"]["0.95"], record["end"]
+    assert record["levels"]["0.5"] == enough, "both levels in one step take one look"
     assert (enough["step"], enough["skill"]) == (4, 0.96)
     assert (end["step"], end["general"]) == (6, TEXT)
     assert "facts" not in end["others"] and len(end["others"]) == 7
@@ -86,7 +92,8 @@ def test_looking_changes_nothing_and_sees_what_the_run_stores(looks, monkeypatch
 
 def test_a_base_run_has_only_an_end(looks):
     record = forget_run(profile().config("facts", "base"))
-    assert record["enough"] is None and record["end"]["relative_size"] == 0
+    assert set(record["levels"].values()) == {None} and record["end"]["relative_size"] == 0
+    assert record["end"]["ranks"] == {}
     assert record["end"]["skill"] is None and set(record["end"]["intruders"].values()) == {0}
 
 
@@ -94,33 +101,55 @@ def test_a_base_run_has_only_an_end(looks):
 def test_a_run_that_diverges_has_neither(looks, steps):
     config = profile().config("facts", steps=steps, lr=1e30)
     record = forget_run(dataclasses.replace(config, max_grad_norm=1e30))
-    assert record["status"] == "diverged" and record["end"] is None
+    assert record["status"] == "diverged" and record["end"] is None and record["levels"] == {}
 
 
 def test_the_runs_of_the_report_and_the_contestants_are_compared(store):
     found, ranks = forget_configs(), profile().lora_ranks
-    assert [method for _, method in found][: 1 + len(ranks)] == [
+    assert [method for method, _ in found][: 2 + len(ranks)] == [
         "full",
+        "no skill",
         *(f"LoRA, rank {rank}" for rank in ranks),
     ]
-    assert {task for task, _ in found} == {"facts"} and ("facts", "VeRA") in found
-    assert {config.seed for config in found.values()} == {profile().seeds[0]}
+    (_, full), (_, permuted) = found[:2]
+    assert permuted == dataclasses.replace(full, permuted=True)
+    assert {c.task for _, c in found} == {"facts"} and "VeRA" in dict(found)
+    assert {config.seed for _, config in found} == {profile().seeds[0]}
+
+
+def test_two_runs_are_repeated_with_other_seeds_and_rates(store):
+    first = dict(forget_configs())
+    for name, config in repeat_configs():
+        assert config == dataclasses.replace(first[name], seed=config.seed)
+        assert config.seed in profile().seeds[1:]
+    rates = {(name, config.lr / first[name].lr) for name, config in rate_configs()}
+    wanted = itertools.product(("LoRA, rank 4", "full"), RATE_FACTORS)
+    for (name, found), (expected, times) in zip(sorted(rates), wanted, strict=True):
+        assert (name, found) == (expected, pytest.approx(times, rel=0.05))
+
+
+def test_the_ranks_of_an_update_are_medians_over_what_moved():
+    W1 = {name: W.detach().clone() for name, W in matrices(load_model(TINY)).items()}
+    assert update_ranks(W1, TINY) == {}
+    for name, rank in zip(sorted(W1)[:3], (1, 2, 8), strict=True):
+        W1[name][range(rank), range(rank)] += 1.0
+    assert update_ranks(W1, TINY) == {"r90": 2, "stable_rank": pytest.approx(2, rel=1e-3)}
 
 
 def test_what_is_lost_is_counted_from_the_base(store, monkeypatch):
     monkeypatch.setattr(forgetting, "OTHER_ROWS", 2)
     lora = profile().config("facts", "lora", rank=2, lr=1e-2)
-    monkeypatch.setattr(forgetting, "forget_configs", lambda: {("facts", "LoRA, rank 2"): lora})
     nats = iter([{"prose": 3.5, "code": 2.25}, {"prose": 3.0, "code": 2.0}])  # the run, the base
     monkeypatch.setattr(forgetting, "general_loss", lambda model, config: next(nats))
-    monkeypatch.setattr(forgetting, "ENOUGH", 1e9)
+    monkeypatch.setattr(forgetting, "LEVELS", (1e9,))
     end, before = ({**forget_run(c)["end"]} for c in (lora, profile().config("facts", "base")))
-    [line] = forgotten_table().to_dict("records")
+    [line] = forgotten_table([("LoRA, rank 2", lora)]).to_dict("records")
     assert (line["method"], line["look"], line["lr"]) == ("LoRA, rank 2", "end", 1e-2)
     assert (line["prose"], line["code"]) == (0.5, 0.25)
     moved = [end["others"][task] - before["others"][task] for task in before["others"]]
     assert line["others"] == pytest.approx(sum(moved) / 7) and line["others"] != 0
     assert line["relative_size"] == end["relative_size"] > 0
+    assert 1 <= line["r90"] <= 2
 
 
 def test_the_full_run_beside_it_is_of_the_profile_that_made_the_run(losses, monkeypatch):

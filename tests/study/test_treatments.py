@@ -11,7 +11,15 @@ from deltarank.study.models import TINY, load_model, matrices
 from deltarank.study.profiles import PROFILES, profile
 from deltarank.study.runs import Result, run_model, updates
 from deltarank.study.training import lora_layers, quiet_peft
-from deltarank.study.treatments import CUT, MITIGATED, SHRUNK, treated, without_intruders
+from deltarank.study.treatments import (
+    CUT,
+    MITIGATED,
+    SHRUNK,
+    treated,
+    treated_configs,
+    turned,
+    without_intruders,
+)
 
 Q = "model.layers.1.self_attn.q_proj.weight"
 
@@ -21,12 +29,12 @@ def scored(monkeypatch, store):
     """The weights of one matrix and of the last norm each time that a model is scored."""
     seen = []
 
-    def evaluate(model, config, split):
+    def loss(model, config, rows):
         named = dict(model.named_parameters())
         seen.append((named[Q].detach().clone(), named["model.norm.weight"].detach().clone()))
-        return {"loss_nats": float(len(seen))}
+        return float(len(seen))
 
-    monkeypatch.setattr(treatments, "evaluate", evaluate)
+    monkeypatch.setattr(treatments, "mean_loss", loss)
     monkeypatch.setattr(treatments, "general_loss", lambda *_: {"prose": 3.0, "code": 2.0})
     monkeypatch.setattr(treatments, "full_of", lambda c: profile().config(c.task, seed=c.seed))
     monkeypatch.setattr(treatments, "skill_kept", lambda loss, full: loss / 10)
@@ -36,9 +44,15 @@ def scored(monkeypatch, store):
 def test_a_full_update_is_shrunk_and_cut_and_its_norms_are_kept(scored):
     config = profile().config("facts", lr=3e-3)
     table, dW, W0 = treated(config), updates(config)[Q], load_model(TINY).get_parameter(Q).detach()
-    updated = [dW, *(c * dW for c in SHRUNK), *(truncate(dW, min(r, *dW.shape)) for r in CUT)]
-    assert [*table["treatment"]] == ["none", *["shrunk"] * 3, *["cut"] * 3]
-    assert [*table["amount"]] == [1, *SHRUNK, *CUT] and table["skill"].iloc[-1] == 0.7
+    around = turned(dW, seed=config.seed)
+    updated = [
+        dW,
+        around,
+        *(c * dW for c in SHRUNK),
+        *(truncate(dW, min(r, *dW.shape)) for r in CUT),
+    ]
+    assert [*table["treatment"]] == ["none", "turned", *["shrunk"] * 3, *["cut"] * 3]
+    assert [*table["amount"]] == [1, 1, *SHRUNK, *CUT] and table["skill"].iloc[-1] == 0.8
     whole = run_model(config)
     for (W, norm), expected in zip(scored, updated, strict=True):
         torch.testing.assert_close(W - W0, expected, atol=1e-5, rtol=1e-3)
@@ -50,7 +64,7 @@ def test_a_full_update_is_shrunk_and_cut_and_its_norms_are_kept(scored):
 def test_a_lora_loses_its_intruders_too(scored):
     config = profile().config("facts", "lora", rank=2, lr=1e-2)
     table = treated(config)
-    assert [*table["treatment"]] == ["none", *["shrunk"] * 3, *["intruders"] * 3]
+    assert [*table["treatment"]] == ["none", "turned", *["shrunk"] * 3, *["intruders"] * 3]
     assert [*table["amount"]][-3:] == [*MITIGATED]
 
 
@@ -76,7 +90,7 @@ def test_without_intruders_is_what_peft_leaves(monkeypatch, store):
 
 def test_an_adapter_whose_update_is_of_high_rank_is_cut_too(scored):
     table = treated(profile().config("facts", "hira", rank=2, lr=1e-2))
-    assert [*table["treatment"]] == ["none", *["shrunk"] * 3, *["cut"] * 3]
+    assert [*table["treatment"]] == ["none", "turned", *["shrunk"] * 3, *["cut"] * 3]
 
 
 def test_an_entry_of_other_rules_is_named(scored, monkeypatch):
@@ -102,3 +116,16 @@ def test_the_full_run_beside_it_is_of_the_profile_that_made_the_run(store, losse
     monkeypatch.setattr(treatments, "skill_kept", lambda loss, full: asked.append(full) or loss)
     treated(PROFILES["quick"].config("facts", lr=3e-4))
     assert [full.config for full in asked] == [PROFILES["quick"].config("facts", lr=1e-4)]
+
+
+def test_a_turned_update_keeps_its_spectrum_and_no_direction():
+    torch.manual_seed(0)
+    dW = torch.randn(60, 1) @ torch.randn(1, 90)
+    around = turned(dW, seed=0)
+    torch.testing.assert_close(torch.linalg.svdvals(around)[:1], torch.linalg.svdvals(dW)[:1])
+    assert abs((around * dW).sum() / dW.square().sum()) < 0.1
+    assert torch.equal(around, turned(dW, seed=0)) and not torch.equal(around, turned(dW, seed=1))
+
+
+def test_full_fine_tuning_and_the_widest_lora_are_treated(store):
+    assert [name for name, _ in treated_configs()] == ["full", "LoRA, rank 8"]
