@@ -4,11 +4,13 @@ import ast
 import json
 import platform
 
+import numpy as np
+import pandas as pd
 import pytest
 import torch
 
 from deltarank.study import general, taskdata
-from deltarank.study.general import GENERAL, general_loss, general_text
+from deltarank.study.general import GENERAL, general_loss, general_text, word_loss
 from deltarank.study.models import TINY, load_model, load_tokenizer
 from deltarank.study.profiles import profile
 from deltarank.study.taskdata.general import (
@@ -55,6 +57,16 @@ def test_code_has_no_docstrings_and_is_of_no_task(monkeypatch):
     monkeypatch.setattr(taskdata.general, "n_tokens", len)
     (code,) = bare_code()
     assert code.startswith("x = 1\n\ndef f():\n    pass\n\nclass A:\n    y = 2")
+
+
+def test_a_model_of_word_frequencies_loses_the_entropy_of_the_tokens(monkeypatch):
+    monkeypatch.setattr(general, "general_text", lambda: {"prose": ["a", "a a a"], "code": [""]})
+    tokenizer = load_tokenizer(TINY)
+    ids = [tokenizer(f"{text}\n", add_special_tokens=False)["input_ids"] for text in ("a", "a a a")]
+    first = tokenizer.bos_token_id is None  # then the first token of a passage is not scored
+    shares = pd.Series([token for row in ids for token in row[first:]]).value_counts(normalize=True)
+    assert len(shares) > 1 and word_loss(TINY)["code"] == 0
+    assert word_loss(TINY)["prose"] == pytest.approx(-(shares * np.log(shares)).sum())
 
 
 def test_the_loss_is_the_models_own_over_all_tokens(monkeypatch):

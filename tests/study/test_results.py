@@ -14,6 +14,7 @@ from deltarank.study import (
     cuts,
     directions,
     diversity,
+    forgetting,
     heals,
     loads,
     overlaps,
@@ -21,6 +22,7 @@ from deltarank.study import (
     runs,
     search,
     signatures,
+    treatments,
     trials,
 )
 from deltarank.study.capacity import code_folder
@@ -46,6 +48,8 @@ SPECTRA = [folder for folder in ENTRIES if folder.is_relative_to(STORE / "spectr
 PAIRS = [folder for folder in ENTRIES if folder.parents[1].name in ("overlaps", "directions")]
 CUTS = [folder for folder in ENTRIES if folder.is_relative_to(STORE / "cuts")]
 HEALS = [folder for folder in ENTRIES if folder.is_relative_to(STORE / "heals")]
+FORGOTTEN = [folder for folder in ENTRIES if folder.is_relative_to(STORE / "forgetting")]
+TREATED = [folder for folder in ENTRIES if folder.is_relative_to(STORE / "treatments")]
 CODES = [folder for folder in ENTRIES if folder.is_relative_to(STORE / "capacity")]
 
 
@@ -79,6 +83,18 @@ def config_of(record):
 def test_every_run_is_of_the_present_code_and_data(records):
     folders = {folder: entry_folder(config_of(records[folder]), "runs") for folder in RUNS}
     assert [folder.name for folder, found in folders.items() if found != folder] == []
+
+
+def test_what_is_forgotten_is_of_the_present_code_text_and_rules(records, monkeypatch):
+    monkeypatch.setenv("PROFILE", "paper")
+    for folder in FORGOTTEN:
+        assert entry_folder(config_of(records[folder]), "forgetting") == folder
+        assert forgetting.forget_run(config_of(records[folder])) == records[folder]
+    named = {config.key: config for _, config in treatments.treated_configs()}
+    for folder in TREATED:
+        assert entry_folder(named[folder.name], "treatments") == folder
+        assert len(treatments.treated(named[folder.name])) == len(records[folder]["rows"])
+    assert FORGOTTEN and TREATED
 
 
 def test_every_heal_is_of_the_present_code_and_of_a_stored_run(records):
