@@ -146,6 +146,7 @@ class _Watch:
     def __init__(self, config: RunConfig, model: nn.Module) -> None:
         self.config, self.model = config, model
         self.levels: dict[str, dict | None] = {f"{level:g}": None for level in LEVELS}
+        self.looks: dict[int, dict] = {}  # by step
         self.full = run(full_of(config)) if config.steps else None
 
     def __call__(self, step: int) -> None:
@@ -168,13 +169,17 @@ class _Watch:
         return mean_loss(self.model, self.config, rows)
 
     def look(self, step: int) -> dict:
-        """What the model has lost and how far it went, so far."""
+        """What the model has lost and how far it went, so far; measured once a step."""
+        if step not in self.looks:
+            self.looks[step] = {"step": step, "skill": self.skill()} | self._measured()
+        return self.looks[step]
+
+    def _measured(self) -> dict:
+        """What a look measures beside the skill."""
         task, base = self.config.task, self.config.model
         W1 = tuned_weights(self.config, self.model)
         rows = {t: load_split(t, "test")[:OTHER_ROWS] for t in PARTS if t != task}
         return {
-            "step": step,
-            "skill": self.skill(),
             "general": general_loss(self.model, self.config),
             "others": {t: mean_loss(self.model, self.config, few) for t, few in rows.items()},
             "relative_size": relative_size(W1, base),
