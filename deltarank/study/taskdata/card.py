@@ -51,9 +51,8 @@ and its newline.
   with fewer has some again, and all held-out rows of a part up to 256. Of the facts it has 160 of
   256, whose 480 training rows come twice, and 128 test rows.
 - **General text.** `general.jsonl` is no task, nothing is trained on it: it is to tell what a model
-  has forgotten, and no run has been scored on it yet. 64 passages each of the Python language
-  reference and of modules of the standard library, without comments and docstrings, of 510 Gemma 3
-  tokens at most (PSF-2.0).
+  has forgotten. 64 passages each of the Python language reference and of modules of the standard
+  library, without comments and docstrings, of 510 Gemma 3 tokens at most (PSF-2.0).
 - **Licences.** As the packages state them. Both Bible texts are in the public domain. Review
   snippets: C.J. Hutto and E. Gilbert, VADER, ICWSM 2014. Names from Unicode CLDR come with
   `babel`. The sentences and code lines keep the licence of their source.
