@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from deltarank.checks import require
 from deltarank.spectra import rank_measures, singular_values
 from deltarank.study.configs import RunConfig
-from deltarank.study.contest import contestants
+from deltarank.study.contest import APART, contestants
 from deltarank.study.evaluation import mean_loss
 from deltarank.study.floors import skill_kept
 from deltarank.study.general import general_loss, kept_by
@@ -56,9 +56,9 @@ def forget_configs() -> list[tuple[str, RunConfig]]:
 
 
 def repeat_configs() -> list[tuple[str, RunConfig]]:
-    """Full fine-tuning and LoRA of the middle rank of the first task, with the other seeds."""
-    runs = _first_two()
-    return [(n, dataclasses.replace(c, seed=s)) for s in profile().seeds[1:] for n, c in runs]
+    """Full fine-tuning and LoRA of the middle rank of the first task, with two seeds, APART."""
+    runs, seeds = _first_two(), [seed + APART for seed in profile().seeds[:2]]
+    return [(n, dataclasses.replace(c, seed=s)) for s in seeds for n, c in runs]
 
 
 def rate_configs() -> list[tuple[str, RunConfig]]:
