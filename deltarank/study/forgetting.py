@@ -31,7 +31,7 @@ from deltarank.study.trials import chosen, trials
 EVERY = 10  # steps from one look at the skill to the next
 LEVELS = (0.5, 0.95)  # of the skill gain: runs are compared where they first have it, and at end
 OTHER_ROWS = 64  # test rows of each other task
-RATE_FACTORS = (0.1, 0.3, 3.0)  # of the best rate: the same runs with others
+RATE_FACTORS = (0.3, 1.0, 3.0)  # of the best rate
 
 
 def forget_configs() -> list[tuple[str, RunConfig]]:
@@ -56,23 +56,26 @@ def forget_configs() -> list[tuple[str, RunConfig]]:
 
 
 def repeat_configs() -> list[tuple[str, RunConfig]]:
-    """Full fine-tuning and LoRA of the middle rank of the first task, with two seeds, APART."""
-    runs, seeds = _first_two(), [seed + APART for seed in profile().seeds[:2]]
-    return [(n, dataclasses.replace(c, seed=s)) for s in seeds for n, c in runs]
+    """Full fine-tuning and LoRA of the middle rank of the first task, with three seeds, APART."""
+    first, *_ = seeds = profile().seeds
+    apart = [first, *(seed + APART for seed in seeds[:2])]
+    runs = _full_and_lora(profile().forget_tasks[0])
+    return [(n, dataclasses.replace(c, seed=s)) for s in apart for n, c in runs]
 
 
 def rate_configs() -> list[tuple[str, RunConfig]]:
-    """The same two with the first seed, at the rates above and below the best one."""
+    """The same two of every task with the first seed, at the best rate, below and above it."""
     return [
         (name, dataclasses.replace(config, lr=float(f"{config.lr * factor:.2g}")))
-        for name, config in _first_two()
+        for task in profile().forget_tasks
+        for name, config in _full_and_lora(task)
         for factor in RATE_FACTORS
     ]
 
 
-def _first_two() -> list[tuple[str, RunConfig]]:
-    """Full fine-tuning and LoRA of the middle rank of the first of forget_tasks, first seed."""
-    task, rank = profile().forget_tasks[0], middle(profile().lora_ranks)
+def _full_and_lora(task: str) -> list[tuple[str, RunConfig]]:
+    """Full fine-tuning of a task and LoRA of the middle rank, first seed."""
+    rank = middle(profile().lora_ranks)
     return [("full", tuned(task)), (f"LoRA, rank {rank}", tuned(task, "lora", rank=rank))]
 
 
