@@ -129,7 +129,7 @@ def test_hints_show_whole_on_focus(open_page, name, viewport):
 
 def test_a_term_shows_its_definition_on_hover(open_page):
     stable = "How many directions as strong as the first would hold the whole sum of squares"
-    assert stable in open_page("15_define_the_ranks.html").locator("main").inner_text()
+    assert stable in open_page("16_define_the_ranks.html").locator("main").inner_text()
     page = open_page("03_measure_spectra.html")
     hint = page.locator(".hint", has=page.get_by_role("link", name="stable rank"))
     hint.locator("> a").hover()
@@ -142,16 +142,16 @@ def test_a_term_shows_its_definition_on_hover(open_page):
 
 def test_a_citation_shows_the_title_of_its_work_on_hover(open_page):
     title = "LoRA Learns Less and Forgets Less"
-    row = open_page("16_relate_to_prior_work.html").locator("td", has_text="arXiv 2405.09673")
+    row = open_page("17_relate_to_prior_work.html").locator("td", has_text="arXiv 2405.09673")
     assert title in row.inner_text()
     link = open_page("03_measure_spectra.html").get_by_role("link", name="arXiv 2405.09673")
     link.hover()
     assert title in link.locator("xpath=..").get_by_role("tooltip").inner_text()
 
 
-@pytest.mark.parametrize("name", ["index.html", "15_define_the_ranks.html"])
+@pytest.mark.parametrize("name", ["index.html", "16_define_the_ranks.html"])
 def test_the_contents_are_folded_on_a_phone_and_open_beside_the_text(open_page, name):
-    phone, last = open_page(name, viewport=NARROW), "16 · Relate to prior work"
+    phone, last = open_page(name, viewport=NARROW), "17 · Relate to prior work"
     link = phone.locator("nav.contents").get_by_role("link", name=last)
     assert not link.is_visible()
     assert phone.locator("h1").bounding_box()["y"] < NARROW["height"] / 3
@@ -198,7 +198,7 @@ def slide(page, label, place):
 
 def test_the_explorer_shows_the_numbers_of_the_store(open_page, monkeypatch):
     monkeypatch.setenv("PROFILE", "paper")
-    page = open_page("14_explore_spectra.html")
+    page = open_page("15_explore_spectra.html")
     ranks = json.loads(page.locator("#explorer-data").text_content())["ranks"]
     page.get_by_label("first task").select_option("json")
     page.get_by_label("module", exact=True).select_option("v_proj")
@@ -219,7 +219,7 @@ def test_the_explorer_shows_the_numbers_of_the_store(open_page, monkeypatch):
 
 
 def test_the_explorer_says_what_was_not_measured(open_page):
-    page = open_page("14_explore_spectra.html")
+    page = open_page("15_explore_spectra.html")
     slide(page, "rank", 0)
     slide(page, "rank", 18)
     text = page.locator("section.panel .cut").first.inner_text()
@@ -227,7 +227,7 @@ def test_the_explorer_says_what_was_not_measured(open_page):
 
 
 def test_the_explorer_answers_at_once(open_page):
-    page = open_page("14_explore_spectra.html")
+    page = open_page("15_explore_spectra.html")
     took = page.evaluate("""() => {
         const slider = document.getElementById("explorer-rank"), start = performance.now();
         for (let i = 0; i < 10; i++) { slider.value = i; slider.dispatchEvent(new Event("input")); }

@@ -123,7 +123,7 @@ def test_a_term_has_its_definition_at_its_first_place_in_the_prose(tmp_path):
     text = "## Tall\n\n`tall`: see [tall](x.html), tallest. Wide\nranks, a < b, Tall, deep & round."
     write_notebook(tmp_path, nbformat.v4.new_markdown_cell(text + "\n\nA tall wide rank."))
     definitions = nbformat.v4.new_markdown_cell(DEFINED)
-    write_notebook(tmp_path, definitions, name="15_define_the_ranks")
+    write_notebook(tmp_path, definitions, name="16_define_the_ranks")
     page = built(tmp_path)
     assert hints(page) == [
         ("Wide\nranks", "How wide it is, e.g. by sight: more below"),
@@ -132,7 +132,7 @@ def test_a_term_has_its_definition_at_its_first_place_in_the_prose(tmp_path):
         ("round", "has no corner"),
     ]
     assert ", a < b, " in page.get_text()
-    target = (tmp_path / "out" / "15_define_the_ranks.html").read_text("utf8")
+    target = (tmp_path / "out" / "16_define_the_ranks.html").read_text("utf8")
     for link in page.select(".hint > a"):
         assert f'id="{link["href"].partition("#")[2]}"' in target
     assert hints(BeautifulSoup(target, "html.parser")) == []  # there they are defined
@@ -142,7 +142,7 @@ def test_a_citation_is_linked_and_has_the_title_of_its_work(tmp_path):
     work = "Doe 1999, *A Title*, [arXiv 9901.00001](https://arxiv.org/abs/9901.00001)"
     write_notebook(tmp_path, nbformat.v4.new_markdown_cell("(arXiv 9901.00001, arXiv 9902.00002)"))
     works = nbformat.v4.new_markdown_cell(f"| work |\n|---|\n| {work} |")
-    write_notebook(tmp_path, works, name="16_relate_to_prior_work")
+    write_notebook(tmp_path, works, name="17_relate_to_prior_work")
     page = built(tmp_path)
     assert hints(page) == [("arXiv 9901.00001", "Doe 1999, A Title")]
     addresses = [link["href"] for link in page.select("p a[href*=arxiv]")]

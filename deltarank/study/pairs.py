@@ -19,7 +19,7 @@ from deltarank.study.profiles import base_of
 from deltarank.study.runs import save_model
 from deltarank.study.tables import keep_table
 
-# Of `RECORD=yes make bench`, for notebook 13: what pairs take, what tools say of a planted rank.
+# Of `RECORD=yes make bench`, for notebook 14: what pairs take, what tools say of a planted rank.
 PAIR_TIMES = ROOT / "data" / "bench_pairs.csv"
 PLANTED_RANKS = ROOT / "data" / "bench_planted.csv"
 

@@ -332,4 +332,4 @@ def test_the_paper_is_rendered_without_training(monkeypatch, no_training, record
     by_matrix = [
         folder for folder in others if records[folder].get("config", {}).get("rank_pattern")
     ]
-    assert others == by_matrix, "no notebook reads these"  # notebook 13 has ranks by matrix
+    assert others == by_matrix, "no notebook reads these"  # notebook 14 has ranks by matrix
