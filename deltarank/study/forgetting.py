@@ -49,9 +49,9 @@ def forget_configs() -> list[tuple[str, RunConfig]]:
         found += [(f"LoRA, rank {r}", tuned(task, "lora", rank=r)) for r in ranks]
         sizes = [size for contest, size in profile().contests if contest == task]
         for name in contestants(min(sizes)) if sizes else ():
-            if name not in ("full", "LoRA"):
-                tried = trials(task, name, min(sizes))
-                found.append((name, chosen(tried, seed=profile().seeds[0])))
+            if name != "full":  # that of its own rates, above, is the better one
+                best = chosen(trials(task, name, min(sizes)), seed=profile().seeds[0])
+                found.append((f"LoRA, α = {best.alpha:g}" if name == "LoRA" else name, best))
     return found
 
 
