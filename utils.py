@@ -17,7 +17,7 @@ from deltarank.spectra import (
     truncate,
 )
 from deltarank.store import load_entry
-from deltarank.study import contest, signatures, taskdata
+from deltarank.study import contest, forgetting, intruders, signatures, taskdata, treatments
 from deltarank.study.advice import FORECAST
 from deltarank.study.capacity import code_sweep
 from deltarank.study.claims import assert_claims, assert_groups, assert_table

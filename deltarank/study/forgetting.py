@@ -17,7 +17,7 @@ from deltarank.study.configs import RunConfig
 from deltarank.study.contest import APART, contestants
 from deltarank.study.evaluation import mean_loss
 from deltarank.study.floors import skill_kept
-from deltarank.study.general import general_loss, kept_by
+from deltarank.study.general import general_loss, kept_by, word_loss
 from deltarank.study.intruders import intruder_counts
 from deltarank.study.measuring import provenance, tuned_weights
 from deltarank.study.models import load_model, matrices
@@ -65,12 +65,17 @@ def repeat_configs() -> list[tuple[str, RunConfig]]:
 
 
 def rate_configs() -> list[tuple[str, RunConfig]]:
-    """The same two of every task with the first seed, at the best rate and below it."""
+    """The same two of every task with the first seed, at the best rate and below it.
+
+    Below it full fine-tuning is of the first task alone; the others are to come.
+    """
+    first, *_ = tasks = profile().forget_tasks
     return [
         (name, dataclasses.replace(config, lr=float(f"{config.lr * factor:.2g}")))
-        for task in profile().forget_tasks
+        for task in tasks
         for name, config in _full_and_lora(task)
         for factor in RATE_FACTORS
+        if factor == 1 or task == first or config.method != "full"
     ]
 
 
@@ -78,6 +83,16 @@ def _full_and_lora(task: str) -> list[tuple[str, RunConfig]]:
     """Full fine-tuning of a task and LoRA of the middle rank, first seed."""
     rank = middle(profile().lora_ranks)
     return [("full", tuned(task)), (f"LoRA, rank {rank}", tuned(task, "lora", rank=rank))]
+
+
+def yardstick() -> pd.DataFrame:
+    """What is lost of general text, in nats a token by kind, before any training, and at most.
+
+    Lines: "base model", and "word frequencies", of what knows only how often each token occurs.
+    """
+    base = profile().config(profile().forget_tasks[0], "base")
+    lines = {"base model": forget_run(base)["end"]["general"]}
+    return pd.DataFrame(lines | {"word frequencies": word_loss(base.model)}).T
 
 
 def forgotten_table(configs: Iterable[tuple[str, RunConfig]]) -> pd.DataFrame:

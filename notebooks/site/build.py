@@ -2,7 +2,7 @@
 
 Every notebook becomes a page with the contents at its side; the README becomes the index.  Nothing
 is loaded from the network: figures are files beside the pages, formulas are MathML, the style is
-one file.  Where a page names what notebook 15 defines or notebook 16 cites, a hint says what it is.
+one file.  Where a page names what notebook 16 defines or notebook 17 cites, a hint says what it is.
 The gallery shows pages of the tool, made from what it wrote of three runs (data/gallery).
 With a MODEL the numbers are of that one, and the text, which speaks of the report's own, is folded.
 The site is built beside OUT, then put in its place: an interrupted build leaves the last one.
@@ -28,7 +28,7 @@ from deltarank.page import Inspection, as_html, from_json
 
 HERE = Path(__file__).resolve().parent
 ROOT = HERE.parent.parent
-DEFINITIONS, WORKS = "15_define_the_ranks.html", "16_relate_to_prior_work.html"
+DEFINITIONS, WORKS = "16_define_the_ranks.html", "17_relate_to_prior_work.html"
 GALLERY = ("gallery.html", "The tool in three examples")
 EVERYDAY = {"base", "head", "loss", "score", "steps, rows", "tail", "the matrices", "tuned"}
 SHORT = {"rank for 90 %": "r90"}  # the other spelling of a term
@@ -182,7 +182,7 @@ def sentences(paragraph: Tag) -> list[str]:
 
 
 def glossary(page: BeautifulSoup) -> dict[str, tuple[Tag, str]]:
-    """Each term of notebook 15: the element that introduces it, and the sentence that defines it.
+    """Each term of notebook 16: the element that introduces it, and the sentence that defines it.
 
     A term is a rank in a heading, a word in emphasis, or a word of the table of other words; words
     that have an everyday meaning too are left out.
@@ -203,7 +203,7 @@ def glossary(page: BeautifulSoup) -> dict[str, tuple[Tag, str]]:
 
 
 def works(page: BeautifulSoup) -> dict[str, str]:
-    """Authors, year and title of each work in the tables of notebook 16, by its address."""
+    """Authors, year and title of each work in the tables of notebook 17, by its address."""
     links = page.select("td:first-child a[href*='arxiv.org/abs/']")
     return {a["href"]: a.parent.decode_contents().partition("<a ")[0].rstrip(", ") for a in links}
 
@@ -270,7 +270,7 @@ def build(notebooks: Path, figures: Path, out: Path, model: str = "") -> None:
         step_back(page, model)
     bodies = {name: str(page) for name, page in pages.items()}
     for name, page in pages.items():
-        if page.find(id="explorer-data"):  # notebook 14 holds the data, the script draws them
+        if page.find(id="explorer-data"):  # notebook 15 holds the data, the script draws them
             bodies[name] += f"<script>\n{explorer}</script>"
     places = zip([None, *contents], contents, [*contents[1:], None], strict=False)
     for before, (name, title), after in places:

@@ -1,4 +1,4 @@
-// The explorer of notebook 14 without a kernel: two tasks, one matrix, one rank; data beside the page.
+// The explorer of notebook 15 without a kernel: two tasks, one matrix, one rank; data beside the page.
 (() => {
   const place = document.getElementById("explorer");
   const source = document.getElementById("explorer-data");

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from deltarank.store import file_sha256
-from deltarank.study import forgetting
+from deltarank.study import forgetting, general
 from deltarank.study.contest import APART
 from deltarank.study.forgetting import (
     RATE_FACTORS,
@@ -158,3 +158,10 @@ def test_the_full_run_beside_it_is_of_the_profile_that_made_the_run(losses, monk
     monkeypatch.setattr(forgetting, "run", lambda config: Result(config, {}))
     watch = forgetting._Watch(PROFILES["quick"].config("facts", lr=3e-4), None)
     assert watch.full.config == PROFILES["quick"].config("facts", lr=1e-4)
+
+
+def test_the_yardstick_is_the_base_and_the_entropy_of_tokens(store, monkeypatch):
+    monkeypatch.setattr(forgetting, "forget_run", lambda config: {"end": {"general": TEXT}})
+    found = forgetting.yardstick()
+    assert found.loc["base model"].to_dict() == TEXT
+    assert found.loc["word frequencies"].to_dict() == general.word_loss(profile().model)
