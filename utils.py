@@ -86,7 +86,7 @@ from deltarank.study.plan import (
     scaling_configs,
     warmup_configs,
 )
-from deltarank.study.profiles import PROFILES, profile
+from deltarank.study.profiles import PROFILES, middle, profile
 from deltarank.study.rivals import control, costs, forecasts, known_sizes, read_of, summed_costs
 from deltarank.study.runs import Result, example_update, repeated, run, sigma_shift, stored, sweep
 from deltarank.study.search import coarse_search, coarsely_tuned, lr_search, tuned
