@@ -203,7 +203,7 @@ def test_a_method_is_timed_in_a_process_of_its_own():
     assert bench_variants.in_fresh_process(os.getpid) != os.getpid()
 
 
-def test_every_method_and_size_has_a_line(tmp_path, monkeypatch):
+def test_every_method_that_competes_has_a_line(tmp_path, monkeypatch):
     monkeypatch.setattr(bench_variants, "PROFILES", {"paper": profile()})
     monkeypatch.setattr(bench_variants, "METHOD_TIMES", tmp_path / "times.csv")
     few = {name: METHODS[name] for name in ("LoRA", "VeRA")}
@@ -212,7 +212,7 @@ def test_every_method_and_size_has_a_line(tmp_path, monkeypatch):
     monkeypatch.setenv("RECORD", "yes")
     bench_variants.bench_variants()
     found = pd.read_csv(tmp_path / "times.csv")
-    one = [("LoRA", 1), ("LoRA", 8), ("VeRA", 1)]
+    one = [("LoRA", 1), ("VeRA", 1)]  # the contest of this profile is at size 1
     assert [*zip(found["method"], found["size"], strict=True)] == one * bench_variants.ROUNDS
     assert set(found["seconds"]) == {0.5} and (found["parameters"] > 0).all()
 
