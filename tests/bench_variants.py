@@ -20,7 +20,7 @@ TASK = "facts"
 
 
 def bench_variants() -> None:
-    """Print seconds a step and peak GB by method and round, of the sizes at which methods compete."""
+    """Print seconds a step and peak GB by method and round, at the sizes of the contests."""
     sizes = sorted({size for _, size in PROFILES["paper"].contests})
     configs = {
         (name, size): PROFILES["paper"].config(TASK, **fields, lr=method.lr, steps=STEPS)

@@ -21,7 +21,7 @@ from deltarank.study.general import general_loss, kept_by, word_loss
 from deltarank.study.intruders import intruder_counts
 from deltarank.study.measuring import provenance, tuned_weights
 from deltarank.study.models import load_model, matrices
-from deltarank.study.profiles import base_of, entry_folder, middle, profile
+from deltarank.study.profiles import LARGE_ALPHA, base_of, entry_folder, middle, profile
 from deltarank.study.runs import run
 from deltarank.study.search import full_of, tuned
 from deltarank.study.tasks import PARTS, load_split
@@ -32,6 +32,8 @@ EVERY = 10  # steps from one look at the skill to the next
 LEVELS = (0.5, 0.95)  # of the skill gain: runs are compared where they first have it, and at end
 OTHER_ROWS = 64  # test rows of each other task
 RATE_FACTORS = (0.3, 1.0)  # of the best rate; 3 is to come
+# LoRA at other alphas: its alpha and its best rate, times these; the last two are equal steps.
+ALPHA_FACTORS = ((1 / 8, 3.0), (1 / 8, 8.0), (8.0, 1 / 8))
 
 
 def forget_configs() -> list[tuple[str, RunConfig]]:
@@ -71,12 +73,29 @@ def rate_configs() -> list[tuple[str, RunConfig]]:
     """
     first, *_ = tasks = profile().forget_tasks
     return [
-        (name, dataclasses.replace(config, lr=float(f"{config.lr * factor:.2g}")))
+        (name, _at_rate(config, factor))
         for task in tasks
         for name, config in _full_and_lora(task)
         for factor in RATE_FACTORS
         if factor == 1 or task == first or config.method != "full"
     ]
+
+
+def other_alphas() -> list[tuple[str, RunConfig]]:
+    """The same LoRA of every task at ALPHA_FACTORS, none above LARGE_ALPHA; named by its alpha."""
+    found = []
+    for task in profile().forget_tasks:
+        _, (_, best) = _full_and_lora(task)
+        for alpha, rate in ALPHA_FACTORS:
+            config = dataclasses.replace(_at_rate(best, rate), alpha=best.alpha * alpha)
+            if config.alpha <= LARGE_ALPHA:
+                found.append((f"LoRA, α = {config.alpha:g}", config))
+    return found
+
+
+def _at_rate(config: RunConfig, factor: float) -> RunConfig:
+    """The same run at so many times its rate, to two digits."""
+    return dataclasses.replace(config, lr=float(f"{config.lr * factor:.2g}"))
 
 
 def _full_and_lora(task: str) -> list[tuple[str, RunConfig]]:

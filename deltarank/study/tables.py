@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import math
 from collections.abc import Callable, Sequence
+from pathlib import Path
 
 import numpy as np
 import pandas as pd
@@ -153,6 +154,18 @@ def costs_table(results: Sequence[Result]) -> pd.DataFrame:
     table["ended worse"] = table["loss_nats"] > table["task"].map(untuned)
     columns = ["runs", "diverged", "ended worse", "hours"]
     return table.groupby(["method", "processor"])[columns].sum()
+
+
+def step_costs(path: Path, by: str, reference: str) -> pd.DataFrame:
+    """What a training step costs by the bench's table, a line a name in the column `by`.
+
+    Columns: seconds and GB (peak resident memory), medians over the rounds; times: seconds over
+    those of the reference, the median over the rounds, least and most of one round.
+    """
+    costs = pd.read_csv(path).set_index(["round", by])[["seconds", "GB"]]
+    times = costs["seconds"] / costs["seconds"].xs(reference, level=by)
+    found = costs.groupby(by, sort=False).median()
+    return found.join(times.groupby(by).agg(times="median", least="min", most="max"))
 
 
 def finer_table(method: str = "full", ranks: Sequence[int] = (0,)) -> pd.DataFrame:

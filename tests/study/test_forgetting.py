@@ -14,6 +14,7 @@ from deltarank.study.forgetting import (
     forget_configs,
     forget_run,
     forgotten_table,
+    other_alphas,
     rate_configs,
     relative_size,
     repeat_configs,
@@ -127,6 +128,18 @@ def test_two_runs_are_repeated_with_other_seeds_and_rates(store):
     wanted = itertools.product(("LoRA, rank 4", "full"), RATE_FACTORS)
     for (name, found), (expected, times) in zip(sorted(rates), wanted, strict=True):
         assert (name, found) == (expected, pytest.approx(times, rel=0.05))
+
+
+def test_lora_is_repeated_at_other_alphas_up_to_the_larger_of_the_report(store, monkeypatch):
+    best = dict(rate_configs())["LoRA, rank 4"]
+    for alpha, allowed in ((32.0, 3), (256.0, 2)):
+        tuned = dataclasses.replace(best, alpha=alpha, lr=8e-3)
+        monkeypatch.setattr(
+            forgetting, "_full_and_lora", lambda task, tuned=tuned: [(), ("", tuned)]
+        )
+        found = [(name, config.alpha, config.lr) for name, config in other_alphas()]
+        wanted = [(alpha / 8, 0.024), (alpha / 8, 0.064), (alpha * 8, 0.001)][:allowed]
+        assert found == [(f"LoRA, α = {size:g}", size, rate) for size, rate in wanted]
 
 
 def test_the_ranks_of_an_update_are_medians_over_what_moved():
