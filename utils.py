@@ -17,12 +17,11 @@ from deltarank.spectra import (
     truncate,
 )
 from deltarank.store import load_entry
-from deltarank.study import contest, forgetting, intruders, signatures, taskdata, treatments
+from deltarank.study import contest, forgetting, peft_results, signatures, taskdata, treatments
 from deltarank.study.advice import FORECAST
 from deltarank.study.capacity import code_sweep
 from deltarank.study.claims import assert_claims, assert_groups, assert_table
 from deltarank.study.codes import draw_codes
-from deltarank.study.configs import RunConfig
 from deltarank.study.cuts import CUT_PARTS, LENGTH_PARTS, cut, stored_cuts
 from deltarank.study.directions import directions
 from deltarank.study.diversity import exchange_table, higher_configs, long_mix, mix_runs, part_gains
@@ -59,6 +58,7 @@ from deltarank.study.gains import (
 )
 from deltarank.study.guidance import guidance_table
 from deltarank.study.heals import heal_configs, heals_table
+from deltarank.study.intruders import intruder_cosines
 from deltarank.study.law import fit_law, law_table
 from deltarank.study.loads import capacity_table, code_configs, curves_table, longer_configs
 from deltarank.study.models import load_model, load_tokenizer, matrices

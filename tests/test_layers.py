@@ -165,7 +165,7 @@ def test_the_notebooks_door_passes_on_only_what_is_asked_for():
     asked = set(re.findall(r"\b(?:utils\.|from utils import )(\w+)", text))
     nodes = [n for n in ast.parse(DOOR.read_text("utf8")).body if isinstance(n, ast.ImportFrom)]
     names = {alias.name for node in nodes for alias in node.names}
-    assert names - asked - {"RunConfig"} == set()  # by which the README says what a run is
+    assert names - asked == set()
 
 
 def test_no_parameter_or_local_hides_a_name_of_its_module():

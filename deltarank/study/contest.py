@@ -17,6 +17,7 @@ from deltarank.study.overlaps import mean_overlap
 from deltarank.study.profiles import profile
 from deltarank.study.runs import Result, run
 from deltarank.study.sizes import trained_parameters
+from deltarank.study.tables import step_costs
 from deltarank.study.trials import METHODS, chosen, trials
 
 AGAIN = "LoRA again"  # with other seeds: what two of the same method differ by
@@ -113,6 +114,11 @@ def updates_table() -> pd.DataFrame:
                 line[other] = mean_overlap(config, dataclasses.replace(best[other], seed=apart))[1]
             lines[task, size, name] = line
     return pd.DataFrame(lines).T.rename_axis(["task", "size", "method"])
+
+
+def method_costs() -> pd.DataFrame:
+    """What a training step of each method costs beside LoRA's: step_costs of the bench's table."""
+    return step_costs(METHOD_TIMES, "method", "LoRA")
 
 
 def _line(method: str, result: Result, split: str) -> dict[str, Any]:

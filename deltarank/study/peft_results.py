@@ -9,11 +9,16 @@ from enum import Enum
 from pathlib import Path
 
 from deltarank.checks import require
+from deltarank.study.contest import contestants, method_costs
+from deltarank.study.forgetting import forgotten_table
 from deltarank.study.models import load_tokenizer, skeleton
-from deltarank.study.runs import Result
+from deltarank.study.profiles import profile
+from deltarank.study.runs import Result, run
+from deltarank.study.search import tuned
 from deltarank.study.sizes import trained_parameters
 from deltarank.study.tasks import encode, load_split
 from deltarank.study.training import adapter_config
+from deltarank.study.trials import chosen, trials
 
 LAST = 10  # steps whose mean loss is the "train loss"
 
@@ -53,6 +58,22 @@ def peft_layout(result: Result, *, forgotten: float, memory: int) -> dict:
         },
         "meta_info": _meta_info(told) | {"model_info": {"sha": config.identity["model_sha256"]}},
     }
+
+
+def contest_layouts() -> list[dict]:
+    """peft_layout of every method of the profile's contests at its best setting, first seed.
+
+    Full fine-tuning is that of the report, whose rate was searched finer.
+    """
+    found, costs = [], method_costs()
+    for task, size in profile().contests:
+        for name in contestants(size):
+            best = chosen(trials(task, name, size), seed=profile().seeds[0])
+            config = tuned(task) if name == "full" else best
+            lost = forgotten_table([(name, config)]).set_index("look")["prose"]["end"]
+            memory = round(1e9 * costs["GB"][name])
+            found.append(peft_layout(run(config), forgotten=float(lost), memory=memory))
+    return found
 
 
 def _metrics(result: Result) -> dict:

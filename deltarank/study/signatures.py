@@ -28,7 +28,7 @@ from deltarank.study.plan import cut_until
 from deltarank.study.profiles import base_of, entry_folder, profile
 from deltarank.study.runs import Result, run
 from deltarank.study.search import at_best_rate, best_alpha, coarse_search
-from deltarank.study.tables import cut_gains
+from deltarank.study.tables import cut_gains, step_costs
 from deltarank.study.training import prepare
 
 ADAMW = "adamw_torch_fused"  # the report's
@@ -43,6 +43,11 @@ def optimizer_configs(task: str, **changes) -> dict[str, RunConfig]:
     names = (ADAMW, *profile().optimizers.names)
     found = {name: at_best_rate(task, **_other(name)) for name in names}
     return {name: dataclasses.replace(config, **changes) for name, config in found.items()}
+
+
+def optimizer_costs() -> pd.DataFrame:
+    """What a step of each optimizer costs beside AdamW's: step_costs of the bench's table."""
+    return step_costs(STEP_TIMES, "optimizer", ADAMW)
 
 
 def second_seed() -> int:

@@ -2,11 +2,19 @@
 
 import json
 
+import pandas as pd
 import peft
 import pytest
 
+from deltarank.study import peft_results
 from deltarank.study.models import skeleton
-from deltarank.study.peft_results import LAST, experiment, peft_layout, write_peft_layout
+from deltarank.study.peft_results import (
+    LAST,
+    contest_layouts,
+    experiment,
+    peft_layout,
+    write_peft_layout,
+)
 from deltarank.study.profiles import profile
 from deltarank.study.runs import Result, run
 
@@ -80,6 +88,24 @@ def test_a_rewriting_has_no_accuracy_where_it_was_not_scored(store, tmp_path):
     [file] = (tmp_path / "results").iterdir()
     metrics = json.loads(file.read_text("utf8"))["train_info"]["metrics"][0]
     assert "valid accuracy" not in metrics and metrics["test accuracy"] == lora.score() / 100
+
+
+def test_a_contest_has_a_result_of_every_method(store, monkeypatch):
+    def best(tried, seed):
+        return profile().config("facts", "lora", rank=1, seed=seed)
+
+    looks = pd.DataFrame({"look": ["0.5", "end"], "prose": [1.0, 0.5]})
+    costs = pd.DataFrame({"GB": [3.0, 2.0]}, ["full", "LoRA"])
+    stubs = {"contestants": lambda size: [*costs.index], "trials": lambda *key: [], "chosen": best}
+    stubs |= {"tuned": profile().config, "forgotten_table": lambda configs: looks}
+    for name, stub in (stubs | {"method_costs": lambda: costs}).items():
+        monkeypatch.setattr(peft_results, name, stub)
+    found = contest_layouts()
+    told = [layout["train_info"]["metrics"][0]["forgetting"] for layout in found]
+    assert told == [0.5, 0.5] and found[0]["run_info"]["peft_config"] is None
+    memories = [layout["train_info"]["accelerator_memory_max"] for layout in found]
+    assert memories == [3 * 10**9, 2 * 10**9]
+    assert len({layout["run_info"]["experiment_name"] for layout in found}) == 2
 
 
 def test_no_two_runs_have_one_name():
