@@ -97,12 +97,14 @@ def experiment(result: Result) -> str:
 
 
 def write_peft_layout(folder: Path, results: list[dict]) -> None:
-    """Write a file a result of peft_layout, named as PEFT names its own."""
+    """Write a file a result of peft_layout, named as PEFT does; one that says so stays."""
     folder.mkdir(parents=True, exist_ok=True)
     for found in results:
         name = found["run_info"]["experiment_name"].replace("/", "--")
+        path = folder / f"{name}.json"
         text = json.dumps(found, indent=2, sort_keys=True, allow_nan=False) + "\n"
-        (folder / f"{name}.json").write_text(text, encoding="utf8")
+        if not path.exists() or path.read_text("utf8") != text:
+            path.write_text(text, encoding="utf8")
 
 
 def _tokens_a_row(result: Result) -> float:

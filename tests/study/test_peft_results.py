@@ -1,6 +1,7 @@
 """Files in PEFT's layout: every field that its processing reads is there, of its type."""
 
 import json
+import os
 
 import pandas as pd
 import peft
@@ -62,6 +63,19 @@ def test_all_that_peft_reads_is_there(result, tmp_path):
     assert {f"{name}-version" for name in PACKAGES} <= found["meta_info"]["package_info"].keys()
     assert found["run_info"]["train_config"]["model_id"] == result.config.model
     assert file.name == f"{experiment(result).replace('/', '--')}.json"
+
+
+def test_a_file_that_says_the_same_is_left_as_it_is(result, tmp_path):
+    found = peft_layout(result, forgotten=0.25, memory=3)
+    write_peft_layout(tmp_path / "results", [found])
+    (file,) = (tmp_path / "results").iterdir()
+    os.utime(file, ns=(0, 0))
+    write_peft_layout(tmp_path / "results", [found])
+    assert file.stat().st_mtime_ns == 0
+    write_peft_layout(
+        tmp_path / "results", [found | {"run_info": found["run_info"] | {"error_msg": "none"}}]
+    )
+    assert file.stat().st_mtime_ns > 0 and '"none"' in file.read_text("utf8")
 
 
 def test_what_it_says_is_what_was_measured(result):
