@@ -40,8 +40,8 @@ def forget_configs() -> list[tuple[str, RunConfig]]:
     """The runs whose forgetting is measured, with the first seed: method and configuration of each.
 
     Of each of the profile's forget_tasks full fine-tuning and LoRA of its ranks, of the first full
-    fine-tuning on permuted answers, which teach no skill; of each of its contests the contestants
-    of the smallest size at the setting chosen for them.
+    fine-tuning on permuted answers, which teach no skill; of the first contest, where it is of that
+    task, the contestants at the setting chosen for them.
     """
     found = []
     for task in profile().forget_tasks:
@@ -50,10 +50,10 @@ def forget_configs() -> list[tuple[str, RunConfig]]:
         if task == profile().forget_tasks[0]:  # of the others to come
             found.append(("no skill", dataclasses.replace(full, permuted=True)))
         found += [(f"LoRA, rank {r}", tuned(task, "lora", rank=r)) for r in ranks]
-        sizes = [size for contest, size in profile().contests if contest == task]
-        for name in contestants(min(sizes)) if sizes else ():
+        sizes = [size for contest, size in profile().contests[:1] if contest == task]
+        for name in contestants(task, *sizes) if sizes else ():
             if name != "full":  # that of its own rates, above, is the better one
-                best = chosen(trials(task, name, min(sizes)), seed=profile().seeds[0])
+                best = chosen(trials(task, name, *sizes), seed=profile().seeds[0])
                 found.append((f"LoRA, α = {best.alpha:g}" if name == "LoRA" else name, best))
     return found
 

@@ -28,16 +28,23 @@ from deltarank.study.trials import METHODS, chosen, trials
 
 
 def test_all_methods_that_have_a_size_take_part():
-    assert contestants(1)[:2] == ["full", "LoRA"] and "VeRA" in contestants(1)
-    assert {*contestants(1), *contestants(8)} == {*METHODS} and "rsLoRA" not in contestants(1)
-    named = {METHODS[name].fields[8]["method"] for name in contestants(8)}
+    small, large = (contestants("facts", size) for size in (1, 8))
+    assert small[:2] == ["full", "LoRA"] and "VeRA" in small and "rsLoRA" not in small
+    assert {*small, *large} == {*METHODS}
+    named = {METHODS[name].fields[8]["method"] for name in large}
     assert named >= {"full", "lora"} and named <= {"full", "lora", *VARIANTS}
+
+
+def test_what_is_still_to_be_run_of_a_contest_is_left_out():
+    for (task, size), out in contest.TO_COME.items():
+        assert {*contestants(task, size), *out} == {*contestants("facts", size)}
+        assert not {*contestants(task, size)} & {*out}
 
 
 @pytest.fixture
 def two(store, monkeypatch):
     """Two methods of the contest, each with two trials."""
-    monkeypatch.setattr(contest, "contestants", lambda size: ["LoRA", "HiRA"])
+    monkeypatch.setattr(contest, "contestants", lambda *contest: ["LoRA", "HiRA"])
 
 
 def test_a_line_a_trial(two):
@@ -88,7 +95,7 @@ def test_a_run_that_ended_worse_than_without_the_skill_is_worth_as_little(store,
 
 
 def test_an_update_is_set_beside_those_of_full_fine_tuning_and_of_lora(store, monkeypatch):
-    monkeypatch.setattr(contest, "contestants", lambda size: ["full", "LoRA"])
+    monkeypatch.setattr(contest, "contestants", lambda *contest: ["full", "LoRA"])
     table, seed = updates_table(), profile().seeds[0]
     full, lora = (chosen(trials("facts", name, 1), seed=seed) for name in ("full", "LoRA"))
     shared = mean_overlap(full, lora)[1]

@@ -110,8 +110,8 @@ def test_a_contest_has_a_result_of_every_method(store, monkeypatch):
 
     looks = pd.DataFrame({"look": ["0.5", "end"], "prose": [1.0, 0.5]})
     costs = pd.DataFrame({"GB": [3.0, 2.0]}, ["full", "LoRA"])
-    stubs = {"contestants": lambda size: [*costs.index], "trials": lambda *key: [], "chosen": best}
-    stubs |= {"tuned": profile().config, "forgotten_table": lambda configs: looks}
+    stubs = {"contestants": lambda *contest: [*costs.index], "trials": lambda *key: []}
+    stubs |= {"chosen": best, "tuned": profile().config, "forgotten_table": lambda configs: looks}
     for name, stub in (stubs | {"method_costs": lambda: costs}).items():
         monkeypatch.setattr(peft_results, name, stub)
     found = contest_layouts()

@@ -43,7 +43,6 @@ from deltarank.study.tables import by_part
 
 EXAMPLES = runpy.run_path(str(ROOT / "notebooks/site/inspect_examples.py"))["EXAMPLES"]
 STORE = PROFILES["paper"].store
-UNDER_WAY = (("sorbian", 1),)  # contests whose runs come one by one: no notebook has them yet
 ENTRIES = sorted(path.parent for path in STORE.rglob("result.json"))
 RUNS = [folder for folder in ENTRIES if folder.is_relative_to(STORE / "runs")]
 SPECTRA = [folder for folder in ENTRIES if folder.is_relative_to(STORE / "spectra")]
@@ -249,8 +248,8 @@ def ask_for_contests():
     seed = profile().seeds[0] + contest.APART
     for task, size in profile().contests:
         runs.run(trials.chosen(trials.trials(task, "full", size), seed=seed))
-    for task, size in UNDER_WAY:
-        for name in contest.contestants(size):
+    for (task, size), names in contest.TO_COME.items():
+        for name in names:
             with contextlib.suppress(AssertionError):  # what is not stored
                 for shift, seed in itertools.product((0, contest.APART), profile().seeds):
                     tried = trials.trials(task, name, size)
