@@ -11,19 +11,22 @@ import pandas as pd
 
 from deltarank.runtime import ROOT
 from deltarank.spectra import rank_measures
+from deltarank.study.configs import RunConfig
 from deltarank.study.floors import skill_gain
 from deltarank.study.gains import gain
 from deltarank.study.overlaps import mean_overlap
 from deltarank.study.profiles import profile
 from deltarank.study.runs import Result, run
+from deltarank.study.search import tuned
 from deltarank.study.sizes import trained_parameters
 from deltarank.study.tables import step_costs
 from deltarank.study.trials import METHODS, chosen, trials
 
 AGAIN = "LoRA again"  # with other seeds: what two of the same method differ by
+MORE = "LoRA, more trials"  # at the report's finer rates, of six tasks at the better of two alphas
 APART = 100  # which these seeds lie from the first: the next seeds would share epochs with them
 # What is still to be run of a contest: its other methods stand already.
-TO_COME = {("facts", 8): tuple(name for name in METHODS if name not in ("full", "VeRA"))}
+TO_COME = {("facts", 8): ("LoRA+", "DoRA", "PiSSA", "MiSS")}
 METHOD_TIMES = ROOT / "data" / "bench_variants.csv"  # what a step of each method costs, and size
 
 
@@ -81,23 +84,31 @@ def finals_table() -> pd.DataFrame:
     """One line a seed of each method at its best setting; runs what is not stored.
 
     Columns: as of trials_table, with seed, on test rows; loss_gain, the share of full fine-tuning's
-    by which predictions 27 to 29 judge, and score (both NaN where a run diverged).  LoRA comes once
-    more as AGAIN, at the same setting with as many seeds, APART from the profile's, and by the
-    same full runs.
+    by which predictions 27 to 29 judge, and score (both NaN where a run diverged).  LoRA comes
+    twice more: as AGAIN, at the same setting with as many seeds, APART from the profile's, and by
+    the same full runs; and as MORE, tuned as elsewhere in the report.
     """
-    lines, seeds = [], profile().seeds
+    lines = []
     for task, size in profile().contests:
-        for name in [*contestants(task, size), AGAIN]:
-            method, shift = ("LoRA", APART) if name == AGAIN else (name, 0)
-            tried = trials(task, method, size)
-            for seed in seeds:
-                result = run(chosen(tried, seed=seed + shift))
-                own = dataclasses.replace(result.config, seed=seed)
-                result = dataclasses.replace(result, config=own)  # and its full run is this seed's
-                line = {"task": task, "size": size, "method": name, "seed": seed + shift}
-                line |= _line(method, result, "test") | {"loss_gain": gain(result)}
-                lines.append(line | {"score": result.score()})
+        for name, configs in _final_configs(task, size).items():
+            for seed, config in zip(profile().seeds, configs, strict=True):
+                own = dataclasses.replace(config, seed=seed)
+                result = dataclasses.replace(run(config), config=own)  # by this seed's full run
+                line = {"task": task, "size": size, "method": name, "seed": config.seed}
+                line |= _line(name if name in METHODS else "LoRA", result, "test")
+                lines.append(line | {"loss_gain": gain(result), "score": result.score()})
     return pd.DataFrame(lines)
+
+
+def _final_configs(task: str, size: int) -> dict[str, list[RunConfig]]:
+    """Of each method in a contest the runs of all seeds by which it is judged."""
+    seeds = profile().seeds
+    tried = {name: trials(task, name, size) for name in contestants(task, size)}
+    found = {
+        name: [chosen(results, seed=seed) for seed in seeds] for name, results in tried.items()
+    }
+    found[AGAIN] = [chosen(tried["LoRA"], seed=seed + APART) for seed in seeds]
+    return found | {MORE: [tuned(task, "lora", rank=size, seed=seed) for seed in seeds]}
 
 
 def updates_table() -> pd.DataFrame:
@@ -121,8 +132,8 @@ def updates_table() -> pd.DataFrame:
 
 
 def method_costs() -> pd.DataFrame:
-    """What a training step of each method costs beside LoRA's: step_costs of the bench's table."""
-    return step_costs(METHOD_TIMES, "method", "LoRA")
+    """What a training step costs beside LoRA's of the size, a line (size, method)."""
+    return step_costs(METHOD_TIMES, ["size", "method"], "LoRA")
 
 
 def _line(method: str, result: Result, split: str) -> dict[str, Any]:

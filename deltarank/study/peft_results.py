@@ -72,7 +72,7 @@ def contest_layouts() -> list[dict]:
             best = chosen(trials(task, name, size), seed=profile().seeds[0])
             config = tuned(task) if name == "full" else best
             lost = forgotten_table([(name, config)]).set_index("look")["prose"]["end"]
-            memory = round(1e9 * costs["GB"][name])
+            memory = round(1e9 * costs["GB"][size, name])
             found.append(peft_layout(run(config), forgotten=float(lost), memory=memory))
     return found
 

@@ -47,7 +47,7 @@ def optimizer_configs(task: str, **changes) -> dict[str, RunConfig]:
 
 def optimizer_costs() -> pd.DataFrame:
     """What a step of each optimizer costs beside AdamW's: step_costs of the bench's table."""
-    return step_costs(STEP_TIMES, "optimizer", ADAMW)
+    return step_costs(STEP_TIMES, ["optimizer"], ADAMW)
 
 
 def second_seed() -> int:

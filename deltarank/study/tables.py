@@ -156,14 +156,15 @@ def costs_table(results: Sequence[Result]) -> pd.DataFrame:
     return table.groupby(["method", "processor"])[columns].sum()
 
 
-def step_costs(path: Path, by: str, reference: str) -> pd.DataFrame:
-    """What a training step costs by the bench's table, a line a name in the column `by`.
+def step_costs(path: Path, by: list[str], reference: str) -> pd.DataFrame:
+    """What a training step costs by the bench's table, a line for what the columns `by` name.
 
     Columns: seconds and GB (peak resident memory), medians over the rounds; times: seconds over
-    those of the reference, the median over the rounds, least and most of one round.
+    those of the reference, an entry of the last of `by`, the median over the rounds, least and most
+    of one round.
     """
-    costs = pd.read_csv(path).set_index(["round", by])[["seconds", "GB"]]
-    times = costs["seconds"] / costs["seconds"].xs(reference, level=by)
+    costs = pd.read_csv(path).set_index(["round", *by])[["seconds", "GB"]]
+    times = costs["seconds"] / costs["seconds"].xs(reference, level=by[-1])
     found = costs.groupby(by, sort=False).median()
     return found.join(times.groupby(by).agg(times="median", least="min", most="max"))
 

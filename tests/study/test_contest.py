@@ -12,6 +12,7 @@ from deltarank.study import contest
 from deltarank.study.configs import VARIANTS
 from deltarank.study.contest import (
     AGAIN,
+    MORE,
     contestants,
     finals_table,
     trials_table,
@@ -23,6 +24,7 @@ from deltarank.study.gains import gain
 from deltarank.study.overlaps import mean_overlap
 from deltarank.study.profiles import profile
 from deltarank.study.runs import Result, run
+from deltarank.study.search import tuned
 from deltarank.study.sizes import trained_parameters
 from deltarank.study.trials import METHODS, chosen, trials
 
@@ -72,11 +74,13 @@ def test_a_curve_is_the_best_so_far_and_the_mean_best_of_as_many_draws():
 
 def test_a_line_a_seed_at_the_best_setting(two):
     table, seeds = finals_table(), profile().seeds
-    assert [*table["method"]] == [m for m in ("LoRA", "HiRA", AGAIN) for _ in seeds]
+    assert [*table["method"]] == [m for m in ("LoRA", "HiRA", AGAIN, MORE) for _ in seeds]
     assert not {*table[table["method"] == AGAIN]["seed"]} & {*seeds}
     tried = trials("facts", "LoRA", 1)
     for _, line in table[table["method"] != "HiRA"].iterrows():
-        result = run(chosen(tried, seed=line["seed"]))
+        more = tuned("facts", "lora", rank=1, seed=line["seed"])
+        config = more if line["method"] == MORE else chosen(tried, seed=line["seed"])
+        result = run(config)
         assert line["score"] == result.score()
         seed = line["seed"] - contest.APART * (line["method"] == AGAIN)  # of its full run
         by = dataclasses.replace(result, config=dataclasses.replace(result.config, seed=seed))

@@ -109,8 +109,9 @@ def test_a_contest_has_a_result_of_every_method(store, monkeypatch):
         return profile().config("facts", "lora", rank=1, seed=seed)
 
     looks = pd.DataFrame({"look": ["0.5", "end"], "prose": [1.0, 0.5]})
-    costs = pd.DataFrame({"GB": [3.0, 2.0]}, ["full", "LoRA"])
-    stubs = {"contestants": lambda *contest: [*costs.index], "trials": lambda *key: []}
+    names = ["full", "LoRA"]
+    costs = pd.DataFrame({"GB": [3.0, 2.0]}, pd.MultiIndex.from_product([[1], names]))
+    stubs = {"contestants": lambda *contest: names, "trials": lambda *key: []}
     stubs |= {"chosen": best, "tuned": profile().config, "forgotten_table": lambda configs: looks}
     for name, stub in (stubs | {"method_costs": lambda: costs}).items():
         monkeypatch.setattr(peft_results, name, stub)

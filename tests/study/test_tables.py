@@ -212,10 +212,13 @@ def test_measures_of_the_spectrum_are_medians_over_matrices_and_then_runs(store)
 
 
 def test_a_step_costs_what_it_does_beside_the_reference_of_its_round(tmp_path):
-    lines = ["0,LoRA,1.0,2.0", "0,DoRA,3.0,4.0", "1,LoRA,2.0,2.0", "1,DoRA,4.0,5.0"]
-    (tmp_path / "times.csv").write_text("\n".join(["round,method,seconds,GB", *lines]))
-    costs = tables.step_costs(tmp_path / "times.csv", "method", "LoRA")
-    assert [*costs.index] == ["LoRA", "DoRA"] and (costs.loc["LoRA", ["times", "most"]] == 1).all()
+    lines = ["0,1,LoRA,1.0,2.0", "0,1,DoRA,3.0,4.0", "1,1,LoRA,2.0,2.0", "1,1,DoRA,4.0,5.0"]
+    lines += [line.replace(",1,", ",8,", 1) for line in lines]  # another size
+    (tmp_path / "times.csv").write_text("\n".join(["round,size,method,seconds,GB", *lines]))
+    costs = tables.step_costs(tmp_path / "times.csv", ["size", "method"], "LoRA")
+    assert [*costs.index] == [(size, name) for size in (1, 8) for name in ("LoRA", "DoRA")]
+    costs = costs.loc[1]
+    assert (costs.loc["LoRA", ["times", "most"]] == 1).all()
     told = {"seconds": 3.5, "GB": 4.5, "times": 2.5, "least": 2.0, "most": 3.0}
     assert costs.loc["DoRA"].to_dict() == told
 
