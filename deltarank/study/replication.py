@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -177,3 +177,32 @@ CODE_CLAIMS = [
     Claim("codes recalled at half a bit a parameter", lambda t: _recall(t, 0.5), least=0.99),
     Claim("codes recalled at two bits a parameter", lambda t: _recall(t, 2.0), most=0.5),
 ]
+
+
+def claims_table(
+    first: pd.DataFrame, second: pd.DataFrame, claims: Sequence[Claim]
+) -> pd.DataFrame:
+    """What the tables of two models say of each claim, a line a claim.
+
+    Columns: least and most, the bound; of each model (second: "again, ...") value, low and high,
+    the ends of what it comes to with any one task left out, of codes with any one seed alone, NaN
+    where the claim is of that one; holds, of the value.
+    """
+    lines = {}
+    for claim in claims:
+        line: dict[str, float | bool] = {"least": claim.least, "most": claim.most}
+        for model, table in {"": first, "again, ": second}.items():
+            apart = pd.Series([claim.of(part) for part in _parts(table)], dtype=float)
+            found = {"value": claim.of(table), "low": apart.min(), "high": apart.max()}
+            line |= {model + name: value for name, value in found.items()}
+            line[f"{model}holds"] = claim.holds(found["value"])
+        lines[claim.words] = line
+    return pd.DataFrame.from_dict(lines, orient="index").rename_axis("claim")
+
+
+def _parts(table: pd.DataFrame) -> Iterator[pd.DataFrame]:
+    """Yield the table of tasks without each of them, that of codes by seed."""
+    if "seed" in table:
+        yield from (part for _, part in table.groupby("seed"))
+    else:
+        yield from (table.drop(index=task) for task in table.index)

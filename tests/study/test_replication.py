@@ -19,6 +19,7 @@ from deltarank.study.replication import (
     CODE_CLAIMS,
     SHARE,
     bracket,
+    claims_table,
     codes_table,
     measures_table,
     task_measures,
@@ -111,6 +112,20 @@ def test_codes_are_kept_at_half_a_bit_and_lost_at_two_by_the_first_seed(recall, 
     table = pd.DataFrame({"recall": recall, "seed": [0, 1, 0, 1]}, index=[0.5, 0.5, 2.0, 2.0])
     assert [claim.holds(claim.of(table)) for claim in CODE_CLAIMS] == held
     assert not any(claim.holds(claim.of(table[table.index == 1.0])) for claim in CODE_CLAIMS)
+
+
+def test_two_models_stand_beside_each_other_with_what_hangs_on_a_task(table):
+    worse = table.assign(r90=[50.0, 50.0, 24.0, 50.0])
+    line = claims_table(table, worse, CLAIMS).loc[claim("r90 over the rank").words]
+    assert (line["least"], line["value"], line["low"], line["high"]) == (4, 6.25, 6.25, 6.25)
+    assert (line["again, value"], line["again, low"], line["again, high"]) == (3, 3, 6.25)
+    assert line["holds"] and not line["again, holds"]
+
+
+def test_of_codes_it_is_what_each_seed_comes_to():
+    table = pd.DataFrame({"recall": [1.0, 0.9], "seed": [0, 1]}, index=[0.5, 0.5])
+    line = claims_table(table, table, CODE_CLAIMS).iloc[0]
+    assert (line["value"], line["low"], line["high"], line["holds"]) == (1, 0.9, 1, True)
 
 
 # The profile at work
