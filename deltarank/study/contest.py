@@ -26,7 +26,7 @@ AGAIN = "LoRA again"  # with other seeds: what two of the same method differ by
 MORE = "LoRA, more trials"  # at the report's finer rates, of six tasks at the better of two alphas
 APART = 100  # which these seeds lie from the first: the next seeds would share epochs with them
 # What is still to be run of a contest: its other methods stand already.
-TO_COME = {("facts", 8): ("DoRA",)}
+TO_COME: dict[tuple[str, int], tuple[str, ...]] = {}
 METHOD_TIMES = ROOT / "data" / "bench_variants.csv"  # what a step of each method costs, and size
 
 

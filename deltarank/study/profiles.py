@@ -55,7 +55,7 @@ class Profile:
     ladder: LadderGrid = LadderGrid()
     trials: int = 6  # settings of a method that are tried on a task (see trials)
     # Tasks with the size, that of a LoRA of this rank, at which methods compete on them.
-    # To come: King James at size 1, Sorbian at size 8, the rest of the facts' (TO_COME).
+    # To come: King James at size 1, Sorbian at size 8.
     contests: tuple[tuple[str, int], ...] = (("facts", 1), ("facts", 8), ("sorbian", 1))
     forget_tasks: tuple[str, ...] = ("facts", "sorbian", "arithmetic", "kjv")  # see forgetting
     fine_tasks: tuple[str, ...] = ()  # whose rates are searched finer, once those runs are stored
