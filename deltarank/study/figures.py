@@ -193,7 +193,7 @@ def plot_marks(
     values, places = table[[*looks]], range(len(table))
     ax.hlines(places, values.min(axis=1), values.max(axis=1), color="#DDDDDD", zorder=0)
     clear = values.apply(lambda row: row.sort_values().diff().min(), axis=1).argmax()
-    step = 0.45 / len(looks)
+    step = 0.6 / len(looks)
     shift = {column: step * ((len(looks) - 1) / 2 - i) for i, column in enumerate(looks)}
     for side, column in enumerate(values.iloc[clear].sort_values().index):
         words, marker, color = looks[column]
