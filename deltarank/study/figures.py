@@ -247,7 +247,7 @@ def label_lines(ax, heights: pd.Series, *, x: float, gap: float = 0.045) -> None
     for i in range(1, len(places)):
         places[i] = max(places[i], places[i - 1] + gap)
     shift = (sum(places) - ordered.sum()) / len(places)
-    leader = {"arrowstyle": "-", "linewidth": 0.4, "relpos": (0, 0.5), "shrinkA": 1}
+    leader = {"arrowstyle": "-", "lw": 0.4, "ls": ":", "relpos": (0, 0.5), "shrinkA": 1}
     for task, y, place in zip(ordered.index, ordered, places, strict=True):
         ax.annotate(
             TASKS[task].title,
